@@ -1,0 +1,270 @@
+// Cross-entropy against labels drawn from the softmax itself, with its gradient, in one visit to each row.
+//
+// The floor is to read the logits once from memory and write the gradient once. A row of up to one tile
+// (1,024 columns) lives in two L1 buffers: maximum, exponentials and their sum, the draw, the gradient. A
+// longer row is read tile by tile, keeping each tile's maximum and sum, then read again (from L2, where it
+// still lies) to write the gradient. The exponential is computed twice there: it costs less than a cycle per
+// element, storing it and reading it back costs as much cache traffic as the row itself.
+//
+// The draw is an inverse CDF with two uniforms: u0 picks a tile by the tiles' sums, u1 an element inside it.
+// One 32-bit uniform per decision reaches every class of a 262,144-class row; a Gumbel argmax would need a
+// random number per logit.
+#include "simd.h"
+
+namespace fastfisher::FASTFISHER_SIMD {
+namespace {
+
+constexpr int64_t kMaxTiles = kMaxColumns / kTile;
+
+// The search inside a tile goes by chunks of 256, whose sums cost one addition per vector to keep.
+constexpr int64_t kChunk = 256;
+
+template <class T>
+struct Row {
+  using Storage = typename T::Storage;
+  using Compute = typename T::Compute;
+  using Value = typename Vector<Compute>::Value;
+  static constexpr int64_t kLanes = Vector<Compute>::lanes;
+
+  alignas(64) Compute e[kTile];  // exponentials of one tile, zero beyond its width
+  double chunk_sum[kTile / kChunk];
+  double tile_sum[kMaxTiles];
+  Compute tile_max[kMaxTiles];
+
+  // The vector of a tile at column j, with -inf beyond the tile's width.
+  static Value load(const Storage* x, int64_t j, int64_t width) {
+    if (j + kLanes <= width) return T::load(x + j);
+    Value result = Value{} - kInfinity;
+    for (int64_t k = 0; k < width - j; ++k) result[k] = T::load(x[j + k]);
+    return result;
+  }
+
+  static Compute maximum_of(const Storage* x, int64_t width) {
+    Value running = load(x, 0, width);
+    Value other = running;
+    int64_t j = kLanes;
+    for (; j + 2 * kLanes <= width; j += 2 * kLanes) {
+      running = maximum(Value(T::load(x + j)), running);
+      other = maximum(Value(T::load(x + j + kLanes)), other);
+    }
+    for (; j < width; j += kLanes) running = maximum(load(x, j, width), running);
+    running = maximum(running, other);
+    // A NaN can only be where a vector began with it; the comparison drops it here.
+    Compute result = -kInfinity;
+    for (int64_t k = 0; k < kLanes; ++k) result = running[k] > result ? running[k] : result;
+    return result;
+  }
+
+  // A tile that is masked altogether has no maximum to subtract; against 0 its exponentials are 0.
+  static Compute finite(Compute maximum) { return maximum == -kInfinity ? 0 : maximum; }
+
+  static double sum_exp(const Storage* x, int64_t width, Compute reference) {
+    Value running = {}, other = {};
+    int64_t j = 0;
+    for (; j + 2 * kLanes <= width; j += 2 * kLanes) {
+      running += exp_nonpositive(T::load(x + j) - reference);
+      other += exp_nonpositive(T::load(x + j + kLanes) - reference);
+    }
+    for (; j < width; j += kLanes) running += exp_nonpositive(load(x, j, width) - reference);
+    return horizontal_sum(running + other);
+  }
+
+  // Fills e and the chunks' sums for one tile; returns the tile's sum.
+  double exp_tile(const Storage* x, int64_t width, Compute reference) {
+    double total = 0;
+    for (int64_t c = 0; c * kChunk < width; ++c) {
+      const int64_t stop = width < (c + 1) * kChunk ? width : (c + 1) * kChunk;
+      Value running = {};
+      int64_t j = c * kChunk;
+      for (; j + kLanes <= stop; j += kLanes) {
+        const Value value = exp_nonpositive(T::load(x + j) - reference);
+        *(Value*)(e + j) = value;
+        running += value;
+      }
+      if (j < stop) {
+        const Value value = exp_nonpositive(load(x, j, width) - reference);
+        *(Value*)(e + j) = value;
+        running += value;
+      }
+      chunk_sum[c] = horizontal_sum(running);
+      total += chunk_sum[c];
+    }
+    return total;
+  }
+
+  // The first element of the tile in e whose running sum exceeds u * total: chunk, then vector, then element.
+  // Only an element of positive weight can be returned; where rounding leaves nothing above the target, it is
+  // the last such element.
+  int64_t draw(int64_t width, double total, double u) const {
+    const double target = u * total;
+    double before = 0;
+    int64_t chunk = 0;
+    for (int64_t c = 0, n = (width + kChunk - 1) / kChunk; c < n; ++c) {
+      if (chunk_sum[c] > 0) chunk = c;
+      if (before + chunk_sum[c] > target) break;
+      if (c + 1 < n) before += chunk_sum[c];
+    }
+    const int64_t stop = width < (chunk + 1) * kChunk ? width : (chunk + 1) * kChunk;
+    int64_t vector = chunk * kChunk;
+    for (int64_t j = vector; j < stop; j += kLanes) {
+      const double sum = horizontal_sum(*(const Value*)(e + j));
+      if (sum > 0) vector = j;
+      if (before + sum > target) break;
+      if (j + kLanes < stop) before += sum;
+    }
+    int64_t element = vector;
+    for (int64_t j = vector; j < vector + kLanes && j < width; ++j) {
+      if (e[j] > 0) element = j;
+      before += static_cast<double>(e[j]);
+      if (before > target) break;
+    }
+    return element;
+  }
+
+  // Draws, writes the gradient, the loss and the label. False for a row without a softmax.
+  bool run(const Storage* x, int64_t columns, Words words, Compute scale, Compute* nll, int64_t* label,
+           Storage* gradient) {
+    return columns <= kTile ? one_tile(x, columns, words, scale, nll, label, gradient)
+                            : many_tiles(x, columns, words, scale, nll, label, gradient);
+  }
+
+  bool one_tile(const Storage* x, int64_t columns, Words words, Compute scale, Compute* nll, int64_t* label,
+                Storage* gradient) {
+    const Compute maximum = maximum_of(x, columns);
+    const double total = exp_tile(x, columns, finite(maximum));
+    if (!has_softmax(maximum, total)) return false;
+    const int64_t drawn = draw(columns, total, uniform(words.w[1]));
+    const Compute logit = T::load(x[drawn]);
+    const Compute factor = static_cast<Compute>(static_cast<double>(scale) / total);
+    int64_t j = 0;
+    for (; j + kLanes <= columns; j += kLanes) T::store(gradient + j, *(const Value*)(e + j) * factor);
+    for (; j < columns; ++j) gradient[j] = T::store(e[j] * factor);
+    gradient[drawn] = T::store(e[drawn] * factor - scale);
+    *label = drawn;
+    *nll = loss(maximum, total, logit);
+    return true;
+  }
+
+  bool many_tiles(const Storage* x, int64_t columns, Words words, Compute scale, Compute* nll, int64_t* label,
+                  Storage* gradient) {
+    const int64_t tiles = (columns + kTile - 1) / kTile;
+    Compute maximum = -kInfinity;
+    for (int64_t t = 0; t < tiles; ++t) {
+      tile_max[t] = maximum_of(x + t * kTile, width(columns, t));
+      tile_sum[t] = sum_exp(x + t * kTile, width(columns, t), finite(tile_max[t]));
+      maximum = tile_max[t] > maximum ? tile_max[t] : maximum;
+    }
+    double total = 0;
+    for (int64_t t = 0; t < tiles; ++t) {
+      // A masked tile's sum is 0, and -inf - maximum has exponential 0; a NaN in the sum stays.
+      tile_sum[t] *= __builtin_exp(static_cast<double>(tile_max[t]) - static_cast<double>(maximum));
+      total += tile_sum[t];
+    }
+    if (!has_softmax(maximum, total)) return false;
+
+    const double target = uniform(words.w[0]) * total;
+    double running = 0;
+    int64_t chosen = 0;
+    for (int64_t t = 0; t < tiles; ++t) {
+      if (tile_sum[t] > 0) chosen = t;
+      running += tile_sum[t];
+      if (running > target) break;
+    }
+    const int64_t chosen_width = width(columns, chosen);
+    const double chosen_sum = exp_tile(x + chosen * kTile, chosen_width, finite(tile_max[chosen]));
+    const int64_t drawn = chosen * kTile + draw(chosen_width, chosen_sum, uniform(words.w[1]));
+    const Compute logit = T::load(x[drawn]);
+
+    const Compute factor = static_cast<Compute>(static_cast<double>(scale) / total);
+    int64_t j = 0;
+    for (; j + 2 * kLanes <= columns; j += 2 * kLanes) {
+      const Value first = exp_nonpositive(T::load(x + j) - maximum) * factor;
+      const Value second = exp_nonpositive(T::load(x + j + kLanes) - maximum) * factor;
+      T::store(gradient + j, first);
+      T::store(gradient + j + kLanes, second);
+    }
+    for (; j < columns; j += kLanes) {
+      const Value last = exp_nonpositive(load(x, j, columns) - maximum) * factor;
+      for (int64_t k = 0; k < kLanes && j + k < columns; ++k) gradient[j + k] = T::store(last[k]);
+    }
+    const Value at_label = exp_nonpositive(Value{} + (logit - maximum)) * factor;
+    gradient[drawn] = T::store(at_label[0] - scale);
+    *label = drawn;
+    *nll = loss(maximum, total, logit);
+    return true;
+  }
+
+  static int64_t width(int64_t columns, int64_t t) {
+    const int64_t rest = columns - t * kTile;
+    return rest < kTile ? rest : kTile;
+  }
+
+  // NaN reaches the total through the exponential; +inf and an empty row show in the maximum.
+  static bool has_softmax(Compute maximum, double total) {
+    return maximum > -kInfinity && maximum < kInfinity && total == total;
+  }
+
+  static Compute loss(Compute maximum, double total, Compute logit) {
+    return static_cast<Compute>(__builtin_log(total) +
+                                (static_cast<double>(maximum) - static_cast<double>(logit)));
+  }
+};
+
+}  // namespace
+
+int64_t sample_cross_entropy(Type type, const void* logits, int64_t columns, Key key, double scale, void* nll,
+                             int64_t* labels, void* dlogits, int64_t begin, int64_t end) {
+  return dispatch(type, [&](auto tag) {
+    using T = decltype(tag);
+    using Storage = typename T::Storage;
+    using Compute = typename T::Compute;
+    Row<T> row;
+    int64_t first_bad = -1;
+    for (int64_t i = begin; i < end; ++i) {
+      Storage* gradient = static_cast<Storage*>(dlogits) + i * columns;
+      Compute* loss = static_cast<Compute*>(nll) + i;
+      if (!row.run(static_cast<const Storage*>(logits) + i * columns, columns,
+                   philox(key, static_cast<uint64_t>(i)), static_cast<Compute>(scale), loss, labels + i,
+                   gradient)) {
+        *loss = __builtin_nanf("");
+        labels[i] = -1;
+        for (int64_t j = 0; j < columns; ++j) gradient[j] = T::store(__builtin_nanf(""));
+        if (first_bad < 0) first_bad = i;
+      }
+    }
+    return first_bad;
+  });
+}
+
+void softmax_hessian_product(Type type, const void* dlogits, const int64_t* labels, const void* vector,
+                             int64_t columns, double scale, void* out, int64_t begin, int64_t end) {
+  dispatch(type, [&](auto tag) {
+    using T = decltype(tag);
+    using Storage = typename T::Storage;
+    using Compute = typename T::Compute;
+    for (int64_t i = begin; i < end; ++i) {
+      const Storage* d = static_cast<const Storage*>(dlogits) + i * columns;
+      const Storage* v = static_cast<const Storage*>(vector) + i * columns;
+      Storage* result = static_cast<Storage*>(out) + i * columns;
+      // With d = (p - onehot) scale:  scale (p . v) = d . v + scale v[label].
+      double dot = 0;
+      for (int64_t j = 0; j < columns; j += kTile) {
+        const int64_t stop = columns < j + kTile ? columns : j + kTile;
+        Compute partial = 0;
+#pragma omp simd reduction(+ : partial)
+        for (int64_t k = j; k < stop; ++k) partial += T::load(d[k]) * T::load(v[k]);
+        dot += static_cast<double>(partial);
+      }
+      const int64_t label = labels[i];
+      const double drawn = static_cast<double>(T::load(v[label]));
+      const Compute mean = static_cast<Compute>(dot / scale + drawn);
+      const Compute at_label =
+          static_cast<Compute>((static_cast<double>(T::load(d[label])) + scale) * (drawn - mean));
+#pragma omp simd
+      for (int64_t j = 0; j < columns; ++j) result[j] = T::store(T::load(d[j]) * (T::load(v[j]) - mean));
+      result[label] = T::store(at_label);
+    }
+  });
+}
+
+}  // namespace fastfisher::FASTFISHER_SIMD

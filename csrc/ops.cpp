@@ -1,0 +1,250 @@
+// The schema of every operator (the one list) and the CPU registrations: shapes and dtypes are checked here,
+// the range is split over torch's thread pool, and the kernels in csrc/cpu see raw pointers.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <atomic>
+#include <sstream>
+#include <stdexcept>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace {
+
+using fastfisher::kernels;
+using fastfisher::Key;
+using fastfisher::Type;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The elements that are worth a task of their own.
+constexpr int64_t kGrain = 1 << 14;
+
+template <class... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+Type type_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Type::f32;
+    case ScalarType::Double:
+      return Type::f64;
+    case ScalarType::BFloat16:
+      return Type::bf16;
+    case ScalarType::Half:
+      return Type::f16;
+    default:
+      check(false, name, ": expected float32, float64, bfloat16 or float16, got ",
+            torch::headeronly::toString(tensor.scalar_type()));
+      return Type::f32;
+  }
+}
+
+Key key_of(const Tensor& key) {
+  check(key.scalar_type() == ScalarType::Long && key.numel() == 2 && key.is_contiguous(),
+        "key: expected a contiguous int64 tensor of 2 elements (seed, offset)");
+  const auto* words = static_cast<const int64_t*>(key.const_data_ptr());
+  return {static_cast<uint64_t>(words[0]), static_cast<uint64_t>(words[1])};
+}
+
+void check_same(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name) {
+  check(a.numel() == b.numel() && a.scalar_type() == b.scalar_type(), a_name, " and ", b_name,
+        ": expected the same size and dtype, got ", a.numel(), " ",
+        torch::headeronly::toString(a.scalar_type()), " and ", b.numel(), " ",
+        torch::headeronly::toString(b.scalar_type()));
+}
+
+// An uninitialised contiguous CPU tensor, straight from the C shim: the dispatcher's new_empty costs a
+// microsecond more, which counts at 128 rows of 10.
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int64_t strides[2] = {1, 1};
+  if (sizes.size() == 2) strides[0] = std::max<int64_t>(1, sizes.begin()[1]);
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                               aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+int64_t rows_per_task(int64_t columns) {
+  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns));
+}
+
+std::tuple<Tensor, Tensor, Tensor> sample_cross_entropy(const Tensor& logits, const Tensor& key,
+                                                        double scale) {
+  check(logits.dim() == 2, "logits: expected 2 dimensions (N, C), got ", logits.dim());
+  const int64_t rows = logits.size(0), columns = logits.size(1);
+  check(columns >= 1 && columns <= fastfisher::kMaxColumns, "logits: expected 1 to ", fastfisher::kMaxColumns,
+        " classes, got ", columns);
+  check(scale != 0, "scale: expected a number other than 0");
+  const Type type = type_of(logits, "logits");
+  const Key seed = key_of(key);
+  const Tensor x = torch::stable::contiguous(logits);
+  const auto loss_type = type == Type::f64 ? ScalarType::Double : ScalarType::Float;
+  Tensor nll = empty({rows}, loss_type);
+  Tensor labels = empty({rows}, ScalarType::Long);
+  Tensor dlogits = empty({rows, columns}, x.scalar_type());
+
+  const void* source = x.const_data_ptr();
+  void* nll_data = nll.mutable_data_ptr();
+  auto* label_data = static_cast<int64_t*>(labels.mutable_data_ptr());
+  void* gradient = dlogits.mutable_data_ptr();
+  std::atomic<int64_t> first_bad{rows};
+  torch::stable::parallel_for(0, rows, rows_per_task(columns), [&](int64_t begin, int64_t end) {
+    const int64_t bad = kernels().sample_cross_entropy(type, source, columns, seed, scale, nll_data,
+                                                       label_data, gradient, begin, end);
+    if (bad < 0) return;
+    int64_t seen = first_bad.load();
+    while (bad < seen && !first_bad.compare_exchange_weak(seen, bad)) {
+    }
+  });
+  check(first_bad.load() == rows, "logits: row ", first_bad.load(),
+        " has no softmax (it holds NaN or +inf, or nothing above -inf)");
+  return {nll, labels, dlogits};
+}
+
+Tensor softmax_hessian_product(const Tensor& dlogits, const Tensor& labels, const Tensor& vector,
+                               double scale) {
+  check(dlogits.dim() == 2, "dlogits: expected 2 dimensions (N, C), got ", dlogits.dim());
+  check_same(dlogits, "dlogits", vector, "vector");
+  check(labels.scalar_type() == ScalarType::Long && labels.numel() == dlogits.size(0),
+        "labels: expected one int64 label per row");
+  const Type type = type_of(dlogits, "dlogits");
+  const int64_t rows = dlogits.size(0), columns = dlogits.size(1);
+  const Tensor d = torch::stable::contiguous(dlogits), v = torch::stable::contiguous(vector),
+               l = torch::stable::contiguous(labels);
+  const auto* label_data = static_cast<const int64_t*>(l.const_data_ptr());
+  for (int64_t i = 0; i < rows; ++i)
+    check(label_data[i] >= 0 && label_data[i] < columns, "labels: row ", i, " holds ", label_data[i],
+          ", expected 0 to ", columns - 1);
+  Tensor out = empty({rows, columns}, d.scalar_type());
+  const void* d_data = d.const_data_ptr();
+  const void* v_data = v.const_data_ptr();
+  void* out_data = out.mutable_data_ptr();
+  torch::stable::parallel_for(0, rows, rows_per_task(columns), [&](int64_t begin, int64_t end) {
+    kernels().softmax_hessian_product(type, d_data, label_data, v_data, columns, scale, out_data, begin, end);
+  });
+  return out;
+}
+
+Tensor gate_pack(const Tensor& x) {
+  check(x.is_contiguous(), "x: expected a contiguous tensor");
+  const Type type = type_of(x, "x");
+  const int64_t numel = x.numel(), words = (numel + 31) / 32;
+  Tensor bits = empty({words}, ScalarType::Int);
+  const void* source = x.const_data_ptr();
+  auto* target = static_cast<uint32_t*>(bits.mutable_data_ptr());
+  torch::stable::parallel_for(0, words, kGrain / 32, [&](int64_t begin, int64_t end) {
+    kernels().gate_pack(type, source, numel, target, begin, end);
+  });
+  return bits;
+}
+
+Tensor gate_apply(const Tensor& x, const Tensor& bits) {
+  check(x.is_contiguous(), "x: expected a contiguous tensor");
+  const Type type = type_of(x, "x");
+  const int64_t numel = x.numel(), words = (numel + 31) / 32;
+  check(bits.scalar_type() == ScalarType::Int && bits.numel() == words && bits.is_contiguous(),
+        "bits: expected a contiguous int32 tensor of ", words, " words, got ", bits.numel());
+  Tensor out = torch::stable::empty_like(x);
+  const void* source = x.const_data_ptr();
+  const auto* gates = static_cast<const uint32_t*>(bits.const_data_ptr());
+  void* target = out.mutable_data_ptr();
+  torch::stable::parallel_for(0, words, kGrain / 32, [&](int64_t begin, int64_t end) {
+    kernels().gate_apply(type, source, numel, gates, target, begin, end);
+  });
+  return out;
+}
+
+// A piece of one tensor of a list, so that one parallel loop covers them all.
+struct Piece {
+  size_t tensor;
+  int64_t begin, end;
+};
+
+std::vector<Piece> pieces_of(const std::vector<Tensor>& tensors) {
+  std::vector<Piece> pieces;
+  for (size_t i = 0; i < tensors.size(); ++i)
+    for (int64_t begin = 0; begin < tensors[i].numel(); begin += fastfisher::kReductionChunk)
+      pieces.push_back({i, begin, std::min(tensors[i].numel(), begin + fastfisher::kReductionChunk)});
+  return pieces;
+}
+
+// Sums what each piece gives, in the order of the pieces: the same bits for any number of threads.
+template <class Function>
+Tensor reduce(const std::vector<Piece>& pieces, Function piece_sum) {
+  std::vector<double> partial(pieces.size());
+  torch::stable::parallel_for(0, pieces.size(), 1, [&](int64_t first, int64_t last) {
+    for (int64_t p = first; p < last; ++p) partial[p] = piece_sum(pieces[p]);
+  });
+  Tensor out = empty({}, ScalarType::Double);
+  double sum = 0;
+  for (const double value : partial) sum += value;
+  *static_cast<double*>(out.mutable_data_ptr()) = sum;
+  return out;
+}
+
+Tensor axpy_diff(const std::vector<Tensor>& out, const std::vector<Tensor>& a, const std::vector<Tensor>& b,
+                 double scale) {
+  check(out.size() == a.size() && out.size() == b.size(), "out, a and b: expected lists of one length, got ",
+        out.size(), ", ", a.size(), " and ", b.size());
+  // Everything is checked before anything is written.
+  for (size_t i = 0; i < out.size(); ++i) {
+    check_same(out[i], "out", a[i], "a");
+    check_same(out[i], "out", b[i], "b");
+    type_of(out[i], "out");
+    check(out[i].is_contiguous() && a[i].is_contiguous() && b[i].is_contiguous(),
+          "out, a and b: expected contiguous tensors, tensor ", i, " is not");
+  }
+  return reduce(pieces_of(out), [&](const Piece& piece) {
+    const auto& [i, begin, end] = piece;
+    return kernels().axpy_diff(type_of(out[i], "out"), out[i].mutable_data_ptr(), a[i].const_data_ptr(),
+                               b[i].const_data_ptr(), scale, begin, end);
+  });
+}
+
+Tensor sum_squares(const std::vector<Tensor>& tensors) {
+  check(!tensors.empty(), "tensors: expected at least one tensor");
+  std::vector<Tensor> dense;
+  for (const auto& tensor : tensors) {
+    type_of(tensor, "tensors");
+    dense.push_back(torch::stable::contiguous(tensor));
+  }
+  return reduce(pieces_of(dense), [&](const Piece& piece) {
+    const auto& [i, begin, end] = piece;
+    return kernels().sum_squares(type_of(dense[i], "tensors"), dense[i].const_data_ptr(), begin, end);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(fastfisher, m) {
+  m.def(
+      "sample_cross_entropy(Tensor logits, Tensor key, float scale) -> (Tensor nll, Tensor labels, Tensor "
+      "dlogits)");
+  m.def("softmax_hessian_product(Tensor dlogits, Tensor labels, Tensor vector, float scale) -> Tensor");
+  m.def("gate_pack(Tensor x) -> Tensor");
+  m.def("gate_apply(Tensor x, Tensor bits) -> Tensor");
+  m.def("axpy_diff(Tensor(a!)[] out, Tensor[] a, Tensor[] b, float scale) -> Tensor");
+  m.def("sum_squares(Tensor[] tensors) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastfisher, CPU, m) {
+  m.impl("sample_cross_entropy", TORCH_BOX(&sample_cross_entropy));
+  m.impl("softmax_hessian_product", TORCH_BOX(&softmax_hessian_product));
+  m.impl("gate_pack", TORCH_BOX(&gate_pack));
+  m.impl("gate_apply", TORCH_BOX(&gate_apply));
+  m.impl("axpy_diff", TORCH_BOX(&axpy_diff));
+  m.impl("sum_squares", TORCH_BOX(&sum_squares));
+}

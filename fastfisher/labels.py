@@ -1,0 +1,94 @@
+"""Which labels a gradient is taken at, and the loss there: sampled from the model, true, uniform, or given."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastfisher import ops
+
+Labels = Literal["sampled", "true", "uniform"]
+LABELS = ("sampled", "true", "uniform")
+
+
+def new_key(generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """A fresh key (seed, offset) as int64[2] on ``device``, drawn from ``generator`` or from torch's default one."""
+    source = generator.device if generator is not None else torch.device("cpu")
+    return torch.empty(2, dtype=torch.int64, device=source).random_(generator=generator).to(device)
+
+
+def sample_cross_entropy(
+    logits: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+    key: Tensor | None = None,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+) -> tuple[Tensor, Tensor]:
+    """Draws ŷ ~ p(y) = softmax(logits) and returns the cross-entropy −log p(ŷ) and ŷ, in one fused pass.
+
+    The gradient of the loss in the logits is softmax(logits) − onehot(ŷ): exactly the per-example output gradient
+    whose second moment is the Fisher matrix (eq. 2 of Jastrzebski et al., 2021). Twice differentiable.
+
+    Args:
+        logits: (..., C) with C from 1 to 262,144; float32, float64, bfloat16 or float16. −inf masks a class: it is
+            never drawn.
+        generator: where the key comes from; torch's default generator otherwise, so ``torch.manual_seed`` governs it.
+        key: int64[2] (seed, offset) instead. The same key and logits give the same labels.
+        reduction: "mean" over all rows, "sum", or "none".
+
+    Returns:
+        The loss (float64 for float64 logits, else float32; shape () or logits.shape[:-1]) and the labels (int64,
+        logits.shape[:-1]). No rows: a mean of NaN, as in ``F.cross_entropy``.
+
+    Raises:
+        ValueError: no class dimension, an unknown reduction, both key and generator, or a row without a softmax (NaN,
+            +inf, or all −inf), which is named.
+    """
+    if logits.dim() == 0:
+        raise ValueError("logits: expected shape (..., C), got a scalar")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction: expected "mean", "sum" or "none", got {reduction!r}')
+    if key is None:
+        key = new_key(generator, logits.device)
+    elif generator is not None:
+        raise ValueError("key and generator: expected one of them, got both")
+    nll, labels, _ = ops.sample_cross_entropy(logits.reshape(-1, logits.shape[-1]), key, 1.0)
+    loss = nll.mean() if reduction == "mean" else nll.sum() if reduction == "sum" else nll.view(logits.shape[:-1])
+    return loss, labels.view(logits.shape[:-1])
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of logits (..., C) against class indices (...) or class probabilities (..., C)."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    if targets.is_floating_point():
+        return F.cross_entropy(rows, targets.reshape(rows.shape))
+    return F.cross_entropy(rows, targets.reshape(-1))
+
+
+def check_labels(labels: str | Tensor, targets: Tensor | None) -> None:
+    """Raises ValueError where ``labels`` names nothing known, or needs targets that are not there."""
+    if isinstance(labels, str) and labels not in LABELS:
+        raise ValueError(f'labels: expected "sampled", "true", "uniform" or a tensor, got {labels!r}')
+    if isinstance(labels, str) and labels == "true" and targets is None:
+        raise ValueError('targets: expected the true labels with labels="true", got None')
+
+
+def label_loss(
+    logits: Tensor, labels: str | Tensor, targets: Tensor | None, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """The mean cross-entropy at the chosen labels, and those labels, so that it can be taken again elsewhere."""
+    if isinstance(labels, Tensor):
+        chosen = labels
+    elif labels == "sampled":
+        return sample_cross_entropy(logits, generator=generator)
+    elif labels == "uniform":
+        source = generator.device if generator is not None else logits.device
+        chosen = torch.randint(logits.shape[-1], logits.shape[:-1], generator=generator, device=source)
+        chosen = chosen.to(logits.device)
+    else:
+        assert targets is not None
+        chosen = targets
+    return cross_entropy(logits, chosen), chosen

@@ -1,0 +1,155 @@
+"""The Python side of the operators: which backend serves a tensor, fakes for tracing, and derivatives.
+
+The schemas are in csrc/ops.cpp, the definitions in reference.py. The functions here take and return what the
+operators do; :func:`fastfisher.sample_cross_entropy` is the public face of the one that users call.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastfisher import reference
+from fastfisher.slow_path import warn_slow_path
+
+_LIBRARY = Path(__file__).with_name("libfastfisher_ops.so")
+
+
+def _load() -> str | None:
+    """Loads the compiled operators; returns the reason where that is impossible."""
+    if not _LIBRARY.exists():
+        return "the package was built without a C++ compiler"
+    try:
+        torch.ops.load_library(str(_LIBRARY))
+    except OSError as error:
+        return f"{_LIBRARY.name} does not load beside torch {torch.__version__}: {error}"
+    return None
+
+
+UNAVAILABLE: str | None = _load()
+"""Why the compiled CPU kernels do not serve, or None where they do."""
+
+
+def _compiled(device: torch.device) -> bool:
+    """Whether compiled kernels serve this device; where not, says so once."""
+    if device.type == "cpu" and UNAVAILABLE is None:
+        return True
+    reason = UNAVAILABLE if device.type == "cpu" else f"there are no compiled kernels for {device.type} yet"
+    warn_slow_path(f"fastfisher runs its PyTorch reference on {device.type}: {reason}")
+    return False
+
+
+def sample_cross_entropy(logits: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`fastfisher.reference.sample_cross_entropy`; differentiable twice in ``logits``."""
+    if not _compiled(logits.device):
+        return reference.sample_cross_entropy(logits, key, scale)
+    op = torch.ops.fastfisher.sample_cross_entropy.default
+    if logits.requires_grad and torch.is_grad_enabled():
+        return op(logits, key, scale)  # type: ignore[no-any-return]
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(logits, key, scale)  # type: ignore[no-any-return]
+
+
+def softmax_hessian_product(dlogits: Tensor, labels: Tensor, vector: Tensor, scale: float) -> Tensor:
+    """See :func:`fastfisher.reference.softmax_hessian_product`; differentiable in ``dlogits`` and ``vector``."""
+    if not _compiled(dlogits.device):
+        return reference.softmax_hessian_product(dlogits, labels, vector, scale)
+    return torch.ops.fastfisher.softmax_hessian_product(dlogits, labels, vector, scale)  # type: ignore[no-any-return]
+
+
+def gate_pack(x: Tensor) -> Tensor:
+    """See :func:`fastfisher.reference.gate_pack`."""
+    return (torch.ops.fastfisher if _compiled(x.device) else reference).gate_pack(x)  # type: ignore[no-any-return]
+
+
+def gate_apply(x: Tensor, bits: Tensor) -> Tensor:
+    """See :func:`fastfisher.reference.gate_apply`."""
+    return (torch.ops.fastfisher if _compiled(x.device) else reference).gate_apply(x, bits)  # type: ignore[no-any-return]
+
+
+def axpy_diff(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: float) -> Tensor:
+    """See :func:`fastfisher.reference.axpy_diff`."""
+    dense = all(x.is_contiguous() for tensors in (out, a, b) for x in tensors)
+    if not (_compiled(out[0].device) and dense):
+        return reference.axpy_diff(out, a, b, scale)
+    return torch.ops.fastfisher.axpy_diff(out, a, b, scale)  # type: ignore[no-any-return]
+
+
+def sum_squares(tensors: list[Tensor]) -> Tensor:
+    """See :func:`fastfisher.reference.sum_squares`."""
+    return (torch.ops.fastfisher if _compiled(tensors[0].device) else reference).sum_squares(tensors)  # type: ignore[no-any-return]
+
+
+# ---- fakes and derivatives of the compiled operators ------------------------------------------------------------
+
+
+def _register() -> None:
+    library = torch.library.register_fake
+
+    @library("fastfisher::sample_cross_entropy")
+    def _(logits: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        rows = logits.shape[0]
+        loss_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        contiguous = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        return logits.new_empty(rows, dtype=loss_dtype), logits.new_empty(rows, dtype=torch.long), contiguous
+
+    @library("fastfisher::softmax_hessian_product")
+    def _(dlogits: Tensor, labels: Tensor, vector: Tensor, scale: float) -> Tensor:
+        return torch.empty_like(dlogits, memory_format=torch.contiguous_format)
+
+    @library("fastfisher::gate_pack")
+    def _(x: Tensor) -> Tensor:
+        return x.new_empty((x.numel() + 31) // 32, dtype=torch.int32)
+
+    @library("fastfisher::gate_apply")
+    def _(x: Tensor, bits: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    @library("fastfisher::axpy_diff")
+    def _(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: float) -> Tensor:
+        return out[0].new_empty((), dtype=torch.float64)
+
+    @library("fastfisher::sum_squares")
+    def _(tensors: list[Tensor]) -> Tensor:
+        return tensors[0].new_empty((), dtype=torch.float64)
+
+    def save_sample(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.scale = inputs[2]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1], output[2])
+
+    def sample_backward(ctx: Any, grad_nll: Tensor | None, _: None, grad_dlogits: Tensor | None) -> Any:
+        labels, dlogits = ctx.saved_tensors
+        grad = None
+        if grad_nll is not None:  # d nll / d logits = dlogits / scale
+            grad = dlogits * (grad_nll / ctx.scale)[:, None].to(dlogits.dtype)
+        if grad_dlogits is not None:  # the Jacobian of softmax is symmetric
+            product = softmax_hessian_product(dlogits, labels, grad_dlogits, ctx.scale)
+            grad = product if grad is None else grad + product
+        return grad, None, None
+
+    def save_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        dlogits, labels, vector, ctx.scale = inputs
+        ctx.save_for_backward(dlogits, labels, vector)
+
+    def product_backward(ctx: Any, grad: Tensor) -> Any:
+        dlogits, labels, vector = ctx.saved_tensors
+        p = dlogits / ctx.scale + torch.nn.functional.one_hot(labels, dlogits.shape[1])
+        mean_vector, mean_grad = (p * vector).sum(1, keepdim=True), (p * grad).sum(1, keepdim=True)
+        grad_dlogits = grad * vector - mean_vector * grad - mean_grad * vector
+        return grad_dlogits, None, softmax_hessian_product(dlogits, labels, grad, ctx.scale), None
+
+    torch.library.register_autograd(
+        "fastfisher::sample_cross_entropy", sample_backward, setup_context=save_sample
+    )
+    torch.library.register_autograd(
+        "fastfisher::softmax_hessian_product", product_backward, setup_context=save_product
+    )
+
+
+if UNAVAILABLE is None:
+    _register()
