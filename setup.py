@@ -1,7 +1,7 @@
 """Builds the native libraries by calling CMake; everything else is in pyproject.toml and CMakeLists.txt.
 
-Without a C++ compiler the package still installs: its pure-PyTorch reference serves, and both this build and
-``import fastfisher`` say so in one line. FASTFISHER_BUILD=0 skips the build, FASTFISHER_BUILD=1 makes a failed one fatal.
+Without a C++ compiler the package still installs: its pure-PyTorch reference serves, and both this build and the first
+use say so in one line. FASTFISHER_BUILD=0 skips the build, FASTFISHER_BUILD=1 makes a missing tool an error.
 """
 
 import os

@@ -1,6 +1,17 @@
 """Penalise and measure curvature through the Fisher Information Matrix, close to the cost of a plain training step."""
 
+from fastfisher.gates import Gates, record_gates
 from fastfisher.labels import sample_cross_entropy
+from fastfisher.penalty import AdaptiveStep, penalty
+from fastfisher.regularizer import FisherPenalty
 from fastfisher.slow_path import SlowPathWarning
 
-__all__ = ["SlowPathWarning", "sample_cross_entropy"]
+__all__ = [
+    "AdaptiveStep",
+    "FisherPenalty",
+    "Gates",
+    "SlowPathWarning",
+    "penalty",
+    "record_gates",
+    "sample_cross_entropy",
+]

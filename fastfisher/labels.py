@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -55,7 +56,8 @@ def sample_cross_entropy(
         key = new_key(generator, logits.device)
     elif generator is not None:
         raise ValueError("key and generator: expected one of them, got both")
-    nll, labels, _ = ops.sample_cross_entropy(logits.reshape(-1, logits.shape[-1]), key, 1.0)
+    rows = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
+    nll, labels, _ = ops.sample_cross_entropy(rows, key, 1.0)
     loss = nll.mean() if reduction == "mean" else nll.sum() if reduction == "sum" else nll.view(logits.shape[:-1])
     return loss, labels.view(logits.shape[:-1])
 

@@ -6,6 +6,7 @@ operators do; :func:`fastfisher.sample_cross_entropy` is the public face of the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def _load() -> str | None:
     if not _LIBRARY.exists():
         return "the package was built without a C++ compiler"
     try:
-        torch.ops.load_library(str(_LIBRARY))
+        torch.ops.load_library(str(_LIBRARY))  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"{_LIBRARY.name} does not load beside torch {torch.__version__}: {error}"
     return None
@@ -87,32 +88,32 @@ def sum_squares(tensors: list[Tensor]) -> Tensor:
 
 
 def _register() -> None:
-    library = torch.library.register_fake
+    fake: Callable[[str], Callable[[Any], Any]] = torch.library.register_fake
 
-    @library("fastfisher::sample_cross_entropy")
+    @fake("fastfisher::sample_cross_entropy")
     def _(logits: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         rows = logits.shape[0]
         loss_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         contiguous = torch.empty_like(logits, memory_format=torch.contiguous_format)
         return logits.new_empty(rows, dtype=loss_dtype), logits.new_empty(rows, dtype=torch.long), contiguous
 
-    @library("fastfisher::softmax_hessian_product")
+    @fake("fastfisher::softmax_hessian_product")
     def _(dlogits: Tensor, labels: Tensor, vector: Tensor, scale: float) -> Tensor:
         return torch.empty_like(dlogits, memory_format=torch.contiguous_format)
 
-    @library("fastfisher::gate_pack")
+    @fake("fastfisher::gate_pack")
     def _(x: Tensor) -> Tensor:
         return x.new_empty((x.numel() + 31) // 32, dtype=torch.int32)
 
-    @library("fastfisher::gate_apply")
+    @fake("fastfisher::gate_apply")
     def _(x: Tensor, bits: Tensor) -> Tensor:
         return torch.empty_like(x)
 
-    @library("fastfisher::axpy_diff")
+    @fake("fastfisher::axpy_diff")
     def _(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: float) -> Tensor:
         return out[0].new_empty((), dtype=torch.float64)
 
-    @library("fastfisher::sum_squares")
+    @fake("fastfisher::sum_squares")
     def _(tensors: list[Tensor]) -> Tensor:
         return tensors[0].new_empty((), dtype=torch.float64)
 
@@ -143,12 +144,8 @@ def _register() -> None:
         grad_dlogits = grad * vector - mean_vector * grad - mean_grad * vector
         return grad_dlogits, None, softmax_hessian_product(dlogits, labels, grad, ctx.scale), None
 
-    torch.library.register_autograd(
-        "fastfisher::sample_cross_entropy", sample_backward, setup_context=save_sample
-    )
-    torch.library.register_autograd(
-        "fastfisher::softmax_hessian_product", product_backward, setup_context=save_product
-    )
+    torch.library.register_autograd("fastfisher::sample_cross_entropy", sample_backward, setup_context=save_sample)
+    torch.library.register_autograd("fastfisher::softmax_hessian_product", product_backward, setup_context=save_product)
 
 
 if UNAVAILABLE is None:

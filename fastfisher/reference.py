@@ -67,7 +67,9 @@ def sample_cross_entropy(logits: Tensor, key: Tensor, scale: float) -> tuple[Ten
     if logits.device.type == "cpu" and not bool(good.all()):
         row = int((~good).int().argmax())
         raise ValueError(f"logits: row {row} has no softmax (it holds NaN or +inf, or nothing above -inf)")
-    labels = sample_labels(torch.where(good[:, None], x.detach(), 0), key) if len(x) else x.new_empty(0, dtype=torch.long)
+    labels = (
+        sample_labels(torch.where(good[:, None], x.detach(), 0), key) if len(x) else x.new_empty(0, dtype=torch.long)
+    )
     log_p = x.log_softmax(1)
     nll = -log_p.gather(1, labels[:, None]).squeeze(1)
     onehot = torch.nn.functional.one_hot(labels, logits.shape[1])
@@ -91,13 +93,13 @@ def gate_pack(x: Tensor) -> Tensor:
 
 
 def gate_apply(x: Tensor, bits: Tensor) -> Tensor:
-    """X where its bit in ``bits`` (see :func:`gate_pack`) is set, else 0."""
+    """``x`` where its bit in ``bits`` (see :func:`gate_pack`) is set, else 0."""
     gates = (bits[:, None] >> torch.arange(32, device=x.device, dtype=torch.int32)) & 1
     return torch.where(gates.flatten()[: x.numel()].view(x.shape).bool(), x, 0)
 
 
 def axpy_diff(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: float) -> Tensor:
-    """Out += scale (a − b), tensor by tensor in place; returns Σ (a − b)² over all of them, a float64 scalar."""
+    """``out += scale (a − b)``, tensor by tensor in place; returns Σ (a − b)² over all of them, a float64 scalar."""
     differences = [x - y for x, y in zip(a, b, strict=True)]
     for target, difference in zip(out, differences, strict=True):
         target.add_(difference, alpha=scale)

@@ -1,0 +1,472 @@
+"""Records the gates of a forward (ReLU masks, max-pool indices, …) and replays them in another.
+
+Finite differences of the gradient converge to the Hessian that autograd sees only where no kink lies between the two
+points, and in a ReLU network kinks are everywhere. Replaying at θ + ρd the gates of the forward at θ leaves a network
+that is smooth in ρ, with the same value, gradient and (autograd's) Hessian at θ.
+
+A replayed forward also repeats every random draw of the recorded one (dropout masks, stochastic depth): the state of
+the random number generators at the start of the recording is restored for the replay, and the caller's put back.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from fastfisher import ops
+
+
+@dataclass
+class RandomState:
+    """The states of the CPU's and of some devices' default generators."""
+
+    cpu: Tensor
+    cuda: dict[int, Tensor]
+
+    @classmethod
+    def current(cls, devices: frozenset[int]) -> RandomState:
+        """The states now, for the CPU and the CUDA devices given by index."""
+        return cls(torch.get_rng_state(), {i: torch.cuda.get_rng_state(i) for i in devices})
+
+    def restore(self) -> None:
+        """Puts the generators into these states."""
+        torch.set_rng_state(self.cpu)
+        for index, state in self.cuda.items():
+            torch.cuda.set_rng_state(state, index)
+
+
+@dataclass
+class _Entry:
+    """One gated call: the rule's name, the shape it produced, and what its replay needs."""
+
+    rule: str
+    shape: torch.Size
+    saved: Any
+
+
+@dataclass
+class Gates:
+    """The gates of one forward. Made by :func:`record_gates`; pass it as ``gates=`` beside ``logits=``."""
+
+    random: RandomState
+    frozen: bool = True
+    entries: list[_Entry] = field(default_factory=list)
+
+    @contextmanager
+    def replay(self) -> Iterator[None]:
+        """Within, gated calls repeat the recorded gates in order, and random draws repeat the recorded ones.
+
+        Raises:
+            RuntimeError: the forward took another path than the recorded one.
+        """
+        outer = RandomState.current(frozenset(self.random.cuda))
+        self.random.restore()
+        try:
+            if self.frozen:
+                with _Replay(self.entries) as replay:
+                    yield
+                replay.check_complete()
+            else:
+                yield
+        finally:
+            outer.restore()
+
+
+@contextmanager
+def record_gates(model: torch.nn.Module | None = None, *, frozen: bool = True) -> Iterator[Gates]:
+    """Records the gates and the random state of the forward run within.
+
+    Example:
+        >>> with fastfisher.record_gates(model) as gates:
+        ...     logits = model(inputs)
+        >>> penalty = fastfisher.penalty(model, inputs, logits=logits, method="finite_difference", gates=gates)
+
+    Args:
+        model: the model about to run; tells which CUDA devices' random states matter.
+        frozen: False records the random state alone (for ``gates="free"``).
+    """
+    parameters = model.parameters() if model is not None else ()
+    devices = frozenset(p.device.index for p in parameters if p.device.type == "cuda")
+    gates = Gates(RandomState.current(devices), frozen)
+    if frozen:
+        if model is not None:
+            check_recordable(model)
+        with _Record(gates.entries):
+            yield gates
+    else:
+        yield gates
+
+
+def check_recordable(model: torch.nn.Module) -> None:
+    """Raises ValueError where a compiled or scripted module would hide its gates from the recording."""
+    for name, module in model.named_modules():
+        compiled = type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None)
+        if compiled or isinstance(module, torch.jit.ScriptModule):
+            what = "compiled by torch.compile" if compiled else "a TorchScript module"
+            raise ValueError(
+                f'gates="frozen": module {name or "(the model itself)"!r} is {what}, so its gates cannot be recorded; '
+                'pass the module it was made from, or gates="free"'
+            )
+
+
+# ---- rules: what a recording keeps of a call, and how a replay uses it -------------------------------------------
+
+
+class _ReluGates(torch.autograd.Function):
+    """Multiplication by recorded 0/1 gates: the same linear map forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bits: Tensor, order: list[int]) -> Tensor:
+        ctx.save_for_backward(bits)
+        ctx.order = order
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        return ops.gate_apply(x.permute(order).contiguous(), bits).permute(inverse)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _ReluGates.apply(grad, *ctx.saved_tensors, ctx.order), None, None  # type: ignore[no-untyped-call]
+
+
+class _MaxPool2dGates(torch.autograd.Function):
+    """A 2-d max-pool that takes the recorded elements; PyTorch's own backward needs no more than their indices."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, indices: Tensor, geometry: tuple[Any, ...]) -> Tensor:
+        ctx.save_for_backward(x.new_empty(()).expand(x.shape), indices)
+        ctx.geometry = geometry
+        return _take(x, indices, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, indices = ctx.saved_tensors
+        backward = torch.ops.aten.max_pool2d_with_indices_backward
+        return backward(grad, x, *ctx.geometry, indices.long()), None, None
+
+
+def _take(x: Tensor, indices: Tensor, dims: int) -> Tensor:
+    """The elements of x at flat indices into its last ``dims`` dimensions."""
+    lead = indices.dim() - dims
+    return x.flatten(lead).gather(lead, indices.flatten(lead).long()).view(indices.shape)
+
+
+class _Rule:
+    """How one family of functions is recorded and replayed; arguments come as the caller gave them."""
+
+    def record(self, function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Calls the function as it is; returns its output and what the replay needs."""
+        raise NotImplementedError
+
+    def replay(self, saved: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The output of the call with the recorded gates."""
+        raise NotImplementedError
+
+
+class _Elementwise(_Rule):
+    """An elementwise function that is linear on each side of its kinks.
+
+    ``keep(x, *parameters)`` finds the side of each element, ``apply(x, saved, *parameters)`` is the function there.
+    """
+
+    def __init__(self, keep: Callable[..., Any], apply: Callable[..., Tensor]) -> None:
+        self.keep, self.apply = keep, apply
+
+    @staticmethod
+    def split(args: Any, kwargs: Any) -> tuple[Any, dict[str, Any], bool]:
+        """Input and parameters by position, parameters by name, and whether the call works in place."""
+        kwargs = dict(kwargs)
+        inplace = kwargs.pop("inplace", False)
+        if args and args[-1] is True:  # inplace given by position is the only boolean these functions take
+            args, inplace = args[:-1], True
+        elif args and args[-1] is False:
+            args = args[:-1]
+        if "input" in kwargs:
+            args = (kwargs.pop("input"), *args)
+        return args, kwargs, inplace
+
+    def record(self, function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
+        positional, named, _ = self.split(args, kwargs)
+        with torch.no_grad():
+            saved = self.keep(*positional, **named)  # before the call, which may overwrite its input
+        return function(*args, **kwargs), saved
+
+    def replay(self, saved: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        (x, *parameters), named, inplace = self.split(args, kwargs)
+        out = self.apply(x, saved, *parameters, **named)
+        name = getattr(function, "__name__", "")
+        inplace = inplace or (name.endswith("_") and not name.endswith("__"))
+        return x.copy_(out) if inplace else out
+
+
+def _keep_relu(x: Tensor) -> tuple[Tensor, list[int]]:
+    strides = x.stride()
+    order = sorted(range(x.dim()), key=lambda i: (-strides[i], i))  # channels-last memory stays as it is
+    return ops.gate_pack(x.permute(order).contiguous()), order
+
+
+def _apply_relu(x: Tensor, saved: tuple[Tensor, list[int]]) -> Tensor:
+    return _ReluGates.apply(x, *saved)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _keep_sides(x: Tensor, low: Any = None, high: Any = None) -> Tensor:
+    """-1, 0 and 1 for elements below, between and above the bounds (derivative 1 on a bound, as in clamp)."""
+    sides = torch.zeros_like(x, dtype=torch.int8)
+    if low is not None:
+        sides = sides - (x < low).to(torch.int8)
+    if high is not None:
+        sides = torch.where(x > high, 1, sides)
+    return sides.to(torch.int8)
+
+
+def _apply_sides(x: Tensor, sides: Tensor, low: Any = None, high: Any = None) -> Tensor:
+    if low is not None:
+        x = torch.where(sides < 0, torch.as_tensor(low, dtype=x.dtype, device=x.device), x)
+    if high is not None:
+        x = torch.where(sides > 0, torch.as_tensor(high, dtype=x.dtype, device=x.device), x)
+    return x
+
+
+def _keep_strict(x: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
+    """The sides for hardtanh, whose derivative on a bound is 0."""
+    return (x >= max_val).to(torch.int8) - (x <= min_val).to(torch.int8)
+
+
+def _leaky(x: Tensor, positive: Tensor, negative_slope: float = 0.01) -> Tensor:
+    return torch.where(positive, x, x * negative_slope)
+
+
+def _prelu(x: Tensor, positive: Tensor, weight: Tensor) -> Tensor:
+    if weight.numel() > 1:  # one slope per channel
+        weight = weight.view(-1, *[1] * (x.dim() - 2))
+    return torch.where(positive, x, x * weight)
+
+
+class _Larger(_Rule):
+    """maximum and minimum of two tensors, and max and min in all their forms."""
+
+    def record(self, function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
+        out = function(*args, **kwargs)
+        x = args[0]
+        with torch.no_grad():
+            if self._other(args, kwargs) is not None:
+                # autograd gives each of two equal elements half of the gradient
+                other = self._other(args, kwargs)
+                saved: Any = (0.5 * ((out == x).to(x.dtype) - (out == other).to(x.dtype)) + 0.5).to(torch.float16)
+            elif isinstance(out, tuple):
+                saved = out[1]
+            else:  # amax, amin, max(), min(): equal elements share the gradient
+                dims = kwargs.get("dim", args[1] if len(args) > 1 else ())
+                keepdim = kwargs.get("keepdim", args[2] if len(args) > 2 else False)
+                dims = tuple(range(x.dim())) if dims == () else (dims,) if isinstance(dims, int) else tuple(dims)
+                full = out
+                if not keepdim:
+                    for dim in sorted(d % x.dim() for d in dims):
+                        full = full.unsqueeze(dim)
+                chosen = x == full
+                saved = (chosen, chosen.sum(dims, keepdim=True), dims, keepdim)
+        return out, saved
+
+    def replay(self, saved: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        x, other = args[0], self._other(args, kwargs)
+        if other is not None:
+            share = saved.to(x.dtype)
+            return x * share + other * (1 - share)
+        if isinstance(saved, Tensor):
+            dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+            keepdim = kwargs.get("keepdim", args[2] if len(args) > 2 else False)
+            values = x.gather(dim, saved if keepdim else saved.unsqueeze(dim))
+            pair = (values if keepdim else values.squeeze(dim), saved)
+            return getattr(torch.return_types, function.__name__)(pair)
+        chosen, count, dims, keepdim = saved
+        return (torch.where(chosen, x, 0) / count).sum(dims, keepdim=keepdim)
+
+    @staticmethod
+    def _other(args: Any, kwargs: Any) -> Tensor | None:
+        other = kwargs.get("other", args[1] if len(args) > 1 else None)
+        return other if isinstance(other, Tensor) else None
+
+
+class _MaxPool(_Rule):
+    """max_pool and adaptive_max_pool in 1, 2 and 3 dimensions."""
+
+    def __init__(self, dims: int, with_indices: Callable[..., Any], adaptive: bool = False) -> None:
+        self.dims, self.with_indices, self.adaptive = dims, with_indices, adaptive
+
+    def geometry(
+        self,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> tuple[tuple[Any, ...], bool]:
+        """The arguments of a pool after its input, as the operators want them."""
+        pairs = [
+            [value] * self.dims if isinstance(value, int) else list(value)
+            for value in (
+                kernel_size,
+                stride if stride is not None and stride != [] else kernel_size,
+                padding,
+                dilation,
+            )
+        ]
+        return (*pairs, ceil_mode), return_indices
+
+    def arguments(self, args: Any, kwargs: Any) -> tuple[Tensor, Any, bool]:
+        """The input, the geometry, and whether the caller wants the indices."""
+        kwargs = dict(kwargs)
+        x, *rest = (kwargs.pop("input"), *args) if "input" in kwargs else args
+        if self.adaptive:
+            size = rest[0] if rest else kwargs["output_size"]
+            return x, (size,), bool(kwargs.get("return_indices", rest[1] if len(rest) > 1 else False))
+        geometry, return_indices = self.geometry(*rest, **kwargs)
+        return x, geometry, return_indices
+
+    def record(self, function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
+        x, geometry, return_indices = self.arguments(args, kwargs)
+        out, indices = self.with_indices(x, *geometry)
+        return (out, indices) if return_indices else out, indices.int()
+
+    def replay(self, saved: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        x, geometry, return_indices = self.arguments(args, kwargs)
+        if self.dims == 2 and not self.adaptive:
+            out = _MaxPool2dGates.apply(x, saved, geometry)  # type: ignore[no-untyped-call]
+        else:
+            out = _take(x, saved, self.dims)
+        return (out, saved.long()) if return_indices else out
+
+
+def _rules() -> dict[Callable[..., Any], tuple[str, _Rule]]:
+    relu = _Elementwise(_keep_relu, _apply_relu)
+    relu6 = _Elementwise(lambda x: _keep_strict(x, 0.0, 6.0), lambda x, sides: _apply_sides(x, sides, 0.0, 6.0))
+    hardtanh = _Elementwise(
+        _keep_strict, lambda x, sides, min_val=-1.0, max_val=1.0: _apply_sides(x, sides, min_val, max_val)
+    )
+    clamp = _Elementwise(
+        lambda x, min=None, max=None: _keep_sides(x, min, max),
+        lambda x, sides, min=None, max=None: _apply_sides(x, sides, min, max),
+    )
+    clamp_max = _Elementwise(
+        lambda x, max: _keep_sides(x, None, max), lambda x, sides, max: _apply_sides(x, sides, None, max)
+    )
+    threshold = _Elementwise(
+        lambda x, threshold, value: x > threshold,
+        lambda x, above, threshold, value: torch.where(above, x, torch.full_like(x, value)),
+    )
+    leaky = _Elementwise(lambda x, negative_slope=0.01: x > 0, _leaky)
+    prelu = _Elementwise(lambda x, weight: x > 0, _prelu)
+    absolute = _Elementwise(lambda x: torch.sign(x).to(torch.int8), lambda x, sign: x * sign)
+    larger = _Larger()
+
+    named: list[tuple[str, _Rule, str]] = [
+        ("relu", relu, "relu relu_"),
+        ("relu6", relu6, "relu6"),
+        ("leaky_relu", leaky, "leaky_relu leaky_relu_"),
+        ("prelu", prelu, "prelu"),
+        ("hardtanh", hardtanh, "hardtanh hardtanh_"),
+        ("threshold", threshold, "threshold threshold_"),
+        ("clamp", clamp, "clamp clamp_ clip clip_ clamp_min clamp_min_"),
+        ("clamp_max", clamp_max, "clamp_max clamp_max_"),
+        ("abs", absolute, "abs abs_ absolute absolute_ __abs__"),
+        ("max", larger, "max min amax amin maximum minimum fmax fmin"),
+    ]
+    for n, with_indices, adaptive in (
+        (1, F.max_pool1d_with_indices, F.adaptive_max_pool1d_with_indices),
+        (2, F.max_pool2d_with_indices, F.adaptive_max_pool2d_with_indices),
+        (3, F.max_pool3d_with_indices, F.adaptive_max_pool3d_with_indices),
+    ):
+        named.append((f"max_pool{n}d", _MaxPool(n, with_indices), f"max_pool{n}d max_pool{n}d_with_indices"))
+        pool = _MaxPool(n, adaptive, adaptive=True)
+        name = f"adaptive_max_pool{n}d"
+        named.append((name, pool, f"{name} {name}_with_indices"))
+    table: dict[Callable[..., Any], tuple[str, _Rule]] = {}
+    for name, rule, functions in named:
+        for function in functions.split():
+            for place in (torch, Tensor, F, torch._C._nn):
+                if hasattr(place, function):
+                    table[getattr(place, function)] = (name, rule)
+    return table
+
+
+_RULES = _rules()
+
+_KINKED = "hardswish hardsigmoid hardshrink softshrink selu rrelu median kthvalue sort topk cummax cummin"
+_UNREACHED = {
+    getattr(place, name): name
+    for name in [*_KINKED.split(), "fractional_max_pool2d", "fractional_max_pool3d"]
+    for place in (torch, Tensor, F)
+    if hasattr(place, name)
+}
+"""Functions with kinks that no rule replays: met in a recording, they are named in a warning."""
+
+
+def _gated(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[str, _Rule] | None:
+    """The rule for this call, or None where the function has no gates or its input is not real-valued."""
+    found = _RULES.get(function)
+    if found is None:
+        return None
+    x = args[0] if args else kwargs.get("input")
+    return found if isinstance(x, Tensor) and x.is_floating_point() and x.numel() > 0 else None
+
+
+class _Record(TorchFunctionMode):
+    def __init__(self, entries: list[_Entry]) -> None:
+        super().__init__()
+        self.entries = entries
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        found = _gated(func, args, kwargs)
+        if found is None:
+            if func in _UNREACHED:
+                warnings.warn(
+                    f'gates="frozen" does not reach {_UNREACHED[func]}: its kinks stay free, and finite differences '
+                    "may not converge to double backprop",
+                    UserWarning,
+                    stacklevel=2,
+                )
+            return func(*args, **kwargs)
+        name, rule = found
+        out, saved = rule.record(func, args, kwargs)
+        self.entries.append(_Entry(name, _shape(out), saved))
+        return out
+
+
+class _Replay(TorchFunctionMode):
+    def __init__(self, entries: list[_Entry]) -> None:
+        super().__init__()
+        self.entries = entries
+        self.position = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        found = _gated(func, args, kwargs)
+        if found is None:
+            return func(*args, **kwargs)
+        name, rule = found
+        if self.position == len(self.entries) or self.entries[self.position].rule != name:
+            raise RuntimeError(f"gates: the second forward calls {name} where the recorded one did not")
+        entry = self.entries[self.position]
+        self.position += 1
+        out = rule.replay(entry.saved, func, args, kwargs)
+        if _shape(out) != entry.shape:
+            raise RuntimeError(f"gates: {name} gave shape {tuple(_shape(out))}, recorded was {tuple(entry.shape)}")
+        return out
+
+    def check_complete(self) -> None:
+        """Raises RuntimeError where recorded gates were left over."""
+        if self.position != len(self.entries):
+            left = self.entries[self.position].rule
+            raise RuntimeError(f"gates: the second forward did not call {left} where the recorded one did")
+
+
+def _shape(out: Any) -> torch.Size:
+    return (out[0] if isinstance(out, tuple) else out).shape  # type: ignore[no-any-return]

@@ -1,0 +1,536 @@
+"""The Fisher penalty R(θ) = ‖g‖², g = ∇_θ mean_i ℓ(x_i, ŷ_i), as a scalar that backpropagates (eq. 3, 5 and 6).
+
+Its gradient is ∇R = 2 H_ŷ g. Two ways to it:
+
+- ``double_backprop`` differentiates through the gradient. Exact, and the oracle of the tests; it costs three to five
+  plain steps and keeps the graph of the backward in memory.
+- ``finite_difference`` takes the gradient once more, at θ + ρd with d = g/‖g‖:
+  ∇R ≈ (2‖g‖/ρ)·(∇ℓ_ŷ(θ + ρd) − g), or centrally (‖g‖/ρ)·(∇ℓ_ŷ(θ + ρd) − ∇ℓ_ŷ(θ − ρd)).
+  Two forwards and two backwards of the penalised loss, and no graph of a backward.
+
+The shifted forward runs on copies (``torch.func.functional_call``): the model's parameters and buffers are never
+written, whatever is raised on the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastfisher import ops
+from fastfisher.gates import Gates, record_gates
+from fastfisher.labels import check_labels, cross_entropy, label_loss
+from fastfisher.slow_path import warn_slow_path
+
+Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
+Method = Literal["double_backprop", "finite_difference"]
+Difference = Literal["forward", "central"]
+
+
+# ---- the step ------------------------------------------------------------------------------------------------------
+
+FROZEN_STEP: dict[torch.dtype, dict[str, float]] = {
+    torch.float64: {"forward": 1e-7, "central": 1e-5},
+    torch.float32: {"forward": 2e-4, "central": 1e-3},
+    torch.float16: {"forward": 1e-2, "central": 3e-2},
+    torch.bfloat16: {"forward": 5e-2, "central": 1e-1},
+}
+"""ρ with frozen gates, by the precision of the forward (TF32 counts as float16, which has as many bits).
+
+Chosen for the smallest worst error over SimpleCNN and VGG-11, at initialisation and after 50 steps, on digits and on
+noise (``bench/step_size.py`` prints the table); shifted inputs take √B times as much, which is ρ per example.
+"""
+
+FREE_START = 1e-2
+"""The first ρ with free gates, as a fraction of ‖θ‖; :class:`AdaptiveStep` takes it from there."""
+
+
+@dataclass
+class AdaptiveStep:
+    """A step ρ for free gates that follows the relative change of the gradient, ‖∇ℓ_ŷ(θ + ρd) − g‖/‖g‖.
+
+    With free gates a step must be long enough to cross many kinks, or it measures their noise; neither a fixed ρ nor a
+    fixed fraction of ‖θ‖ carries over between networks, but the relative change it causes does. After each penalty ρ
+    is multiplied by target/change, at most doubled or halved: no pass is spent on it.
+
+    Attributes:
+        target: the relative change to hold.
+        rho: the current ρ; None before the first penalty, which starts at ``FREE_START``·‖θ‖.
+    """
+
+    target: float = 0.5
+    rho: float | None = None
+
+    def current(self, norm: float) -> float:
+        """The ρ to use where the shifted quantity has norm ``norm``."""
+        if self.rho is None:
+            self.rho = FREE_START * (norm if norm > 0 else 1.0)
+        return self.rho
+
+    def update(self, change: float) -> None:
+        """Takes note of the relative change that the current ρ caused."""
+        if self.rho is not None and math.isfinite(change):
+            self.rho *= min(2.0, max(0.5, self.target / max(change, 1e-12)))
+
+
+Step = Literal["auto"] | float | AdaptiveStep
+
+
+def _precision(tensors: list[Tensor], device: torch.device) -> torch.dtype:
+    """The coarsest dtype that the forward computes in."""
+    dtypes = [t.dtype for t in tensors if t.is_floating_point()]
+    if torch.is_autocast_enabled(device.type):
+        dtypes.append(torch.get_autocast_dtype(device.type))
+    tf32 = device.type == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    return torch.float16 if tf32 and coarsest == torch.float32 else coarsest
+
+
+# ---- arguments -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a penalty is, apart from model and data. Checked on construction; errors name the argument."""
+
+    labels: str | Tensor = "sampled"
+    method: Method = "double_backprop"
+    gates: Literal["frozen", "free"] | Gates = "frozen"
+    wrt: Literal["parameters", "inputs"] = "parameters"
+    reduction: Literal["batch", "first"] = "batch"
+    step: Step = "auto"
+    difference: Difference = "forward"
+
+    def __post_init__(self) -> None:
+        check_labels(self.labels, torch.empty(0))
+        allowed: dict[str, tuple[str, ...]] = {
+            "method": ("double_backprop", "finite_difference"),
+            "gates": ("frozen", "free"),
+            "wrt": ("parameters", "inputs"),
+            "reduction": ("batch", "first"),
+            "difference": ("forward", "central"),
+        }
+        for name, values in allowed.items():
+            value = getattr(self, name)
+            if not (name == "gates" and isinstance(value, Gates)) and value not in values:
+                expected = " or ".join(f'"{v}"' for v in values)
+                raise ValueError(f"{name}: expected {expected}, got {value!r}")
+        if isinstance(self.step, AdaptiveStep) or self.step == "auto":
+            return
+        if isinstance(self.step, str) or not (math.isfinite(self.step) and self.step > 0):
+            raise ValueError(f'step: expected a positive number, "auto" or an AdaptiveStep, got {self.step!r}')
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the shifted forward replays the gates."""
+        return self.gates.frozen if isinstance(self.gates, Gates) else self.gates == "frozen"
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that require a gradient, by name; a shared one once.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not found:
+        raise ValueError("model: expected at least one parameter with requires_grad, found none")
+    return found
+
+
+def chosen_names(trainable: dict[str, Tensor], params: Iterable[Tensor] | None) -> frozenset[str]:
+    """The names of the parameters whose gradient's norm is penalised: all, or those in ``params``.
+
+    Raises:
+        ValueError: ``params`` is empty or holds a tensor that is no trainable parameter of the model.
+    """
+    if params is None:
+        return frozenset(trainable)
+    names = {id(p): name for name, p in trainable.items()}
+    chosen = []
+    for position, p in enumerate(params):
+        if id(p) not in names:
+            raise ValueError(f"params: item {position} (shape {tuple(p.shape)}) is no trainable parameter of the model")
+        chosen.append(names[id(p)])
+    if not chosen:
+        raise ValueError("params: expected at least one parameter, got none")
+    return frozenset(chosen)
+
+
+def map_inputs(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
+    """Applies a function to every tensor of ``inputs``, which keep their structure."""
+
+    def visit(value: Any) -> Any:
+        return function(value) if isinstance(value, Tensor) else value
+
+    if isinstance(inputs, Tensor):
+        return function(inputs)
+    if isinstance(inputs, tuple):
+        return tuple(visit(value) for value in inputs)
+    if isinstance(inputs, dict):
+        return {name: visit(value) for name, value in inputs.items()}
+    raise TypeError(f"inputs: expected a tensor, a tuple or a dict of tensors, got {type(inputs).__name__}")
+
+
+def input_tensors(inputs: Inputs) -> list[Tensor]:
+    """The tensors of ``inputs`` in order."""
+    found: list[Tensor] = []
+    map_inputs(inputs, lambda x: found.append(x) or x)  # type: ignore[func-returns-value]
+    return found
+
+
+def call_model(model: nn.Module, inputs: Inputs) -> Tensor:
+    """The logits: the model called with a tensor, with a tuple's items, or with a dict's items by name."""
+    if isinstance(inputs, tuple):
+        return model(*inputs)  # type: ignore[no-any-return]
+    if isinstance(inputs, dict):
+        return model(**inputs)  # type: ignore[no-any-return]
+    return model(inputs)  # type: ignore[no-any-return]
+
+
+def call_copy(model: nn.Module, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
+    """The logits with other parameters and with copies of the buffers: the model itself stays as it is."""
+    state = {name: buffer.clone() for name, buffer in model.named_buffers()} | parameters
+    args: tuple[Any, ...] = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
+    kwargs = inputs if isinstance(inputs, dict) else None
+    return torch.func.functional_call(model, state, args, kwargs)  # type: ignore[no-any-return]
+
+
+def couples_examples(model: nn.Module) -> bool:
+    """Whether one example's output depends on the others: a BatchNorm in train mode."""
+    return any(m.training and isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+
+def _autocast_of(device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """A context as the caller's autocast is now, for a backward, where autograd does not restore it."""
+    enabled, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+    return lambda: torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+
+# ---- finite differences ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class FiniteDifference:
+    """The gradient at θ of the penalised loss, and what it takes to have it again at θ + ρd.
+
+    Attributes:
+        inputs, first_only: what the shifted forward runs on, and whether only its first row counts.
+        labels: the labels of the gradient, kept for the shifted one.
+        gradient: ∇_θ of the mean loss at those labels, by name; a parameter that is not used is absent.
+        direction: what the norm is taken of, by name: the gradients of the chosen parameters, or those of the inputs
+            (named by position).
+        factor: R = factor·‖direction‖² (1; the number of examples for inputs, where R = mean_i ‖∂ℓ_i/∂x_i‖²).
+    """
+
+    model: nn.Module
+    inputs: Inputs
+    first_only: bool
+    settings: Settings
+    gates: Gates
+    labels: Tensor
+    gradient: dict[str, Tensor]
+    direction: dict[str, Tensor]
+    factor: float
+    norm: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.norm = math.sqrt(float(ops.sum_squares(list(self.direction.values())))) if self.direction else 0.0
+        self.size = math.sqrt(float(ops.sum_squares(list(self.gradient.values())))) if self.gradient else 0.0
+        self.parameters = dict(self.model.named_parameters())
+        self.device = next(iter(self.parameters.values())).device
+        self.autocast = _autocast_of(self.device)
+
+    @property
+    def value(self) -> float:
+        """R."""
+        return self.factor * self.norm**2
+
+    def add_to(self, out: dict[str, Tensor], weight: float) -> None:
+        """out += weight·∇R, in place, for the parameters in ``gradient``, which ``out`` may be."""
+        if self.norm == 0.0:
+            return  # ∇R = 2 H g = 0
+        rho = self.rho()
+        ahead, behind = self._pair(rho)
+        if self.settings.step == "auto" and not self.settings.frozen:
+            ahead, behind, rho = self._search(ahead, behind, rho)
+        scale = weight * self.coefficient(rho)
+        names = list(self.gradient)
+        targets, after, before = ([tensors[name] for name in names] for tensors in (out, ahead, behind))
+        self._judge(self._change(ops.axpy_diff(targets, after, before, scale)), rho)
+
+    def mixed_gradient(self, weight: float, loss: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """∇L(θ + ρd) + weight·∇R with one backward for both; ``loss`` is L as a function of the logits."""
+        rho = self.rho()
+        coefficient = weight * self.coefficient(rho) if self.norm > 0.0 else 0.0
+        total = self.shifted_gradient(rho, coefficient, loss)
+        for name, gradient in self.gradient.items():
+            total[name].sub_(gradient, alpha=coefficient)
+        return total
+
+    def coefficient(self, rho: float) -> float:
+        """∇R = coefficient·(the difference of the gradients)."""
+        return self.factor * self.norm * (2.0 if self.settings.difference == "forward" else 1.0) / rho
+
+    def rho(self) -> float:
+        """The length of the step: as given, or the default for the gates and the precision."""
+        step = self.settings.step
+        if isinstance(step, AdaptiveStep):
+            return step.current(self._shifted_norm())
+        if step != "auto":
+            return float(step)
+        if not self.settings.frozen:
+            return AdaptiveStep().current(self._shifted_norm())
+        rho = FROZEN_STEP[self._precision()][self.settings.difference]
+        return rho * math.sqrt(self.factor) if self.settings.wrt == "inputs" else rho
+
+    def shifted_gradient(
+        self, rho: float, weight: float = 1.0, loss: Callable[[Tensor], Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """∇_θ of weight·(mean loss at the labels) + loss(logits) at θ + ρd, or at the inputs shifted likewise."""
+        length = rho / self.norm if self.norm > 0.0 else 0.0
+        inputs = self.inputs
+        parameters = {name: p.detach() for name, p in self.parameters.items()}
+        if self.settings.wrt == "inputs":
+            position = iter(range(len(input_tensors(inputs))))
+
+            def shift(x: Tensor) -> Tensor:
+                direction = self.direction.get(str(next(position)))
+                return x.detach() if direction is None else torch.add(x.detach(), direction, alpha=length)
+
+            inputs = map_inputs(inputs, shift)
+        else:
+            for name, direction in self.direction.items():
+                parameters[name] = torch.add(parameters[name], direction, alpha=length)
+        leaves = {name: parameters[name].detach().requires_grad_() for name in self.gradient}
+        with torch.enable_grad(), self.autocast():
+            with self.gates.replay():
+                logits = call_copy(self.model, parameters | leaves, inputs)
+            total = weight * cross_entropy(logits[:1] if self.first_only else logits, self.labels)
+            if loss is not None:
+                total = total + loss(logits)
+        return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
+
+    def _pair(self, rho: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        ahead = self.shifted_gradient(rho)
+        return ahead, self.gradient if self.settings.difference == "forward" else self.shifted_gradient(-rho)
+
+    def _search(self, ahead: Any, behind: Any, rho: float) -> tuple[Any, Any, float]:
+        """Retakes the step until the gradient's change is near its target: passes that an AdaptiveStep saves."""
+        adaptive = AdaptiveStep(rho=rho)
+        for _ in range(6):
+            names = list(self.gradient)
+            change = self._change(ops.sum_squares([ahead[name] - behind[name] for name in names]))
+            if 0.5 * adaptive.target <= change <= 2 * adaptive.target:
+                break
+            adaptive.update(change)
+            rho = adaptive.current(0.0)
+            ahead, behind = self._pair(rho)
+        return ahead, behind, rho
+
+    def _change(self, squared_difference: Tensor) -> float:
+        """The relative change of the gradient over one ρ."""
+        sides = 1.0 if self.settings.difference == "forward" else 2.0
+        return math.sqrt(float(squared_difference)) / sides / self.size
+
+    def _judge(self, change: float, rho: float) -> None:
+        """Adapts the step, and warns where it was too short to measure anything."""
+        if isinstance(self.settings.step, AdaptiveStep):
+            self.settings.step.update(change)
+        elif not self.settings.frozen and change < 0.05:
+            warnings.warn(
+                f"step: with free gates a step of {rho:.1e} changed the gradient by only {change:.1e} of its norm; so "
+                'short a step measures the noise of single kinks and can destroy training. Use step="auto", or '
+                'gates="frozen", which is right for short steps.',
+                UserWarning,
+                stacklevel=2,
+            )
+        floor = 50 * torch.finfo(self._precision()).eps
+        if change < floor and 0.0 < change and self._precision() in (torch.float32, torch.float64):
+            warnings.warn(
+                f"step: {rho:.1e} changed the gradient by {change:.1e} of its norm, less than {floor:.0e}, where rounding "
+                "shows; use a longer step or a higher precision",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _precision(self) -> torch.dtype:
+        with self.autocast():
+            return _precision(list(self.parameters.values()), self.device)
+
+    def _shifted_norm(self) -> float:
+        if self.settings.wrt == "inputs":
+            shifted = [x for i, x in enumerate(input_tensors(self.inputs)) if str(i) in self.direction]
+        else:
+            shifted = [self.parameters[name] for name in self.direction]
+        return math.sqrt(float(ops.sum_squares([x.detach() for x in shifted])))
+
+
+# ---- the gradient at θ -----------------------------------------------------------------------------------------------
+
+
+def requiring_grad(inputs: Inputs) -> Inputs:
+    """The inputs with every floating-point tensor detached and requiring a gradient."""
+    return map_inputs(inputs, lambda x: x.detach().requires_grad_() if x.is_floating_point() else x)
+
+
+def gradient_at(
+    loss: Tensor,
+    trainable: dict[str, Tensor],
+    inputs: Inputs,
+    settings: Settings,
+    chosen: frozenset[str],
+    *,
+    retain_graph: bool,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """∇_θ loss by name and the direction of the shift (see :class:`FiniteDifference`), unused parameters left out."""
+    wanted: dict[str, Tensor] = {}
+    if settings.wrt == "inputs":
+        wanted = {str(i): x for i, x in enumerate(input_tensors(inputs)) if x.requires_grad}
+        if not wanted:
+            raise ValueError('inputs: expected a floating-point tensor that requires a gradient with wrt="inputs"')
+    sources = list(trainable.values()) + list(wanted.values())
+    found = torch.autograd.grad(loss, sources, retain_graph=retain_graph, allow_unused=True)
+    gradient = {n: g for n, g in zip(trainable, found[: len(trainable)], strict=True) if g is not None}
+    if settings.wrt == "inputs":
+        by_input = zip(wanted, found[len(trainable) :], strict=True)
+        return gradient, {name: g for name, g in by_input if g is not None}
+    return gradient, {name: g for name, g in gradient.items() if name in chosen}
+
+
+class _Penalty(torch.autograd.Function):
+    """R as a value whose gradient is taken by finite differences, when and if the backward comes."""
+
+    @staticmethod
+    def forward(ctx: Any, difference: FiniteDifference, names: list[str], *parameters: Tensor) -> Tensor:
+        ctx.difference, ctx.names = difference, names
+        ctx.save_for_backward(*parameters)  # autograd then raises if one was changed in between
+        return parameters[0].new_tensor(difference.value)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        parameters = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        out = {name: torch.zeros_like(parameters[name]) for name in ctx.difference.gradient}
+        ctx.difference.add_to(out, float(grad))
+        return (None, None, *(out.get(name) for name in ctx.names))
+
+
+def penalty(
+    model: nn.Module,
+    inputs: Inputs,
+    targets: Tensor | None = None,
+    *,
+    labels: Literal["sampled", "true", "uniform"] | Tensor = "sampled",
+    method: Method = "double_backprop",
+    gates: Literal["frozen", "free"] | Gates = "frozen",
+    wrt: Literal["parameters", "inputs"] = "parameters",
+    logits: Tensor | None = None,
+    reduction: Literal["batch", "first"] = "batch",
+    step: Step = "auto",
+    difference: Difference = "forward",
+    generator: torch.Generator | None = None,
+    params: Iterable[Tensor] | None = None,
+) -> Tensor:
+    """The gradient-norm penalty R as a scalar that backpropagates into the model's parameters.
+
+    ``reduction="batch"``: R = ‖(1/B) Σ_i ∇_θ ℓ(x_i, ŷ_i)‖² (eq. 3); ``"first"``: R = ‖∇_θ ℓ(x_1, ŷ_1)‖² (eq. 6);
+    ``wrt="inputs"``: R = (1/B) Σ_i ‖∂ℓ(x_i, y_i)/∂x_i‖². Names of the paper: FP is ``labels="sampled"``, GP ``"true"``,
+    GP_r ``"uniform"``, GP_x ``wrt="inputs", labels="true"``.
+
+    Example:
+        >>> loss = F.cross_entropy(model(x), y) + 0.1 * fastfisher.penalty(model, x)
+        >>> loss.backward()
+
+    In a training loop :class:`fastfisher.FisherPenalty` costs less: it shares the forward with the training loss.
+
+    Args:
+        model: any module from ``inputs`` to logits (..., C). Its parameters and buffers are not touched: running
+            statistics of BatchNorm do not move, whichever forward this function runs itself.
+        inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments), batch first.
+        targets: class indices, or class probabilities, where ``labels="true"``.
+        labels: whose gradient is penalised: ŷ drawn from the model, the targets, uniform labels, or a given tensor of
+            labels. Labels are held fixed when R is differentiated, as in the paper.
+        method: "double_backprop" (exact) or "finite_difference" (cheaper: the gradient once more at θ + ρd, when the
+            backward reaches R).
+        gates: with finite differences, "frozen" replays the ReLU masks, max-pool indices and their like of the forward
+            at θ, and short steps converge to double backprop; "free" takes a long step across the kinks, a
+            regulariser of its own. A :class:`fastfisher.gates.Gates` recorded by ``record_gates`` around the caller's
+            forward goes with ``logits``.
+        wrt: what the gradient is taken with respect to.
+        logits: the logits of a forward of the caller's on these inputs, to be shared. With finite differences pass the
+            ``gates`` recorded in it too; without them the forward is run again, and a SlowPathWarning says so.
+        step: ρ, the length of the shift; "auto" takes ``FROZEN_STEP`` for frozen gates, and for free gates searches
+            the step that changes the gradient by about half of its norm, which may cost further passes (an
+            :class:`AdaptiveStep` kept between calls costs none).
+        difference: "forward", or "central" (one more forward and backward, an error of ρ² instead of ρ).
+        generator: where the labels are drawn; torch's default generator otherwise.
+        params: the parameters whose gradient's norm is penalised; all trainable ones otherwise.
+
+    Returns:
+        R, a scalar. Differentiable once ("finite_difference") or as often as the model is ("double_backprop").
+
+    Raises:
+        ValueError: an argument is none of the above, or targets are missing; the argument is named.
+    """
+    settings = Settings(labels, method, gates, wrt, reduction, step, difference)
+    check_labels(labels, targets)
+    trainable = trainable_parameters(model)
+    chosen = chosen_names(trainable, params)
+    if not input_tensors(inputs):
+        raise ValueError("inputs: expected at least one tensor, found none")
+    finite = method == "finite_difference"
+
+    if logits is not None and finite and not isinstance(gates, Gates):
+        warn_slow_path(
+            "penalty runs the forward again: finite differences repeat the random draws and gates of the forward that "
+            "gave the logits. Run it within fastfisher.record_gates and pass gates= beside logits=."
+        )
+        logits = None
+    recorded = gates if isinstance(gates, Gates) else None
+    if recorded is not None and logits is None:
+        raise ValueError("logits: expected the logits of the forward in which gates= was recorded, got None")
+    shared = logits is not None
+
+    first_only = reduction == "first"
+    if first_only and not shared and not couples_examples(model):
+        inputs = map_inputs(inputs, lambda x: x[:1])
+        targets = targets[:1] if targets is not None else None
+    if logits is None:
+        if wrt == "inputs":
+            inputs = requiring_grad(inputs)
+        with record_gates(model, frozen=settings.frozen and finite) as recorded, torch.enable_grad():
+            logits = call_copy(model, trainable, inputs)
+    rows = logits[:1] if first_only else logits
+    if first_only and targets is not None:
+        targets = targets[:1]
+    if isinstance(labels, Tensor) and first_only:
+        labels = labels[:1]
+    loss, chosen_labels = label_loss(rows, labels, targets, generator)
+    factor = float(len(rows)) if wrt == "inputs" else 1.0
+
+    if not finite:
+        if wrt == "inputs":
+            sources = [x for x in input_tensors(inputs) if x.requires_grad]
+            if not sources:
+                raise ValueError('inputs: expected a tensor that requires a gradient with wrt="inputs" and logits=')
+        else:
+            sources = [trainable[name] for name in trainable if name in chosen]
+        found = torch.autograd.grad(loss, sources, create_graph=True, allow_unused=True)
+        squares = [g.square().sum() for g in found if g is not None]
+        return factor * torch.stack(squares).sum() if squares else loss.detach() * 0
+
+    assert recorded is not None
+    gradient, direction = gradient_at(loss, trainable, inputs, settings, chosen, retain_graph=shared)
+    shift = FiniteDifference(model, inputs, first_only, settings, recorded, chosen_labels, gradient, direction, factor)
+    names = list(gradient)
+    if not names:
+        return loss.detach() * 0
+    return _Penalty.apply(shift, names, *(trainable[name] for name in names))  # type: ignore[no-any-return, no-untyped-call]

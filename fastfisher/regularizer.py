@@ -1,0 +1,311 @@
+"""FisherPenalty: the penalty inside a training loop, at close to the cost of a plain step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastfisher.gates import Gates, record_gates
+from fastfisher.labels import check_labels, cross_entropy, label_loss
+from fastfisher.penalty import (
+    AdaptiveStep,
+    Difference,
+    FiniteDifference,
+    Inputs,
+    Method,
+    Settings,
+    Step,
+    call_copy,
+    call_model,
+    chosen_names,
+    couples_examples,
+    gradient_at,
+    input_tensors,
+    map_inputs,
+    requiring_grad,
+    trainable_parameters,
+)
+
+Gradients = dict[str, Tensor]
+
+
+class FisherPenalty:
+    """Fills ``.grad`` with the gradient of loss + α·R, R = ‖(1/B) Σ_i ∇_θ ℓ(x_i, ŷ_i)‖² (eq. 3 and 5 of the paper).
+
+    Example:
+        >>> penalty = fastfisher.FisherPenalty(model, alpha=0.1)
+        >>> for inputs, targets in loader:
+        ...     optimizer.zero_grad()
+        ...     loss = penalty.backward(inputs, targets)  # instead of loss.backward()
+        ...     optimizer.step()
+
+    The optimiser, scheduler, clipping and checkpoints stay the caller's: this object only makes gradients. The forward
+    of the training loss is shared with the penalty, R's gradient is recomputed every ``every`` steps and reused in
+    between (eq. 5). With finite differences a recomputing step costs two forwards and three backwards (2.67 plain
+    steps), with ``mixed=True`` or true labels two and two (2.0).
+
+    Args:
+        model: any module from inputs to logits (..., C).
+        alpha: the coefficient α ≥ 0.
+        every: recompute the penalty's gradient every this many steps.
+        start: the first step (counted from 0) with the penalty; plain steps before (figure 3).
+        labels, wrt, method, gates, reduction, step, difference, params: as in :func:`fastfisher.penalty`.
+            ``step="auto"`` with free gates keeps an :class:`AdaptiveStep` over the steps.
+        mixed: take the training gradient at θ + ρd too, in the same backward: one backward fewer, at a bias of ρ H d in
+            the training gradient (tiny at the default step of frozen gates). Needs ``every=1`` and
+            "finite_difference", with a "forward" difference.
+        examples: take R on the first so many examples, with the coefficient α·examples/B, which keeps the expected
+            penalty (Tr(F)/B) and lowers the cost. None: on all.
+        loss: the training loss as a callable of (logits, targets); mean cross-entropy otherwise. R is always taken of
+            the cross-entropy at ``labels``.
+        generator: where labels are drawn; torch's default generator otherwise.
+
+    Attributes:
+        value: R at the last recomputation, a float64 scalar tensor; None before.
+        logits: the logits of the last training forward, detached; None before.
+        steps: how many steps were taken.
+
+    Raises:
+        ValueError: an argument is out of range or does not go with another; it is named.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        alpha: float,
+        *,
+        every: int = 10,
+        start: int = 0,
+        labels: Literal["sampled", "true", "uniform"] = "sampled",
+        wrt: Literal["parameters", "inputs"] = "parameters",
+        reduction: Literal["batch", "first"] = "batch",
+        method: Method = "finite_difference",
+        gates: Literal["frozen", "free"] = "frozen",
+        step: Step = "auto",
+        difference: Difference = "forward",
+        mixed: bool = False,
+        examples: int | None = None,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        generator: torch.Generator | None = None,
+        params: Iterable[Tensor] | None = None,
+    ) -> None:
+        if not (math.isfinite(alpha) and alpha >= 0):
+            raise ValueError(f"alpha: expected a finite number >= 0, got {alpha!r}")
+        if not (isinstance(every, int) and every >= 1):
+            raise ValueError(f"every: expected an integer >= 1, got {every!r}")
+        if not (isinstance(start, int) and start >= 0):
+            raise ValueError(f"start: expected an integer >= 0, got {start!r}")
+        if examples is not None and not (isinstance(examples, int) and examples >= 1):
+            raise ValueError(f"examples: expected an integer >= 1 or None, got {examples!r}")
+        if isinstance(gates, Gates):
+            raise ValueError('gates: expected "frozen" or "free"; FisherPenalty records its own')
+        if isinstance(labels, Tensor):
+            raise ValueError('labels: expected "sampled", "true" or "uniform", got a tensor')
+        if examples is not None and reduction == "first":
+            raise ValueError('examples: expected None with reduction="first", which is on one example')
+        fits = every == 1 and method == "finite_difference" and difference == "forward" and wrt == "parameters"
+        if mixed and not (fits and examples is None and reduction == "batch"):
+            raise ValueError(
+                "mixed: expected every=1, a forward finite difference in the parameters, and the whole batch with "
+                f"mixed=True, got every={every}, method={method!r}, difference={difference!r}, wrt={wrt!r}, "
+                f"examples={examples}, reduction={reduction!r}"
+            )
+        if step == "auto" and gates == "free" and method == "finite_difference":
+            step = AdaptiveStep()
+        self.settings = Settings(labels, method, gates, wrt, reduction, step, difference)
+        self.model, self.alpha, self.every, self.start = model, float(alpha), every, start
+        self.mixed, self.examples, self.generator = mixed, 1 if reduction == "first" else examples, generator
+        self.loss = loss
+        self.params = None if params is None else list(params)
+        chosen_names(trainable_parameters(model), self.params)  # a wrong list is refused now, not at the first step
+        self.value: Tensor | None = None
+        self.logits: Tensor | None = None
+        self.steps = 0
+        self._rows: int | None = None
+        self._reused: Gradients | None = None
+
+    @property
+    def trace_estimate(self) -> Tensor | None:
+        """B·‖g‖², whose expectation is Tr(F) (eq. 2), exactly: E_ŷ[g_i] = 0 for each example, so cross terms vanish.
+
+        None before the first penalty, and where R is not of sampled labels and all parameters. Not unbiased with
+        BatchNorm in train mode, which couples the examples.
+        """
+        sampled = self.settings.labels == "sampled" and self.settings.wrt == "parameters" and self.params is None
+        return self.value * self._rows if sampled and self.value is not None and self._rows is not None else None
+
+    def backward(self, inputs: Inputs, targets: Tensor) -> Tensor:
+        """One forward and the gradients: adds the gradient of loss + α·R to ``.grad``, as ``Tensor.backward`` would.
+
+        Nothing is written to ``.grad`` and the step does not count if anything raises on the way.
+
+        Args:
+            inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments), batch first.
+            targets: as the training loss takes them; class indices or probabilities for cross-entropy.
+
+        Returns:
+            The training loss without the penalty, a detached scalar.
+        """
+        trainable = trainable_parameters(self.model)
+        due = self.steps >= self.start and self.alpha > 0 and (self.steps - self.start) % self.every == 0
+        if due:
+            if not input_tensors(inputs):
+                raise ValueError("inputs: expected at least one tensor, found none")
+            loss, total = self._penalised(inputs, targets, trainable)
+        else:
+            with torch.enable_grad():
+                logits = call_model(self.model, inputs)
+                loss = self._training_loss(logits, targets)
+            self.logits = logits.detach()
+            total = _gradients(loss, trainable)
+            if self._reused is not None:
+                for name, gradient in self._reused.items():
+                    _add(total, name, gradient, self.alpha)
+        with torch.no_grad():
+            for name, gradient in total.items():
+                parameter = trainable[name]
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        self.steps += 1
+        return loss.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to be the same run: the step count, the reused gradient, the adaptive step."""
+        step = self.settings.step
+        return {
+            "steps": self.steps,
+            "value": self.value,
+            "rows": self._rows,
+            "reused": None if self._reused is None else {n: g.clone() for n, g in self._reused.items()},
+            "rho": step.rho if isinstance(step, AdaptiveStep) else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: a key is missing or unknown, or a gradient does not fit the model; nothing is restored then.
+        """
+        expected = {"steps", "value", "rows", "reused", "rho"}
+        if set(state) != expected:
+            raise ValueError(f"state: expected the keys {sorted(expected)}, got {sorted(state)}")
+        trainable = trainable_parameters(self.model)
+        for name, gradient in (state["reused"] or {}).items():
+            if name not in trainable or trainable[name].shape != gradient.shape:
+                raise ValueError(f"state: the reused gradient of {name!r} does not fit a parameter of the model")
+        self.steps, self.value, self._rows = state["steps"], state["value"], state["rows"]
+        reused = state["reused"]
+        self._reused = None if reused is None else {n: g.to(trainable[n], copy=True) for n, g in reused.items()}
+        if isinstance(self.settings.step, AdaptiveStep):
+            self.settings.step.rho = state["rho"]
+
+    # ---- one step that recomputes the penalty ------------------------------------------------------------------------
+
+    def _penalised(self, inputs: Inputs, targets: Any, trainable: dict[str, Tensor]) -> tuple[Tensor, Gradients]:
+        """The training loss and the gradient of loss + α·R; keeps R and, for reuse, its gradient."""
+        if self.settings.wrt == "inputs":
+            inputs = requiring_grad(inputs)
+        with torch.enable_grad():
+            logits, part, part_inputs, first_only, gates = self._forwards(inputs, trainable)
+            loss = self._training_loss(logits, targets)
+            true = targets[: len(part)] if isinstance(targets, Tensor) else None
+            check_labels(self.settings.labels, true)
+            penalised, labels = label_loss(part, self.settings.labels, true, self.generator)
+        alpha = self.alpha
+        if self.settings.reduction == "batch":
+            alpha *= len(part) / len(logits)  # Tr(F)/n over n examples, Tr(F)/B over the batch
+        factor = float(len(part)) if self.settings.wrt == "inputs" else 1.0
+        chosen = chosen_names(trainable, self.params)
+        reused: Gradients | None = None
+
+        if self.settings.method == "double_backprop":
+            sources = [p for n, p in trainable.items() if n in chosen]
+            if self.settings.wrt == "inputs":
+                sources = [x for x in input_tensors(part_inputs) if x.requires_grad]
+            found = torch.autograd.grad(penalised, sources, create_graph=True, allow_unused=True)
+            squared_norm = factor * torch.stack([g.square().sum() for g in found if g is not None]).sum()
+            value = float(squared_norm.detach())
+            if self.every == 1:
+                total = _gradients(loss + alpha * squared_norm, trainable)
+            else:
+                reused = _gradients(squared_norm, trainable, retain_graph=True)
+                total = _gradients(loss, trainable)
+        else:
+            # With true labels the training gradient is the one that is penalised: one backward serves both.
+            same = self.settings.labels == "true" and self.loss is None and part is logits
+            keep = not (same or self.mixed)
+            gradient, direction = gradient_at(
+                penalised, trainable, part_inputs, self.settings, chosen, retain_graph=keep
+            )
+            total = gradient if same and not self.mixed else _gradients(loss, trainable) if keep else {}
+            self.logits = logits.detach()
+            loss = loss.detach()
+            del logits, part, penalised  # the first graph is not needed while the second one is built
+            shift = FiniteDifference(
+                self.model, part_inputs, first_only, self.settings, gates, labels, gradient, direction, factor
+            )
+            value = shift.value
+            if self.mixed:
+                total = shift.mixed_gradient(alpha, lambda shifted: self._training_loss(shifted, targets))
+            elif self.every == 1:
+                for name in gradient:
+                    if name not in total:
+                        total[name] = torch.zeros_like(gradient[name])
+                shift.add_to(total, alpha)
+            else:
+                reused = {name: torch.zeros_like(g) for name, g in gradient.items()}
+                shift.add_to(reused, 1.0)
+        if reused is not None:
+            scale = alpha / self.alpha
+            for name, g in reused.items():
+                _add(total, name, g if scale == 1.0 else g.mul_(scale), self.alpha)
+        self.value = torch.tensor(value, dtype=torch.float64)
+        self._rows, self._reused = labels.numel(), reused
+        return loss, total
+
+    def _forwards(self, inputs: Inputs, trainable: dict[str, Tensor]) -> tuple[Tensor, Tensor, Inputs, bool, Gates]:
+        """Logits of the batch, those that R is taken of, the inputs and whether only the first row of a repetition of
+        the latter counts, and the gates recorded in it."""
+        frozen = self.settings.frozen and self.settings.method == "finite_difference"
+        batch = len(input_tensors(inputs)[0])
+        if self.examples is None or self.examples >= batch:
+            with record_gates(self.model, frozen=frozen) as gates:
+                logits = call_model(self.model, inputs)
+            self.logits = logits.detach()
+            return logits, logits, inputs, False, gates
+        few, rest = (
+            map_inputs(inputs, lambda x, part=part: x[part] if x.dim() else x)  # type: ignore[misc]
+            for part in (slice(None, self.examples), slice(self.examples, None))
+        )
+        if not couples_examples(self.model):
+            with record_gates(self.model, frozen=frozen) as gates:
+                part = call_model(self.model, few)
+            logits = torch.cat([part, call_model(self.model, rest)])
+            self.logits = logits.detach()
+            return logits, part, few, False, gates
+        if self.settings.reduction == "first":  # the first example as the batch's statistics make it
+            with record_gates(self.model, frozen=frozen) as gates:
+                logits = call_model(self.model, inputs)
+            self.logits = logits.detach()
+            return logits, logits[:1], inputs, True, gates
+        logits = call_model(self.model, inputs)
+        self.logits = logits.detach()
+        with record_gates(self.model, frozen=frozen) as gates:
+            part = call_copy(self.model, trainable, few)
+        return logits, part, few, False, gates
+
+    def _training_loss(self, logits: Tensor, targets: Any) -> Tensor:
+        return cross_entropy(logits, targets) if self.loss is None else self.loss(logits, targets)
+
+
+def _gradients(loss: Tensor, trainable: dict[str, Tensor], *, retain_graph: bool = False) -> Gradients:
+    """∇_θ loss by name; a parameter that is not used is absent."""
+    found = torch.autograd.grad(loss, list(trainable.values()), retain_graph=retain_graph, allow_unused=True)
+    return {name: g for name, g in zip(trainable, found, strict=True) if g is not None}
+
+
+def _add(total: Gradients, name: str, gradient: Tensor, weight: float) -> None:
+    total[name] = total[name].add_(gradient, alpha=weight) if name in total else gradient * weight

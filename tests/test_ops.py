@@ -1,0 +1,303 @@
+"""The operators against reference.py: values, derivatives, draws, errors, and the same bits every time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy
+import pytest
+import scipy.stats
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastfisher
+from fastfisher import ops, reference
+
+needs_kernels = pytest.mark.skipif(ops.UNAVAILABLE is not None, reason=f"no compiled kernels: {ops.UNAVAILABLE}")
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# One lane, less than a vector, whole and broken vectors, one tile less and more by one, several tiles, the widest.
+CLASSES = [1, 2, 7, 10, 16, 100, 127, 1000, 1023, 1024, 1025, 2048, 5000, 50257, 262144]
+KEY = torch.tensor([1234, 2**40 + 7])
+SIGNIFICANCE = 1e-4
+
+
+def logits_for(classes: int, dtype: torch.dtype, rows: int | None = None) -> Tensor:
+    rows = rows or max(2, min(64, 2**18 // classes))
+    return (3 * torch.randn(rows, classes, generator=torch.Generator().manual_seed(classes))).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", CLASSES)
+def test_values_err_at_most_twice_what_pytorch_errs(classes: int, dtype: torch.dtype) -> None:
+    logits = logits_for(classes, dtype)
+    nll, labels, dlogits = ops.sample_cross_entropy(logits, KEY, 0.5)
+    onehot = F.one_hot(labels, classes)
+    exact = numpy.asarray(logits.double()).astype(numpy.longdouble)  # 64 bits of mantissa judge float64 too
+    exact -= exact.max(1, keepdims=True)
+    exact_nll = numpy.log(numpy.exp(exact).sum(1)) - exact[numpy.arange(len(labels)), labels.numpy()]
+    exact_dlogits = (numpy.exp(exact) / numpy.exp(exact).sum(1, keepdims=True) - onehot.numpy()) / 2
+
+    def error(found: Tensor, truth: numpy.ndarray) -> float:
+        return float(numpy.abs(found.double().numpy() - truth).max())
+
+    # PyTorch's own computation in the same dtype. Half a unit in the last place of the largest result is granted to
+    # both: where it happens to be representable, PyTorch has no error at all.
+    torch_dlogits = (logits.softmax(1) - onehot) * 0.5
+    half_ulp = torch.finfo(dtype).eps / 2 * float(numpy.abs(exact_dlogits).max())
+    assert error(dlogits, exact_dlogits) <= 2 * error(torch_dlogits, exact_dlogits) + half_ulp
+    torch_nll = F.cross_entropy(logits.to(nll.dtype), labels, reduction="none")
+    half_ulp = torch.finfo(nll.dtype).eps / 2 * float(exact_nll.max())
+    assert error(nll, exact_nll) <= 2 * error(torch_nll, exact_nll) + half_ulp
+    assert nll.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert dlogits.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", CLASSES)
+def test_labels_are_the_exact_inverse_cdf(classes: int, dtype: torch.dtype) -> None:
+    logits = logits_for(classes, dtype)
+    _, labels, _ = ops.sample_cross_entropy(logits, KEY, 1.0)
+    expected = reference.sample_labels(logits, KEY)
+    # A draw may fall to the other side of an edge only where its target lies within rounding of that edge: then the
+    # two labels are neighbours among the classes of positive weight in their tile, or in neighbouring tiles.
+    for row in (labels != expected).nonzero().flatten().tolist():
+        u = reference.philox(KEY, torch.tensor([row]))[0].double() * 2.0**-32
+        weights = F.pad((logits[row].double() - logits[row].double().max()).exp(), (0, -classes % reference.TILE))
+        tiles = weights.view(-1, reference.TILE)
+        by_tile = tiles.sum(1).cumsum(0) / tiles.sum()
+        within = tiles[expected[row] // reference.TILE].cumsum(0)
+        distance = min((by_tile - u[0]).abs().min(), (within / within[-1] - u[1]).abs().min())
+        assert distance < 2e-6, f"row {row}: {labels[row]} instead of {expected[row]}"
+    assert (labels != expected).float().mean() < 0.05
+
+
+@pytest.mark.parametrize("classes", [2, 10, 1000, 50257, 262144])
+def test_draws_follow_the_softmax(classes: int) -> None:
+    rows = 200_000 if classes <= 1000 else 2**26 // classes
+    logits = 2 * torch.randn(classes, generator=torch.Generator().manual_seed(classes))
+    logits[::5] = -float("inf")
+    logits[1] = 1.0
+    draws = []
+    for chunk in range(16):
+        key = torch.tensor([99, chunk])
+        draws.append(ops.sample_cross_entropy(logits.expand(rows // 16, classes), key, 1.0)[1])
+    counts = torch.bincount(torch.cat(draws), minlength=classes).double()
+    assert counts[::5].sum() == 0, "a masked class was drawn"
+    expected = logits.double().softmax(0) * counts.sum()
+    order = expected.argsort(descending=True)
+    cells = (expected[order].cumsum(0) / max(5.0, float(counts.sum()) / 2000)).long()  # at least 5 expected in each
+    pooled = torch.zeros(int(cells.max()) + 1, dtype=torch.float64)
+    observed, mean = pooled.index_add(0, cells, counts[order]), pooled.index_add(0, cells, expected[order])
+    observed, mean = observed[mean >= 5], mean[mean >= 5]
+    chi2 = float(((observed - mean) ** 2 / mean).sum())
+    assert scipy.stats.chi2.sf(chi2, max(1, len(mean) - 1)) > SIGNIFICANCE
+
+
+def test_each_tile_of_the_widest_row_is_drawn_within() -> None:
+    # With a single 24-bit uniform over 262,144 equal classes more than 100,000 could never come up.
+    logits = torch.zeros(64, 262144)
+    labels = torch.cat([ops.sample_cross_entropy(logits, torch.tensor([5, i]), 1.0)[1] for i in range(32)])
+    low_bits = torch.bincount(labels % 16, minlength=16).double()
+    chi2 = float(((low_bits - len(labels) / 16) ** 2 / (len(labels) / 16)).sum())
+    assert scipy.stats.chi2.sf(chi2, 15) > SIGNIFICANCE
+
+
+@needs_kernels
+def test_philox_words_are_equal_in_cpp_and_pytorch() -> None:
+    from fastfisher import _native
+
+    for seed, offset in [(0, 0), (1, 2), (2**63 + 5, 2**33 + 1)]:
+        for element in [0, 1, 2**31, 2**32 + 3, 2**40]:
+            key = torch.tensor([seed - (seed >> 63 << 64), offset])
+            words = reference.philox(key, torch.tensor(element)).tolist()
+            assert list(_native.philox(seed, offset, element)) == words
+    # Salmon et al.'s known answer for counter and key zero.
+    assert reference.philox(torch.tensor([0, 0]), torch.tensor(0)).tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+@pytest.mark.parametrize("classes", [10, 1000, 5000])
+def test_the_same_bits_for_any_number_of_threads_and_any_split(classes: int) -> None:
+    logits = logits_for(classes, torch.float32, rows=512)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(ops.sample_cross_entropy(logits, KEY, 1.0))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    # a strided view of the same numbers
+    strided = torch.stack([logits, logits], 2)[:, :, 0]
+    assert all(torch.equal(a, b) for a, b in zip(results[0], ops.sample_cross_entropy(strided, KEY, 1.0), strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("level", ["baseline", "avx2"])
+def test_every_simd_level_gives_the_same_labels(level: str) -> None:
+    program = (
+        "import torch; from fastfisher import ops, _native; from tests.test_ops import KEY, logits_for\n"
+        "print(_native.simd_level())\n"
+        "for c in (10, 1000, 5000):\n"
+        "    nll, labels, d = ops.sample_cross_entropy(logits_for(c, torch.float32), KEY, 1.0)\n"
+        "    x = logits_for(c, torch.float64); e = (x.softmax(1) - torch.nn.functional.one_hot(labels, c))\n"
+        "    print(labels.tolist(), bool((d - e).abs().max() < 3e-7))\n"
+        "y = torch.arange(-40., 45.); assert torch.equal(ops.gate_apply(y, ops.gate_pack(y)), y.relu())\n"
+    )
+    lines = {}
+    for chosen in (level, ""):
+        environment = {**os.environ, "FASTFISHER_SIMD_LEVEL": chosen}
+        run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+        lines[chosen] = run.stdout.splitlines()
+    assert lines[level][0] in (level, "baseline")
+    assert lines[level][1:] == lines[""][1:]
+    assert "False" not in run.stdout
+
+
+@pytest.mark.parametrize("extreme", [1e4, -1e4, 80.0])
+def test_extreme_and_masked_logits(extreme: float) -> None:
+    for classes in (10, 3000):
+        logits = torch.full((8, classes), -float("inf"))
+        logits[:, 3] = extreme
+        logits[:, -1] = extreme
+        nll, labels, dlogits = ops.sample_cross_entropy(logits, KEY, 1.0)
+        assert set(labels.tolist()) <= {3, classes - 1}
+        torch.testing.assert_close(nll, torch.full((8,), 2.0).log())
+        torch.testing.assert_close(dlogits.abs().sum(1), torch.ones(8))
+
+
+@pytest.mark.parametrize("classes", [10, 3000])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
+def test_a_row_without_a_softmax_is_named(bad: float | None, classes: int) -> None:
+    logits = torch.randn(50, classes)
+    for row in (41, 17):
+        if bad is None:
+            logits[row] = -float("inf")
+        else:
+            logits[row, classes // 2] = bad
+    for implementation in (ops, reference):
+        with pytest.raises(ValueError, match="logits: row 17 has no softmax"):
+            implementation.sample_cross_entropy(logits, KEY, 1.0)
+
+
+def test_empty_batch_and_bad_arguments() -> None:
+    nll, labels, dlogits = ops.sample_cross_entropy(torch.empty(0, 10), KEY, 1.0)
+    assert nll.shape == labels.shape == (0,) and dlogits.shape == (0, 10)
+    with pytest.raises(ValueError, match='reduction: expected "mean", "sum" or "none"'):
+        fastfisher.sample_cross_entropy(torch.zeros(2, 3), reduction="max")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="key and generator"):
+        fastfisher.sample_cross_entropy(torch.zeros(2, 3), key=KEY, generator=torch.Generator())
+    with pytest.raises(ValueError, match="expected shape"):
+        fastfisher.sample_cross_entropy(torch.tensor(1.0))
+    if ops.UNAVAILABLE is None:
+        with pytest.raises(ValueError, match="expected float32, float64, bfloat16 or float16"):
+            fastfisher.sample_cross_entropy(torch.zeros(2, 3, dtype=torch.int64))
+        with pytest.raises(ValueError, match="1 to 262144 classes"):
+            fastfisher.sample_cross_entropy(torch.zeros(2, 0))
+        with pytest.raises(ValueError, match="key: expected"):
+            fastfisher.sample_cross_entropy(torch.zeros(2, 3), key=torch.zeros(3))
+
+
+def test_the_public_wrapper() -> None:
+    logits = torch.randn(4, 5, 10, requires_grad=True)
+    torch.manual_seed(3)
+    loss, labels = fastfisher.sample_cross_entropy(logits)
+    torch.manual_seed(3)
+    again, same = fastfisher.sample_cross_entropy(logits)
+    assert torch.equal(labels, same) and torch.equal(loss, again) and labels.shape == (4, 5)
+    _, other = fastfisher.sample_cross_entropy(logits)
+    assert not torch.equal(labels, other)
+    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    expected = (logits.softmax(-1) - F.one_hot(labels, 10)) / 20
+    torch.testing.assert_close(gradient, expected.detach())
+    each, _ = fastfisher.sample_cross_entropy(logits, generator=torch.Generator().manual_seed(1), reduction="none")
+    total, _ = fastfisher.sample_cross_entropy(logits, generator=torch.Generator().manual_seed(1), reduction="sum")
+    assert each.shape == (4, 5)
+    torch.testing.assert_close(each.sum(), total)
+
+
+@needs_kernels
+@pytest.mark.parametrize("classes", [1, 6, 1030])
+def test_derivatives_to_second_order(classes: int) -> None:
+    x = logits_for(classes, torch.float64, rows=2).requires_grad_()
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        nll, _, dlogits = ops.sample_cross_entropy(x, KEY, 0.7)
+        return nll, dlogits
+
+    fast = classes > 100
+    assert torch.autograd.gradcheck(function, (x,), fast_mode=fast)
+    assert torch.autograd.gradgradcheck(function, (x,), fast_mode=fast)
+    _, labels, d = ops.sample_cross_entropy(x.detach(), KEY, 0.7)
+    v = torch.randn_like(d)
+    product = lambda d, v: ops.softmax_hessian_product(d, labels, v, 0.7)  # noqa: E731
+    assert torch.autograd.gradcheck(product, (d.requires_grad_(), v.requires_grad_()), fast_mode=fast)
+
+
+@needs_kernels
+def test_opcheck() -> None:
+    x, y = torch.randn(5, 7, requires_grad=True), [torch.randn(3), torch.randn(4, 4)]
+    nll, labels, d = ops.sample_cross_entropy(x.detach(), KEY, 0.5)
+    bits = ops.gate_pack(x.detach())
+    namespace = torch.ops.fastfisher
+    for operator, args in [
+        (namespace.sample_cross_entropy, (x, KEY, 0.5)),
+        (namespace.softmax_hessian_product, (d.requires_grad_(), labels, x.detach().requires_grad_(), 0.5)),
+        (namespace.gate_pack, (x.detach(),)),
+        (namespace.gate_apply, (x.detach(), bits)),
+        (namespace.axpy_diff, ([t.clone() for t in y], y, [2 * t for t in y], 0.5)),
+        (namespace.sum_squares, (y,)),
+    ]:
+        torch.library.opcheck(operator.default, args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("numel", [0, 1, 31, 32, 33, 1000, 2**16 + 5])
+def test_gates_and_combines_agree_with_the_reference(numel: int, dtype: torch.dtype) -> None:
+    a, b, out = (torch.randn(numel, dtype=torch.float64).to(dtype) for _ in range(3))
+    bits = ops.gate_pack(a)
+    assert torch.equal(bits, reference.gate_pack(a))
+    assert torch.equal(ops.gate_apply(b, bits), reference.gate_apply(b, bits))
+    expected, found = [out.clone(), a.clone()], [out.clone(), a.clone()]
+    size = reference.axpy_diff(expected, [a, b], [b, a], 0.3)
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(ops.axpy_diff(found, [a, b], [b, a], 0.3), size, rtol=tolerance, atol=0)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(ops.sum_squares([a, b]), reference.sum_squares([a, b]), rtol=1e-12, atol=0)
+
+
+@needs_kernels
+def test_combines_check_everything_before_writing() -> None:
+    out = [torch.zeros(3), torch.zeros(4)]
+    with pytest.raises(ValueError, match="out and b: expected the same size"):
+        ops.axpy_diff(out, [torch.ones(3), torch.ones(4)], [torch.zeros(3), torch.zeros(5)], 1.0)
+    assert not out[0].any()
+
+
+def test_sums_have_the_same_bits_for_any_number_of_threads() -> None:
+    x = [torch.randn(3 * 2**16 + 11), torch.randn(7)]
+    threads, sums = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            sums.append(float(ops.sum_squares(x)))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(set(sums)) == 1
+
+
+@needs_kernels
+def test_one_compilation_for_many_keys() -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    function = torch.compile(lambda x, key: torch.ops.fastfisher.sample_cross_entropy(x, key, 1.0)[1], backend=counter)
+    for seed in range(5):
+        function(torch.randn(4, 6), torch.tensor([seed, 0]))
+    assert counter.frame_count == 1

@@ -1,0 +1,317 @@
+"""The penalty by both methods: agreement with double backprop, what it means, and that nothing of the caller's moves."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastfisher
+from fastfisher import AdaptiveStep
+from fastfisher.training.networks import build_network
+from tests.networks import Hostile, SmallResNet, flat, relative_error, smooth_network
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    data = load_digits()
+    images = F.interpolate(torch.tensor(data.images, dtype=torch.float32)[:, None], size=32, mode="bilinear")
+    images = (images - images.mean()) / images.std()
+    return images.expand(-1, 3, -1, -1).contiguous(), torch.tensor(data.target)
+
+
+def noise() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(512, 3, 32, 32, generator=generator), torch.randint(10, (512,), generator=generator)
+
+
+def gradient(model: nn.Module, value: Tensor) -> Tensor:
+    return flat(list(torch.autograd.grad(value, [p for p in model.parameters() if p.requires_grad], allow_unused=True)))
+
+
+def trained(name: str, images: Tensor, targets: Tensor, steps: int) -> nn.Module:
+    torch.manual_seed(1)
+    model = build_network(name, in_channels=3, image_size=32, classes=10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    for _ in range(steps):
+        batch = torch.randint(len(images), (32,))
+        optimizer.zero_grad()
+        F.cross_entropy(model(images[batch]), targets[batch]).backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("steps", [0, 50])
+@pytest.mark.parametrize("data", [digits, noise])
+@pytest.mark.parametrize("network", ["simple_cnn", "vgg11"])
+def test_frozen_gates_agree_with_double_backprop(network: str, data: Any, steps: int) -> None:
+    images, targets = data()
+    model = trained(network, images, targets, steps)
+    x = images[:32]
+    labels = fastfisher.sample_cross_entropy(model(x))[1]
+    # The oracle in float32 has the gates of the forward in float32. In float64 a unit within rounding of 0 may have the
+    # other gate, which alone is an error of up to 1e-3 (VGG-11 at initialisation on noise), whatever the method.
+    exact = gradient(model, fastfisher.penalty(model, x, labels=labels))
+    for difference, bar in (("forward", 5e-3), ("central", 5e-4)):
+        value = fastfisher.penalty(model, x, labels=labels, method="finite_difference", difference=difference)
+        assert relative_error(gradient(model, value), exact) <= bar
+    if network == "simple_cnn" or steps == 0:  # one VGG-11 in float64 takes long enough
+        exact_model = copy.deepcopy(model).double()
+        exact = gradient(exact_model, fastfisher.penalty(exact_model, x.double(), labels=labels))
+        value = fastfisher.penalty(
+            exact_model, x.double(), labels=labels, method="finite_difference", difference="central"
+        )
+        assert relative_error(gradient(exact_model, value), exact) <= 1e-5
+
+
+def test_free_gates_agree_on_a_smooth_network() -> None:
+    torch.manual_seed(0)
+    model, x = smooth_network(), torch.randn(16, 3, 8, 8)
+    labels = fastfisher.sample_cross_entropy(model(x))[1]
+    exact = gradient(model, fastfisher.penalty(model, x, labels=labels))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a step this short is right here, where there is no kink
+        value = fastfisher.penalty(model, x, labels=labels, method="finite_difference", gates="free", step=1e-3)
+        assert relative_error(gradient(model, value), exact) <= 5e-3
+
+
+def test_free_gates_do_not_converge_on_a_relu_network_and_a_short_step_warns() -> None:
+    images, targets = noise()
+    model = trained("simple_cnn", images, targets, 0).double()
+    x = images[:16].double()
+    labels = fastfisher.sample_cross_entropy(model(x))[1]
+    exact = gradient(model, fastfisher.penalty(model, x, labels=labels))
+    with pytest.warns(UserWarning, match="noise of single kinks"):
+        value = fastfisher.penalty(model, x, labels=labels, method="finite_difference", gates="free", step=1e-5)
+        assert relative_error(gradient(model, value), exact) > 0.4
+
+
+def test_free_gates_find_the_step_that_changes_the_gradient_by_half() -> None:
+    images, targets = noise()
+    model, x = trained("simple_cnn", images, targets, 0), images[:16]
+    # without memory, the function searches; with an AdaptiveStep, it adapts from call to call
+    fastfisher.penalty(model, x, method="finite_difference", gates="free").backward()
+    adaptive = AdaptiveStep()
+    generator = torch.Generator()
+    lengths = []
+    for _ in range(8):
+        generator.manual_seed(0)
+        fastfisher.penalty(
+            model, x, method="finite_difference", gates="free", step=adaptive, generator=generator
+        ).backward()
+        lengths.append(adaptive.rho)
+    assert lengths[-1] == pytest.approx(lengths[-2], rel=0.3) and lengths[-1] != lengths[0]
+    parameters = dict(model.named_parameters())
+    generator.manual_seed(0)
+    loss, labels = fastfisher.sample_cross_entropy(model(x), generator=generator)
+    g = torch.autograd.grad(loss, list(parameters.values()))
+    norm = flat(list(g)).norm().float()
+    shifted = {n: p + adaptive.rho * d / norm for (n, p), d in zip(parameters.items(), g, strict=True)}
+    loss = F.cross_entropy(torch.func.functional_call(model, shifted, (x,)), labels)
+    change = relative_error(flat(list(torch.autograd.grad(loss, list(shifted.values())))), flat(list(g)))
+    assert 0.3 < change < 0.8
+
+
+@pytest.mark.parametrize("method", ["double_backprop", "finite_difference"])
+def test_what_each_variant_means(method: str) -> None:
+    torch.manual_seed(0)
+    model = build_network("small_cnn", in_channels=1, image_size=16, classes=10).double()
+    x, y = torch.randn(6, 1, 16, 16, dtype=torch.float64), torch.randint(10, (6,))
+    parameters = list(model.parameters())
+
+    def squared(loss: Tensor, sources: list[Tensor]) -> Tensor:
+        return torch.stack([g.square().sum() for g in torch.autograd.grad(loss, sources, create_graph=True)]).sum()
+
+    def check(value: Tensor, expected: Tensor) -> None:
+        torch.testing.assert_close(value.double(), expected, rtol=1e-9, atol=0)
+        assert relative_error(gradient(model, value), gradient(model, expected)) < 1e-4
+
+    def penalty(**options: Any) -> Tensor:
+        return fastfisher.penalty(model, x, method=method, difference="central", **options)
+
+    check(penalty(targets=y, labels="true"), squared(F.cross_entropy(model(x), y), parameters))
+    check(penalty(labels=y), squared(F.cross_entropy(model(x), y), parameters))
+    check(penalty(labels=y, reduction="first"), squared(F.cross_entropy(model(x[:1]), y[:1]), parameters))
+    check(penalty(labels=y, params=parameters[-2:]), squared(F.cross_entropy(model(x), y), parameters[-2:]))
+    g = torch.Generator().manual_seed(3)
+    drawn = fastfisher.sample_cross_entropy(model(x), generator=torch.Generator().manual_seed(3))[1]
+    check(penalty(generator=g), squared(F.cross_entropy(model(x), drawn), parameters))
+    uniform = torch.randint(10, (6,), generator=torch.Generator().manual_seed(3))
+    check(
+        penalty(labels="uniform", generator=torch.Generator().manual_seed(3)),
+        squared(F.cross_entropy(model(x), uniform), parameters),
+    )
+    leaf = x.clone().requires_grad_()
+    each = torch.stack([squared(F.cross_entropy(model(leaf)[i : i + 1], y[i : i + 1]), [leaf]) for i in range(6)])
+    check(penalty(targets=y, labels="true", wrt="inputs"), each.mean())
+    # class probabilities as targets
+    soft = torch.rand(6, 10, dtype=torch.float64).softmax(1)
+    check(penalty(targets=soft, labels="true"), squared(F.cross_entropy(model(x), soft), parameters))
+
+
+@pytest.mark.parametrize("kind", ["tuple", "dict"])
+def test_structured_inputs(kind: str) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.linear(a).relu() + b
+
+    model, a, b = Two(), torch.randn(5, 4), torch.randn(5, 3)
+    inputs: Any = (a, b) if kind == "tuple" else {"a": a, "b": b}
+    labels = torch.randint(3, (5,))
+    exact = fastfisher.penalty(model, inputs, labels=labels)
+    finite = fastfisher.penalty(model, inputs, labels=labels, method="finite_difference")
+    assert relative_error(gradient(model, finite), gradient(model, exact)) < 5e-3
+
+
+def test_the_caller_s_forward_is_shared() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(SmallResNet(), nn.Dropout(0.3))
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    x, labels = torch.randn(8, 3, 12, 12), torch.randint(10, (8,))
+    with fastfisher.record_gates(model) as gates:
+        logits = model(x)
+    exact = gradient(model, fastfisher.penalty(model, x, labels=labels, logits=logits).add(0 * logits.sum()))
+    with fastfisher.record_gates(model) as gates:
+        logits = model(x)
+    buffers = copy.deepcopy(dict(model.named_buffers()))
+    calls.clear()
+    shared = fastfisher.penalty(model, x, labels=labels, logits=logits, gates=gates, method="finite_difference")
+    assert not calls
+    loss = F.cross_entropy(logits, labels) + 0.5 * shared
+    loss.backward()
+    assert len(calls) == 1, "one shifted forward"
+    assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())
+    assert exact.isfinite().all()
+    with pytest.warns(fastfisher.SlowPathWarning, match="runs the forward again"):
+        fastfisher.penalty(model, x, logits=logits, method="finite_difference")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fastfisher.SlowPathWarning)
+        with pytest.raises(fastfisher.SlowPathWarning):
+            fastfisher.penalty(model, x, logits=logits, method="finite_difference")
+
+
+@pytest.mark.parametrize("gates", ["frozen", "free"])
+@pytest.mark.parametrize("method", ["double_backprop", "finite_difference"])
+def test_batchnorm_and_dropout_agree_and_nothing_moves(method: str, gates: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(SmallResNet(), nn.Dropout(0.5), nn.Linear(10, 10)).double()
+    model[2].bias.requires_grad_(False)
+    x, labels = torch.randn(8, 3, 12, 12, dtype=torch.float64), torch.randint(10, (8,))
+    before = copy.deepcopy(model.state_dict())
+    torch.manual_seed(11)
+    value = fastfisher.penalty(model, x, labels=labels, method=method, gates=gates, step=1e-5, difference="central")
+    state = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        value.backward()
+    assert torch.equal(torch.get_rng_state(), state), "the shifted forward draws nothing from the caller's stream"
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    assert model[2].bias.grad is None and not model[2].bias.requires_grad
+    found = flat([p.grad for p in model.parameters()])
+    torch.manual_seed(11)
+    exact = gradient(model, fastfisher.penalty(model, x, labels=labels))
+    if gates == "frozen":
+        assert relative_error(found, exact) < 1e-5
+
+
+@pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt()])
+def test_an_exception_in_the_shifted_forward_leaves_everything(error: BaseException) -> None:
+    model = Hostile(nn.Sequential(SmallResNet(), nn.Dropout(0.5)), error)
+    x = torch.randn(4, 3, 8, 8)
+    value = fastfisher.penalty(model, x, method="finite_difference")
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    identities = [id(p) for p in model.parameters()]
+    with pytest.raises(type(error)):
+        value.backward()
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert identities == [id(p) for p in model.parameters()] and all(p.grad is None for p in model.parameters())
+    model.calls = 0
+    fastfisher.penalty(model.model, x, method="finite_difference").backward()
+
+
+def test_tied_unused_and_frozen_parameters() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.unused = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+            self.second.weight = self.first.weight
+            self.first.bias.requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x).relu())
+
+    torch.manual_seed(0)
+    model, x, labels = Tied().double(), torch.randn(5, 6, dtype=torch.float64), torch.randint(6, (5,))
+    exact = fastfisher.penalty(model, x, labels=labels)
+    finite = fastfisher.penalty(model, x, labels=labels, method="finite_difference", difference="central")
+    assert relative_error(gradient(model, finite), gradient(model, exact)) < 1e-6
+
+
+def test_the_expected_penalty_is_the_trace_over_the_batch() -> None:
+    # E‖g‖² = Tr(F)/B because E_ŷ[g_i] = 0: checked against the exact trace, over all labels, within 4 standard errors.
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(16, 5)
+    p = model(x).softmax(1).detach()
+    trace = 0.0
+    for i in range(16):
+        for y in range(3):
+            g = torch.autograd.grad(F.cross_entropy(model(x[i : i + 1]), torch.tensor([y])), list(model.parameters()))
+            trace += float(p[i, y] * flat(list(g)).square().sum()) / 16
+    values = torch.tensor([16 * float(fastfisher.penalty(model, x)) for _ in range(1500)])
+    assert abs(float(values.mean()) - trace) < 4 * float(values.std()) / 1500**0.5
+
+
+def test_bf16_autocast_reaches_the_shifted_forward() -> None:
+    torch.manual_seed(0)
+    model = build_network("small_cnn", in_channels=1, image_size=16, classes=10)
+    x, labels = torch.randn(16, 1, 16, 16), torch.randint(10, (16,))
+    exact = gradient(model, fastfisher.penalty(model, x, labels=labels))
+    seen = []
+    model.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = fastfisher.penalty(model, x, labels=labels, method="finite_difference")
+    found = gradient(model, value)  # outside autocast, as a backward usually is
+    assert seen == [torch.bfloat16, torch.bfloat16]
+    assert relative_error(found, exact) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels": "fisher"}, 'labels: expected "sampled"'),
+        ({"labels": "true"}, "targets: expected the true labels"),
+        ({"method": "exact"}, 'method: expected "double_backprop" or "finite_difference", got \'exact\''),
+        ({"gates": "shut"}, "gates: expected"),
+        ({"wrt": "weights"}, "wrt: expected"),
+        ({"reduction": "mean"}, "reduction: expected"),
+        ({"difference": "backward"}, "difference: expected"),
+        ({"step": -1.0}, "step: expected a positive number"),
+        ({"step": "big"}, "step: expected a positive number"),
+        ({"params": []}, "params: expected at least one parameter"),
+        ({"params": [torch.zeros(3)]}, "params: item 0 .* is no trainable parameter"),
+    ],
+)
+def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fastfisher.penalty(nn.Linear(3, 3), torch.zeros(2, 3), **options)
+
+
+def test_bad_models_and_inputs_are_named() -> None:
+    model = nn.Linear(3, 3)
+    with pytest.raises(TypeError, match="inputs: expected a tensor, a tuple or a dict"):
+        fastfisher.penalty(model, [torch.zeros(2, 3)])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="inputs: expected at least one tensor"):
+        fastfisher.penalty(model, ())
+    with pytest.raises(ValueError, match="model: expected at least one parameter"):
+        fastfisher.penalty(model.requires_grad_(False), torch.zeros(2, 3))

@@ -1,0 +1,235 @@
+"""FisherPenalty in a loop: the right gradient for every option, each invariant, and a resumed run that is the same."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastfisher
+from fastfisher import FisherPenalty
+from fastfisher.training.networks import build_network
+from tests.networks import Hostile, SmallResNet, flat, relative_error
+
+X, Y = torch.randn(24, 1, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 10
+
+
+def network(dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(4)
+    return build_network("small_cnn", in_channels=1, image_size=16, classes=10).to(dtype)
+
+
+def gradients(model: nn.Module) -> Tensor:
+    return flat([p.grad for p in model.parameters()])
+
+
+def seeded(**options: Any) -> dict[str, Any]:
+    return {"generator": torch.Generator().manual_seed(9), **options}
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"labels": "true"},
+    {"labels": "uniform"},
+    {"labels": "true", "wrt": "inputs"},
+    {"reduction": "first"},
+    {"examples": 7},
+    {"examples": 100},
+]
+
+
+@pytest.mark.parametrize("every", [1, 10])
+@pytest.mark.parametrize("method", ["double_backprop", "finite_difference"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_gradient_is_that_of_loss_plus_penalty(options: dict[str, Any], method: str, every: int) -> None:
+    model, x = network(), X.double()
+    penalty = FisherPenalty(model, 0.3, every=every, method=method, difference="central", **seeded(**options))
+    loss = penalty.backward(x, Y)
+    torch.testing.assert_close(loss, F.cross_entropy(model(x), Y).detach())
+    examples = min(options.get("examples", 24), 24)
+    arguments = {k: v for k, v in options.items() if k != "examples"}
+    expected = F.cross_entropy(model(x), Y) + 0.3 * examples / 24 * fastfisher.penalty(
+        model, x[:examples], Y[:examples], **seeded(**arguments)
+    )
+    exact = flat(list(torch.autograd.grad(expected, list(model.parameters()))))
+    assert relative_error(gradients(model), exact) < 1e-6
+    assert penalty.value is not None and penalty.logits is not None and penalty.logits.shape == (24, 10)
+    # as Tensor.backward, it adds
+    before = gradients(model)
+    FisherPenalty(model, 0.3, every=every, method=method, difference="central", **seeded(**options)).backward(x, Y)
+    torch.testing.assert_close(gradients(model), 2 * before)
+
+
+@pytest.mark.parametrize("labels", ["sampled", "true"])
+def test_mixed_takes_the_training_gradient_at_the_shifted_point(labels: Any) -> None:
+    model = network()
+    plain = FisherPenalty(model, 0.3, every=1, **seeded(labels=labels))
+    plain.backward(X.double(), Y)
+    expected = gradients(model)
+    model.zero_grad()
+    FisherPenalty(model, 0.3, every=1, mixed=True, **seeded(labels=labels)).backward(X.double(), Y)
+    assert 0 < relative_error(gradients(model), expected) < 1e-5
+
+
+def test_reuse_between_recomputations_and_a_late_start() -> None:
+    model = network()
+    penalty = FisherPenalty(model, 0.3, every=3, start=2, **seeded())
+
+    def step() -> Tensor:
+        model.zero_grad()
+        penalty.backward(X.double(), Y)
+        loss = F.cross_entropy(model(X.double()), Y)
+        return gradients(model) - flat(list(torch.autograd.grad(loss, list(model.parameters()))))
+
+    parts = [step() for _ in range(7)]
+    assert parts[0].norm() == 0 and parts[1].norm() == 0, "plain before start"
+    assert parts[2].norm() > 0 and torch.allclose(parts[2], parts[3]) and torch.allclose(parts[3], parts[4])
+    assert not torch.allclose(parts[4], parts[5]) and torch.allclose(parts[5], parts[6])
+
+
+def test_a_plain_step_is_a_plain_step() -> None:
+    model, reference = network(torch.float32), network(torch.float32)
+    FisherPenalty(model, 0.0).backward(X, Y)
+    F.cross_entropy(reference(X), Y).backward()
+    assert torch.equal(gradients(model), gradients(reference))
+
+
+@pytest.mark.parametrize("gates", ["frozen", "free"])
+@pytest.mark.parametrize("every", [1, 4])
+def test_a_resumed_run_is_the_same_run(gates: Any, every: int) -> None:
+    def run(model: nn.Module, penalty: FisherPenalty, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            penalty.backward(X, Y)
+            optimizer.step()
+
+    def fresh() -> tuple[nn.Module, FisherPenalty, torch.optim.Optimizer]:
+        model = network(torch.float32)
+        return model, FisherPenalty(model, 0.1, every=every, gates=gates), torch.optim.SGD(model.parameters(), 0.05)
+
+    model, penalty, optimizer = fresh()
+    torch.manual_seed(0)
+    run(model, penalty, optimizer, 3)
+    saved = copy.deepcopy((model.state_dict(), penalty.state_dict(), optimizer.state_dict(), torch.get_rng_state()))
+    run(model, penalty, optimizer, 4)
+    other, resumed, other_optimizer = fresh()
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    other_optimizer.load_state_dict(saved[2])
+    torch.set_rng_state(saved[3])
+    run(other, resumed, other_optimizer, 4)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_state_that_does_not_fit_restores_nothing() -> None:
+    penalty = FisherPenalty(network(), 0.1, every=2)
+    penalty.backward(X.double(), Y)
+    state = penalty.state_dict()
+    other = FisherPenalty(nn.Linear(3, 3), 0.1)
+    with pytest.raises(ValueError, match="does not fit a parameter"):
+        other.load_state_dict(state)
+    with pytest.raises(ValueError, match="state: expected the keys"):
+        other.load_state_dict({"steps": 1})
+    assert other.steps == 0 and other.value is None
+
+
+@pytest.mark.parametrize("options", [{}, {"gates": "free"}, {"method": "double_backprop"}, {"mixed": True}, {"examples": 3}])
+def test_batchnorm_moves_once_dropout_and_random_state_as_in_a_plain_step(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(SmallResNet(), nn.Dropout(0.5), nn.Linear(10, 10))
+    reference = copy.deepcopy(model)
+    x = torch.randn(8, 3, 10, 10)
+    penalty = FisherPenalty(model, 0.1, every=1, generator=torch.Generator().manual_seed(1), **options)
+    torch.manual_seed(5)
+    loss = penalty.backward(x, Y[:8])
+    state = torch.get_rng_state()
+    torch.manual_seed(5)
+    expected = F.cross_entropy(reference(x), Y[:8])
+    if "examples" not in options:  # which runs a second forward of its own, with masks of its own
+        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(loss, expected.detach()), "the same dropout masks"
+    for (name, a), b in zip(model.named_buffers(), reference.buffers(), strict=True):
+        assert torch.equal(a, b), f"{name} moved once"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt()])
+@pytest.mark.parametrize("every", [1, 10])
+def test_an_exception_in_the_middle(error: BaseException, every: int) -> None:
+    torch.manual_seed(0)
+    inner = nn.Sequential(SmallResNet(), nn.Dropout(0.5))
+    model, plain = Hostile(inner, error), copy.deepcopy(inner)
+    hooks = inner.register_forward_hook(lambda *_: None)
+    x = torch.randn(4, 3, 8, 8)
+    penalty = FisherPenalty(model, 0.1, every=every, generator=torch.Generator().manual_seed(1))
+    before = copy.deepcopy(dict(model.named_parameters()))
+    torch.manual_seed(5)
+    with pytest.raises(type(error)):
+        penalty.backward(x, Y[:4])
+    state = torch.get_rng_state()
+    torch.manual_seed(5)
+    plain(x)
+    assert torch.equal(torch.get_rng_state(), state), "the caller's stream advanced by one forward"
+    assert all(torch.equal(a, b) for a, b in zip(inner.buffers(), plain.buffers(), strict=True)), "moved once"
+    assert all(torch.equal(p, before[n]) and p.grad is None for n, p in model.named_parameters())
+    assert all(p.requires_grad for p in model.parameters()) and hooks.id in inner._forward_hooks
+    assert penalty.steps == 0 and penalty.value is None
+    model.calls = -10
+    penalty.backward(x, Y[:4])
+    assert penalty.steps == 1
+
+
+def test_the_trace_estimate_is_the_batch_times_the_value() -> None:
+    model = network()
+    penalty = FisherPenalty(model, 0.1, examples=6, **seeded())
+    assert penalty.trace_estimate is None
+    penalty.backward(X.double(), Y)
+    assert penalty.value is not None and penalty.trace_estimate is not None
+    torch.testing.assert_close(penalty.trace_estimate, 6 * penalty.value)
+    other = FisherPenalty(model, 0.1, labels="true")
+    other.backward(X.double(), Y)
+    assert other.trace_estimate is None
+
+
+def test_a_loss_of_one_s_own() -> None:
+    model = network()
+    pair, weight = (Y, Y.flip(0)), 0.3
+
+    def mixup(logits: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+        return weight * F.cross_entropy(logits, targets[0]) + (1 - weight) * F.cross_entropy(logits, targets[1])
+
+    penalty = FisherPenalty(model, 0.3, loss=mixup, every=1, difference="central", **seeded())  # type: ignore[arg-type]
+    penalty.backward(X.double(), pair)  # type: ignore[arg-type]
+    expected = mixup(model(X.double()), pair) + 0.3 * fastfisher.penalty(model, X.double(), **seeded())
+    exact = flat(list(torch.autograd.grad(expected, list(model.parameters()))))
+    assert relative_error(gradients(model), exact) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": -1.0}, "alpha: expected"),
+        ({"alpha": float("nan")}, "alpha: expected"),
+        ({"every": 0}, "every: expected"),
+        ({"start": -1}, "start: expected"),
+        ({"examples": 0}, "examples: expected"),
+        ({"examples": 2, "reduction": "first"}, "examples: expected None"),
+        ({"mixed": True}, "mixed: expected every=1"),
+        ({"mixed": True, "every": 1, "method": "double_backprop"}, "mixed: expected"),
+        ({"labels": torch.zeros(3)}, "labels: expected"),
+        ({"step": 0.0}, "step: expected"),
+        ({"params": [nn.Parameter(torch.zeros(1))]}, "params: item 0"),
+    ],
+)
+def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FisherPenalty(nn.Linear(3, 3), **{"alpha": 0.1, **options})
+
+
+def test_true_labels_need_targets() -> None:
+    penalty = FisherPenalty(nn.Linear(3, 3), 0.1, labels="true", loss=lambda logits, _: logits.sum())
+    with pytest.raises(ValueError, match="targets: expected the true labels"):
+        penalty.backward(torch.zeros(2, 3), None)  # type: ignore[arg-type]
