@@ -59,9 +59,8 @@ Key key_of(const Tensor& key) {
 
 void check_same(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name) {
   check(a.numel() == b.numel() && a.scalar_type() == b.scalar_type(), a_name, " and ", b_name,
-        ": expected the same size and dtype, got ", a.numel(), " ",
-        torch::headeronly::toString(a.scalar_type()), " and ", b.numel(), " ",
-        torch::headeronly::toString(b.scalar_type()));
+        ": expected the same size and dtype, got ", a.numel(), " ", torch::headeronly::toString(a.scalar_type()),
+        " and ", b.numel(), " ", torch::headeronly::toString(b.scalar_type()));
 }
 
 // An uninitialised contiguous CPU tensor, straight from the C shim: the dispatcher's new_empty costs a
@@ -77,12 +76,9 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return Tensor(handle);
 }
 
-int64_t rows_per_task(int64_t columns) {
-  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns));
-}
+int64_t rows_per_task(int64_t columns) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns)); }
 
-std::tuple<Tensor, Tensor, Tensor> sample_cross_entropy(const Tensor& logits, const Tensor& key,
-                                                        double scale) {
+std::tuple<Tensor, Tensor, Tensor> sample_cross_entropy(const Tensor& logits, const Tensor& key, double scale) {
   check(logits.dim() == 2, "logits: expected 2 dimensions (N, C), got ", logits.dim());
   const int64_t rows = logits.size(0), columns = logits.size(1);
   check(columns >= 1 && columns <= fastfisher::kMaxColumns, "logits: expected 1 to ", fastfisher::kMaxColumns,
@@ -102,8 +98,8 @@ std::tuple<Tensor, Tensor, Tensor> sample_cross_entropy(const Tensor& logits, co
   void* gradient = dlogits.mutable_data_ptr();
   std::atomic<int64_t> first_bad{rows};
   torch::stable::parallel_for(0, rows, rows_per_task(columns), [&](int64_t begin, int64_t end) {
-    const int64_t bad = kernels().sample_cross_entropy(type, source, columns, seed, scale, nll_data,
-                                                       label_data, gradient, begin, end);
+    const int64_t bad =
+        kernels().sample_cross_entropy(type, source, columns, seed, scale, nll_data, label_data, gradient, begin, end);
     if (bad < 0) return;
     int64_t seen = first_bad.load();
     while (bad < seen && !first_bad.compare_exchange_weak(seen, bad)) {
@@ -114,8 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> sample_cross_entropy(const Tensor& logits, co
   return {nll, labels, dlogits};
 }
 
-Tensor softmax_hessian_product(const Tensor& dlogits, const Tensor& labels, const Tensor& vector,
-                               double scale) {
+Tensor softmax_hessian_product(const Tensor& dlogits, const Tensor& labels, const Tensor& vector, double scale) {
   check(dlogits.dim() == 2, "dlogits: expected 2 dimensions (N, C), got ", dlogits.dim());
   check_same(dlogits, "dlogits", vector, "vector");
   check(labels.scalar_type() == ScalarType::Long && labels.numel() == dlogits.size(0),
@@ -163,6 +158,47 @@ Tensor gate_apply(const Tensor& x, const Tensor& bits) {
   void* target = out.mutable_data_ptr();
   torch::stable::parallel_for(0, words, kGrain / 32, [&](int64_t begin, int64_t end) {
     kernels().gate_apply(type, source, numel, gates, target, begin, end);
+  });
+  return out;
+}
+
+// Checks x[planes, width] and indices[planes, outputs], both contiguous, every index in [0, elements).
+void check_planes(const Tensor& x, const char* name, const Tensor& indices, int64_t elements) {
+  check(x.dim() == 2 && x.is_contiguous(), name, ": expected a contiguous tensor (planes, elements)");
+  check(indices.dim() == 2 && indices.size(0) == x.size(0) && indices.scalar_type() == ScalarType::Int &&
+            indices.is_contiguous(),
+        "indices: expected a contiguous int32 tensor (planes, outputs) with ", x.size(0), " planes");
+  const auto* index = static_cast<const int32_t*>(indices.const_data_ptr());
+  uint32_t largest = 0;  // a negative index is a large one
+  for (int64_t k = 0; k < indices.numel(); ++k) largest = std::max(largest, static_cast<uint32_t>(index[k]));
+  check(indices.numel() == 0 || largest < static_cast<uint64_t>(elements), "indices: expected 0 to ", elements - 1);
+}
+
+Tensor gate_take(const Tensor& x, const Tensor& indices) {
+  const Type type = type_of(x, "x");
+  check_planes(x, "x", indices, x.size(1));
+  const int64_t planes = x.size(0), elements = x.size(1), outputs = indices.size(1);
+  Tensor out = empty({planes, outputs}, x.scalar_type());
+  const void* source = x.const_data_ptr();
+  const auto* index = static_cast<const int32_t*>(indices.const_data_ptr());
+  void* target = out.mutable_data_ptr();
+  torch::stable::parallel_for(0, planes, rows_per_task(elements), [&](int64_t begin, int64_t end) {
+    kernels().gate_take(type, source, elements, index, outputs, target, begin, end);
+  });
+  return out;
+}
+
+Tensor gate_put(const Tensor& y, const Tensor& indices, int64_t elements) {
+  const Type type = type_of(y, "y");
+  check_planes(y, "y", indices, elements);
+  check(y.size(1) == indices.size(1), "y and indices: expected one shape");
+  const int64_t planes = y.size(0), outputs = y.size(1);
+  Tensor out = empty({planes, elements}, y.scalar_type());
+  const void* source = y.const_data_ptr();
+  const auto* index = static_cast<const int32_t*>(indices.const_data_ptr());
+  void* target = out.mutable_data_ptr();
+  torch::stable::parallel_for(0, planes, rows_per_task(elements), [&](int64_t begin, int64_t end) {
+    kernels().gate_put(type, source, outputs, index, elements, target, begin, end);
   });
   return out;
 }
@@ -236,6 +272,8 @@ STABLE_TORCH_LIBRARY(fastfisher, m) {
   m.def("softmax_hessian_product(Tensor dlogits, Tensor labels, Tensor vector, float scale) -> Tensor");
   m.def("gate_pack(Tensor x) -> Tensor");
   m.def("gate_apply(Tensor x, Tensor bits) -> Tensor");
+  m.def("gate_take(Tensor x, Tensor indices) -> Tensor");
+  m.def("gate_put(Tensor y, Tensor indices, int elements) -> Tensor");
   m.def("axpy_diff(Tensor(a!)[] out, Tensor[] a, Tensor[] b, float scale) -> Tensor");
   m.def("sum_squares(Tensor[] tensors) -> Tensor");
 }
@@ -245,6 +283,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastfisher, CPU, m) {
   m.impl("softmax_hessian_product", TORCH_BOX(&softmax_hessian_product));
   m.impl("gate_pack", TORCH_BOX(&gate_pack));
   m.impl("gate_apply", TORCH_BOX(&gate_apply));
+  m.impl("gate_take", TORCH_BOX(&gate_take));
+  m.impl("gate_put", TORCH_BOX(&gate_put));
   m.impl("axpy_diff", TORCH_BOX(&axpy_diff));
   m.impl("sum_squares", TORCH_BOX(&sum_squares));
 }

@@ -135,26 +135,28 @@ class _ReluGates(torch.autograd.Function):
         return _ReluGates.apply(grad, *ctx.saved_tensors, ctx.order), None, None  # type: ignore[no-untyped-call]
 
 
-class _MaxPool2dGates(torch.autograd.Function):
-    """A 2-d max-pool that takes the recorded elements; PyTorch's own backward needs no more than their indices."""
+class _MaxPoolGates(torch.autograd.Function):
+    """A max-pool over the last ``dims`` dimensions that takes the recorded elements."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, indices: Tensor, geometry: tuple[Any, ...]) -> Tensor:
-        ctx.save_for_backward(x.new_empty(()).expand(x.shape), indices)
-        ctx.geometry = geometry
-        return _take(x, indices, 2)
+    def forward(ctx: Any, x: Tensor, indices: Tensor, dims: int) -> Tensor:
+        lead = x.dim() - dims
+        ctx.save_for_backward(indices)
+        ctx.shape, ctx.dims = x.shape, dims
+        taken = ops.gate_take(_planes(x, dims), _planes(indices, dims))
+        return taken.view(*x.shape[:lead], *indices.shape[lead:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, indices = ctx.saved_tensors
-        backward = torch.ops.aten.max_pool2d_with_indices_backward
-        return backward(grad, x, *ctx.geometry, indices.long()), None, None
+        (indices,) = ctx.saved_tensors
+        planes, choices = _planes(grad, ctx.dims), _planes(indices, ctx.dims)
+        return ops.gate_put(planes, choices, ctx.shape[-ctx.dims :].numel()).view(ctx.shape), None, None
 
 
-def _take(x: Tensor, indices: Tensor, dims: int) -> Tensor:
-    """The elements of x at flat indices into its last ``dims`` dimensions."""
-    lead = indices.dim() - dims
-    return x.flatten(lead).gather(lead, indices.flatten(lead).long()).view(indices.shape)
+def _planes(x: Tensor, dims: int) -> Tensor:
+    """``x`` as (planes, elements), its last ``dims`` dimensions flattened."""
+    lead = x.dim() - dims
+    return x.reshape(x.shape[:lead].numel(), x.shape[lead:].numel()).contiguous()
 
 
 class _Rule:
@@ -337,10 +339,7 @@ class _MaxPool(_Rule):
 
     def replay(self, saved: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         x, geometry, return_indices = self.arguments(args, kwargs)
-        if self.dims == 2 and not self.adaptive:
-            out = _MaxPool2dGates.apply(x, saved, geometry)  # type: ignore[no-untyped-call]
-        else:
-            out = _take(x, saved, self.dims)
+        out = _MaxPoolGates.apply(x, saved, self.dims)  # type: ignore[no-untyped-call]
         return (out, saved.long()) if return_indices else out
 
 

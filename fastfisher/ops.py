@@ -71,6 +71,17 @@ def gate_apply(x: Tensor, bits: Tensor) -> Tensor:
     return (torch.ops.fastfisher if _compiled(x.device) else reference).gate_apply(x, bits)  # type: ignore[no-any-return]
 
 
+def gate_take(x: Tensor, indices: Tensor) -> Tensor:
+    """See :func:`fastfisher.reference.gate_take`."""
+    return (torch.ops.fastfisher if _compiled(x.device) else reference).gate_take(x, indices)  # type: ignore[no-any-return]
+
+
+def gate_put(y: Tensor, indices: Tensor, elements: int) -> Tensor:
+    """See :func:`fastfisher.reference.gate_put`."""
+    namespace = torch.ops.fastfisher if _compiled(y.device) else reference
+    return namespace.gate_put(y, indices, elements)  # type: ignore[no-any-return]
+
+
 def axpy_diff(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: float) -> Tensor:
     """See :func:`fastfisher.reference.axpy_diff`."""
     dense = all(x.is_contiguous() for tensors in (out, a, b) for x in tensors)
@@ -108,6 +119,14 @@ def _register() -> None:
     @fake("fastfisher::gate_apply")
     def _(x: Tensor, bits: Tensor) -> Tensor:
         return torch.empty_like(x)
+
+    @fake("fastfisher::gate_take")
+    def _(x: Tensor, indices: Tensor) -> Tensor:
+        return x.new_empty(indices.shape)
+
+    @fake("fastfisher::gate_put")
+    def _(y: Tensor, indices: Tensor, elements: int) -> Tensor:
+        return y.new_empty(y.shape[0], elements)
 
     @fake("fastfisher::axpy_diff")
     def _(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: float) -> Tensor:

@@ -15,6 +15,7 @@ written, whatever is raised on the way.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterable
@@ -253,24 +254,29 @@ class FiniteDifference:
         """R."""
         return self.factor * self.norm**2
 
-    def add_to(self, out: dict[str, Tensor], weight: float) -> None:
-        """out += weight·∇R, in place, for the parameters in ``gradient``, which ``out`` may be."""
+    def add_to(self, out: dict[str, Tensor], weight: float) -> float:
+        """out += weight·∇R, in place, for the parameters in ``gradient``.
+
+        ``out`` may be ``gradient`` itself with a forward difference, which reads each of its tensors once.
+        Returns the relative change of the gradient that the step caused.
+        """
         if self.norm == 0.0:
-            return  # ∇R = 2 H g = 0
+            return 0.0  # ∇R = 2 H g = 0
         rho = self.rho()
-        ahead, behind = self._pair(rho)
-        if self.settings.step == "auto" and not self.settings.frozen:
-            ahead, behind, rho = self._search(ahead, behind, rho)
         scale = weight * self.coefficient(rho)
-        names = list(self.gradient)
-        targets, after, before = ([tensors[name] for name in names] for tensors in (out, ahead, behind))
-        self._judge(self._change(ops.axpy_diff(targets, after, before, scale)), rho)
+        squared = self._accumulate(out, rho, scale)
+        if self.settings.difference == "central":
+            self._accumulate(out, -rho, -scale)
+        change = math.sqrt(squared) / self.size
+        self._judge(change, rho)
+        return change
 
     def mixed_gradient(self, weight: float, loss: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """∇L(θ + ρd) + weight·∇R with one backward for both; ``loss`` is L as a function of the logits."""
         rho = self.rho()
         coefficient = weight * self.coefficient(rho) if self.norm > 0.0 else 0.0
-        total = self.shifted_gradient(rho, coefficient, loss)
+        combined, leaves = self.shifted_loss(rho, coefficient, loss)
+        total = dict(zip(leaves, torch.autograd.grad(combined, list(leaves.values())), strict=True))
         for name, gradient in self.gradient.items():
             total[name].sub_(gradient, alpha=coefficient)
         return total
@@ -286,15 +292,13 @@ class FiniteDifference:
             return step.current(self._shifted_norm())
         if step != "auto":
             return float(step)
-        if not self.settings.frozen:
-            return AdaptiveStep().current(self._shifted_norm())
         rho = FROZEN_STEP[self._precision()][self.settings.difference]
         return rho * math.sqrt(self.factor) if self.settings.wrt == "inputs" else rho
 
-    def shifted_gradient(
+    def shifted_loss(
         self, rho: float, weight: float = 1.0, loss: Callable[[Tensor], Tensor] | None = None
-    ) -> dict[str, Tensor]:
-        """∇_θ of weight·(mean loss at the labels) + loss(logits) at θ + ρd, or at the inputs shifted likewise."""
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """weight·(mean loss at the labels) + loss(logits) at θ + ρd, or at the inputs shifted likewise, and the leaves."""
         length = rho / self.norm if self.norm > 0.0 else 0.0
         inputs = self.inputs
         parameters = {name: p.detach() for name, p in self.parameters.items()}
@@ -316,29 +320,26 @@ class FiniteDifference:
             total = weight * cross_entropy(logits[:1] if self.first_only else logits, self.labels)
             if loss is not None:
                 total = total + loss(logits)
-        return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
+        return total, leaves
 
-    def _pair(self, rho: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        ahead = self.shifted_gradient(rho)
-        return ahead, self.gradient if self.settings.difference == "forward" else self.shifted_gradient(-rho)
+    def _accumulate(self, out: dict[str, Tensor], rho: float, scale: float) -> float:
+        """out += scale·(∇ℓ(θ + ρd) − ∇ℓ(θ)); returns ‖∇ℓ(θ + ρd) − ∇ℓ(θ)‖².
 
-    def _search(self, ahead: Any, behind: Any, rho: float) -> tuple[Any, Any, float]:
-        """Retakes the step until the gradient's change is near its target: passes that an AdaptiveStep saves."""
-        adaptive = AdaptiveStep(rho=rho)
-        for _ in range(6):
-            names = list(self.gradient)
-            change = self._change(ops.sum_squares([ahead[name] - behind[name] for name in names]))
-            if 0.5 * adaptive.target <= change <= 2 * adaptive.target:
-                break
-            adaptive.update(change)
-            rho = adaptive.current(0.0)
-            ahead, behind = self._pair(rho)
-        return ahead, behind, rho
+        Each parameter's difference is added as soon as the backward has made it, so that the shifted gradient never
+        exists as a whole: one copy of the parameters less at the peak.
+        """
+        loss, leaves = self.shifted_loss(rho)
+        squares: dict[str, Tensor] = {}
 
-    def _change(self, squared_difference: Tensor) -> float:
-        """The relative change of the gradient over one ρ."""
-        sides = 1.0 if self.settings.difference == "forward" else 2.0
-        return math.sqrt(float(squared_difference)) / sides / self.size
+        def add(name: str, leaf: Tensor) -> None:
+            assert leaf.grad is not None
+            squares[name] = ops.axpy_diff([out[name]], [leaf.grad], [self.gradient[name]], scale)
+            leaf.grad = None
+
+        for name, leaf in leaves.items():
+            leaf.register_post_accumulate_grad_hook(lambda leaf, name=name: add(name, leaf))  # type: ignore[misc]
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(torch.stack([squares[name] for name in leaves]).sum())
 
     def _judge(self, change: float, rho: float) -> None:
         """Adapts the step, and warns where it was too short to measure anything."""
@@ -419,7 +420,17 @@ class _Penalty(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         parameters = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         out = {name: torch.zeros_like(parameters[name]) for name in ctx.difference.gradient}
-        ctx.difference.add_to(out, float(grad))
+        difference: FiniteDifference = ctx.difference
+        if difference.settings.step != "auto" or difference.settings.frozen:
+            difference.add_to(out, float(grad))
+        else:  # nothing is known of the step yet: retake it until the gradient's change is near its target
+            step = AdaptiveStep()
+            difference.settings = dataclasses.replace(difference.settings, step=step)
+            for _ in range(8):
+                if 0.5 * step.target <= difference.add_to(out, float(grad)) <= 2 * step.target:
+                    break
+                for tensor in out.values():
+                    tensor.zero_()
         return (None, None, *(out.get(name) for name in ctx.names))
 
 

@@ -98,6 +98,16 @@ def gate_apply(x: Tensor, bits: Tensor) -> Tensor:
     return torch.where(gates.flatten()[: x.numel()].view(x.shape).bool(), x, 0)
 
 
+def gate_take(x: Tensor, indices: Tensor) -> Tensor:
+    """Of each plane of ``x[planes, elements]``, the elements at ``indices[planes, outputs]`` (int32)."""
+    return x.gather(1, indices.long())
+
+
+def gate_put(y: Tensor, indices: Tensor, elements: int) -> Tensor:
+    """The transpose of :func:`gate_take`: ``y[planes, outputs]`` summed into planes of ``elements`` zeros."""
+    return y.new_zeros(len(y), elements).scatter_add_(1, indices.long(), y)
+
+
 def axpy_diff(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: float) -> Tensor:
     """``out += scale (a − b)``, tensor by tensor in place; returns Σ (a − b)² over all of them, a float64 scalar."""
     differences = [x - y for x, y in zip(a, b, strict=True)]

@@ -251,9 +251,10 @@ class FisherPenalty:
             if self.mixed:
                 total = shift.mixed_gradient(alpha, lambda shifted: self._training_loss(shifted, targets))
             elif self.every == 1:
-                for name in gradient:
-                    if name not in total:
-                        total[name] = torch.zeros_like(gradient[name])
+                if total is gradient and self.settings.difference == "central":
+                    total = {name: g.clone() for name, g in gradient.items()}
+                for name in gradient.keys() - total.keys():
+                    total[name] = torch.zeros_like(gradient[name])
                 shift.add_to(total, alpha)
             else:
                 reused = {name: torch.zeros_like(g) for name, g in gradient.items()}

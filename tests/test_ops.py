@@ -116,7 +116,12 @@ def test_philox_words_are_equal_in_cpp_and_pytorch() -> None:
             words = reference.philox(key, torch.tensor(element)).tolist()
             assert list(_native.philox(seed, offset, element)) == words
     # Salmon et al.'s known answer for counter and key zero.
-    assert reference.philox(torch.tensor([0, 0]), torch.tensor(0)).tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert reference.philox(torch.tensor([0, 0]), torch.tensor(0)).tolist() == [
+        0x6627E8D5,
+        0xE169C58D,
+        0xBC57AC4C,
+        0x9B00DBD8,
+    ]
 
 
 @pytest.mark.parametrize("classes", [10, 1000, 5000])
@@ -152,7 +157,9 @@ def test_every_simd_level_gives_the_same_labels(level: str) -> None:
     lines = {}
     for chosen in (level, ""):
         environment = {**os.environ, "FASTFISHER_SIMD_LEVEL": chosen}
-        run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+        run = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        )
         lines[chosen] = run.stdout.splitlines()
     assert lines[level][0] in (level, "baseline")
     assert lines[level][1:] == lines[""][1:]

@@ -137,7 +137,9 @@ def test_a_state_that_does_not_fit_restores_nothing() -> None:
     assert other.steps == 0 and other.value is None
 
 
-@pytest.mark.parametrize("options", [{}, {"gates": "free"}, {"method": "double_backprop"}, {"mixed": True}, {"examples": 3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"gates": "free"}, {"method": "double_backprop"}, {"mixed": True}, {"examples": 3}]
+)
 def test_batchnorm_moves_once_dropout_and_random_state_as_in_a_plain_step(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(SmallResNet(), nn.Dropout(0.5), nn.Linear(10, 10))

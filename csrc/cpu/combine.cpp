@@ -6,8 +6,7 @@ namespace {
 constexpr int64_t kLanes = 16;
 }
 
-double axpy_diff(Type type, void* out, const void* a, const void* b, double scale, int64_t begin,
-                 int64_t end) {
+double axpy_diff(Type type, void* out, const void* a, const void* b, double scale, int64_t begin, int64_t end) {
   return dispatch(type, [&](auto tag) {
     using T = decltype(tag);
     using Storage = typename T::Storage;

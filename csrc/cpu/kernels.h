@@ -27,8 +27,8 @@ struct Kernels {
   // Rows [begin, end) of logits[N, C] (contiguous). nll is float32, or float64 for float64 logits.
   // A row with NaN, +inf, or nothing above -inf leaves nll = NaN, label = -1, dlogits = NaN; the lowest such
   // row is returned, or -1.
-  int64_t (*sample_cross_entropy)(Type type, const void* logits, int64_t columns, Key key, double scale,
-                                  void* nll, int64_t* labels, void* dlogits, int64_t begin, int64_t end);
+  int64_t (*sample_cross_entropy)(Type type, const void* logits, int64_t columns, Key key, double scale, void* nll,
+                                  int64_t* labels, void* dlogits, int64_t begin, int64_t end);
 
   // out = (p * v - p (p . v)) * scale with p = dlogits / scale + onehot(label), rows [begin, end).
   void (*softmax_hessian_product)(Type type, const void* dlogits, const int64_t* labels, const void* vector,
@@ -41,9 +41,16 @@ struct Kernels {
   void (*gate_apply)(Type type, const void* x, int64_t numel, const uint32_t* bits, void* out, int64_t begin,
                      int64_t end);
 
+  // Max-pool gates: out[p][k] = x[p][indices[p][k]] for planes p in [begin, end).
+  void (*gate_take)(Type type, const void* x, int64_t elements, const int32_t* indices, int64_t outputs, void* out,
+                    int64_t begin, int64_t end);
+
+  // Its transpose: out[p][indices[p][k]] += y[p][k] on planes of zeros, in the order of k.
+  void (*gate_put)(Type type, const void* y, int64_t outputs, const int32_t* indices, int64_t elements, void* out,
+                   int64_t begin, int64_t end);
+
   // out += scale (a - b), elements [begin, end); returns the sum of (a - b)^2 over them, in float64.
-  double (*axpy_diff)(Type type, void* out, const void* a, const void* b, double scale, int64_t begin,
-                      int64_t end);
+  double (*axpy_diff)(Type type, void* out, const void* a, const void* b, double scale, int64_t begin, int64_t end);
 
   // The sum of squares of elements [begin, end) in float64, in an order fixed by the range alone.
   double (*sum_squares)(Type type, const void* x, int64_t begin, int64_t end);
@@ -53,16 +60,17 @@ struct Kernels {
 const Kernels& kernels();
 
 // The same functions, compiled once per SIMD level.
-#define FASTFISHER_DECLARE_LEVEL(LEVEL)                                                                  \
-  namespace LEVEL {                                                                                      \
-  int64_t sample_cross_entropy(Type, const void*, int64_t, Key, double, void*, int64_t*, void*, int64_t, \
-                               int64_t);                                                                 \
-  void softmax_hessian_product(Type, const void*, const int64_t*, const void*, int64_t, double, void*,   \
-                               int64_t, int64_t);                                                        \
-  void gate_pack(Type, const void*, int64_t, uint32_t*, int64_t, int64_t);                               \
-  void gate_apply(Type, const void*, int64_t, const uint32_t*, void*, int64_t, int64_t);                 \
-  double axpy_diff(Type, void*, const void*, const void*, double, int64_t, int64_t);                     \
-  double sum_squares(Type, const void*, int64_t, int64_t);                                               \
+#define FASTFISHER_DECLARE_LEVEL(LEVEL)                                                                            \
+  namespace LEVEL {                                                                                                \
+  int64_t sample_cross_entropy(Type, const void*, int64_t, Key, double, void*, int64_t*, void*, int64_t, int64_t); \
+  void softmax_hessian_product(Type, const void*, const int64_t*, const void*, int64_t, double, void*, int64_t,    \
+                               int64_t);                                                                           \
+  void gate_pack(Type, const void*, int64_t, uint32_t*, int64_t, int64_t);                                         \
+  void gate_apply(Type, const void*, int64_t, const uint32_t*, void*, int64_t, int64_t);                           \
+  void gate_take(Type, const void*, int64_t, const int32_t*, int64_t, void*, int64_t, int64_t);                    \
+  void gate_put(Type, const void*, int64_t, const int32_t*, int64_t, void*, int64_t, int64_t);                     \
+  double axpy_diff(Type, void*, const void*, const void*, double, int64_t, int64_t);                               \
+  double sum_squares(Type, const void*, int64_t, int64_t);                                                         \
   }
 FASTFISHER_DECLARE_LEVEL(baseline)
 FASTFISHER_DECLARE_LEVEL(avx2)

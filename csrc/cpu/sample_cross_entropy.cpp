@@ -205,8 +205,7 @@ struct Row {
   }
 
   static Compute loss(Compute maximum, double total, Compute logit) {
-    return static_cast<Compute>(__builtin_log(total) +
-                                (static_cast<double>(maximum) - static_cast<double>(logit)));
+    return static_cast<Compute>(__builtin_log(total) + (static_cast<double>(maximum) - static_cast<double>(logit)));
   }
 };
 
@@ -223,9 +222,8 @@ int64_t sample_cross_entropy(Type type, const void* logits, int64_t columns, Key
     for (int64_t i = begin; i < end; ++i) {
       Storage* gradient = static_cast<Storage*>(dlogits) + i * columns;
       Compute* loss = static_cast<Compute*>(nll) + i;
-      if (!row.run(static_cast<const Storage*>(logits) + i * columns, columns,
-                   philox(key, static_cast<uint64_t>(i)), static_cast<Compute>(scale), loss, labels + i,
-                   gradient)) {
+      if (!row.run(static_cast<const Storage*>(logits) + i * columns, columns, philox(key, static_cast<uint64_t>(i)),
+                   static_cast<Compute>(scale), loss, labels + i, gradient)) {
         *loss = __builtin_nanf("");
         labels[i] = -1;
         for (int64_t j = 0; j < columns; ++j) gradient[j] = T::store(__builtin_nanf(""));
@@ -236,8 +234,8 @@ int64_t sample_cross_entropy(Type type, const void* logits, int64_t columns, Key
   });
 }
 
-void softmax_hessian_product(Type type, const void* dlogits, const int64_t* labels, const void* vector,
-                             int64_t columns, double scale, void* out, int64_t begin, int64_t end) {
+void softmax_hessian_product(Type type, const void* dlogits, const int64_t* labels, const void* vector, int64_t columns,
+                             double scale, void* out, int64_t begin, int64_t end) {
   dispatch(type, [&](auto tag) {
     using T = decltype(tag);
     using Storage = typename T::Storage;
@@ -258,8 +256,7 @@ void softmax_hessian_product(Type type, const void* dlogits, const int64_t* labe
       const int64_t label = labels[i];
       const double drawn = static_cast<double>(T::load(v[label]));
       const Compute mean = static_cast<Compute>(dot / scale + drawn);
-      const Compute at_label =
-          static_cast<Compute>((static_cast<double>(T::load(d[label])) + scale) * (drawn - mean));
+      const Compute at_label = static_cast<Compute>((static_cast<double>(T::load(d[label])) + scale) * (drawn - mean));
 #pragma omp simd
       for (int64_t j = 0; j < columns; ++j) result[j] = T::store(T::load(d[j]) * (T::load(v[j]) - mean));
       result[label] = T::store(at_label);

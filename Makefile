@@ -1,0 +1,51 @@
+# The verbs of this repository. Each sets up what it needs in .venv first; nothing has to be installed by hand
+# beyond python3, a C++ compiler, make and git.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+NATIVE := $(SOURCES) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: run test lint format bench gpu clean
+
+run: $(VENV)/built-train ## the demonstration: half-wrong labels on real digits, without and with the penalty
+	$(BIN)/python -m fastfisher.paper.noisy_digits
+
+test: $(VENV)/built-test ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/built-test ## ruff, clang-format, mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(filter csrc/%,$(SOURCES))
+	$(BIN)/mypy
+
+format: $(VENV)/built-test ## put the sources into the form that lint wants
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter csrc/%,$(SOURCES))
+
+bench: $(VENV)/built-test ## every figure of the README; writes bench/results/
+	$(BIN)/python -m pytest bench --benchmark-disable-gc --benchmark-columns=median,iqr,rounds
+
+gpu: $(VENV)/built-test ## the tests that need a GPU
+	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+	  $(BIN)/python -m pytest -m gpu; \
+	else echo "make gpu: no GPU was found ($$($(BIN)/fastfisher info | grep '^cuda')); nothing was run"; fi
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastfisher/*.so
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77" cmake ninja pybind11 numpy
+	touch $@
+
+# Isolated, pip would fetch another torch to build against.
+$(VENV)/built-%: $(VENV)/torch $(NATIVE)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation \
+	  --editable ".[train$(if $(filter test,$*),$(comma)test$(comma)lint)]"
+	touch $@
+
+comma := ,

@@ -1,0 +1,1 @@
+"""Benchmarks: one file per promise of the README. ``make bench`` runs them and writes bench/results/."""

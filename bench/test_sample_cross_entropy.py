@@ -1,0 +1,60 @@
+"""``sample_cross_entropy``: loss, labels and logit gradient against eager PyTorch, torch.compile, and one copy.
+
+The floor is to read the logits once and write the gradient once: one ``clone``, which like the operator allocates its
+result. Eager is what one writes without this package: softmax, multinomial, cross-entropy, autograd. The compiled rival
+draws its labels by Gumbel argmax, because multinomial does not fuse.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench.conftest import Bar
+from fastfisher import ops
+
+SIZES = [(128, 10), (128, 100), (128, 1000), (4096, 1000), (512, 50257), (256, 128256)]
+KEY = torch.tensor([1, 2])
+
+
+def eager(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sampled labels, mean loss and gradient by PyTorch's own functions."""
+    logits = logits.detach().requires_grad_()
+    labels = torch.multinomial(logits.detach().softmax(1), 1).squeeze(1)
+    loss = F.cross_entropy(logits, labels)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    return loss.detach(), labels, gradient
+
+
+def gumbel(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by Gumbel argmax and the softmax's gradient written out: what torch.compile fuses best."""
+    labels = (logits - torch.empty_like(logits).exponential_().log()).argmax(1)
+    log_p = logits.log_softmax(1)
+    loss = -log_p.gather(1, labels[:, None]).mean()
+    gradient = (log_p.exp() - F.one_hot(labels, logits.shape[1])) / logits.shape[0]
+    return loss, labels, gradient
+
+
+@pytest.mark.parametrize(("rows", "classes"), SIZES, ids=str)
+def test_sample_cross_entropy(rows: int, classes: int, compare: Any) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    logits = torch.randn(rows, classes)
+    compiled = torch.compile(gumbel, dynamic=False)
+    small = rows * classes < 2**18
+    compare(
+        "sample_cross_entropy",
+        f"{rows}x{classes}",
+        lambda: ops.sample_cross_entropy(logits, KEY, 1 / rows),
+        {
+            "eager": (lambda: eager(logits), Bar(10, True)),
+            "torch.compile": (lambda: compiled(logits), Bar(3 if classes == 10 else 4, True)),
+            "one copy": (logits.clone, Bar(1.5 if rows * classes >= 2**21 else None, False)),
+        },
+        rounds=21 if small else 9,
+        repeat=50 if small else 2,
+    )
