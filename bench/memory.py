@@ -1,8 +1,8 @@
 """Peak memory of one step, each in a process of its own: ``python -m bench.memory``.
 
 The figure is the growth of the resident set's peak over model and data. Every block above 64 KiB is mapped for itself
-(MALLOC_MMAP_THRESHOLD_), so that what is counted is what is alive, not how the allocator keeps what was freed. Promise: the finite-difference paths
-take at most 1.15 times a plain step plus two copies of the parameters.
+(MALLOC_MMAP_THRESHOLD_), so that what is counted is what is alive, not how the allocator keeps what was freed.
+Promise: the finite-difference paths take at most 1.15 times a plain step plus two copies of the parameters.
 """
 
 from __future__ import annotations

@@ -338,7 +338,7 @@ class _MaxPool(_Rule):
         return (out, indices) if return_indices else out, indices.int()
 
     def replay(self, saved: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        x, geometry, return_indices = self.arguments(args, kwargs)
+        x, _, return_indices = self.arguments(args, kwargs)
         out = _MaxPoolGates.apply(x, saved, self.dims)  # type: ignore[no-untyped-call]
         return (out, saved.long()) if return_indices else out
 

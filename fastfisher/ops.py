@@ -47,7 +47,7 @@ def sample_cross_entropy(logits: Tensor, key: Tensor, scale: float) -> tuple[Ten
     """See :func:`fastfisher.reference.sample_cross_entropy`; differentiable twice in ``logits``."""
     if not _compiled(logits.device):
         return reference.sample_cross_entropy(logits, key, scale)
-    op = torch.ops.fastfisher.sample_cross_entropy.default
+    op: Callable[..., Any] = torch.ops.fastfisher.sample_cross_entropy.default
     if logits.requires_grad and torch.is_grad_enabled():
         return op(logits, key, scale)  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowAutograd():

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable
@@ -298,7 +299,7 @@ class FiniteDifference:
     def shifted_loss(
         self, rho: float, weight: float = 1.0, loss: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """weight·(mean loss at the labels) + loss(logits) at θ + ρd, or at the inputs shifted likewise, and the leaves."""
+        """weight·(mean loss at the labels) + loss(logits) at θ + ρd (or shifted inputs), and its leaves by name."""
         length = rho / self.norm if self.norm > 0.0 else 0.0
         inputs = self.inputs
         parameters = {name: p.detach() for name, p in self.parameters.items()}
@@ -337,7 +338,7 @@ class FiniteDifference:
             leaf.grad = None
 
         for name, leaf in leaves.items():
-            leaf.register_post_accumulate_grad_hook(lambda leaf, name=name: add(name, leaf))  # type: ignore[misc]
+            leaf.register_post_accumulate_grad_hook(functools.partial(add, name))  # type: ignore[no-untyped-call]
         loss.backward()  # type: ignore[no-untyped-call]
         return float(torch.stack([squares[name] for name in leaves]).sum())
 
@@ -354,10 +355,10 @@ class FiniteDifference:
                 stacklevel=2,
             )
         floor = 50 * torch.finfo(self._precision()).eps
-        if change < floor and 0.0 < change and self._precision() in (torch.float32, torch.float64):
+        if 0.0 < change < floor and self._precision() in (torch.float32, torch.float64):
             warnings.warn(
-                f"step: {rho:.1e} changed the gradient by {change:.1e} of its norm, less than {floor:.0e}, where rounding "
-                "shows; use a longer step or a higher precision",
+                f"step: {rho:.1e} changed the gradient by {change:.1e} of its norm, less than {floor:.0e}, where "
+                "rounding shows; use a longer step or a higher precision",
                 UserWarning,
                 stacklevel=2,
             )

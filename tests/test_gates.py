@@ -133,7 +133,7 @@ def test_another_path_is_an_error() -> None:
 
 def test_what_cannot_be_recorded_is_said() -> None:
     compiled = torch.compile(nn.Linear(2, 2), backend="eager")
-    with pytest.raises(ValueError, match="compiled by torch.compile"), record_gates(nn.Sequential(compiled)):
+    with pytest.raises(ValueError, match="compiled by"), record_gates(nn.Sequential(compiled)):
         pass
     with pytest.raises(ValueError, match="TorchScript"), record_gates(torch.jit.script(nn.Linear(2, 2))):
         pass

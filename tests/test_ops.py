@@ -250,7 +250,7 @@ def test_derivatives_to_second_order(classes: int) -> None:
 @needs_kernels
 def test_opcheck() -> None:
     x, y = torch.randn(5, 7, requires_grad=True), [torch.randn(3), torch.randn(4, 4)]
-    nll, labels, d = ops.sample_cross_entropy(x.detach(), KEY, 0.5)
+    _, labels, d = ops.sample_cross_entropy(x.detach(), KEY, 0.5)
     bits = ops.gate_pack(x.detach())
     namespace = torch.ops.fastfisher
     for operator, args in [
@@ -258,6 +258,8 @@ def test_opcheck() -> None:
         (namespace.softmax_hessian_product, (d.requires_grad_(), labels, x.detach().requires_grad_(), 0.5)),
         (namespace.gate_pack, (x.detach(),)),
         (namespace.gate_apply, (x.detach(), bits)),
+        (namespace.gate_take, (x.detach(), torch.zeros(5, 2, dtype=torch.int32))),
+        (namespace.gate_put, (x.detach(), torch.ones(5, 7, dtype=torch.int32), 9)),
         (namespace.axpy_diff, ([t.clone() for t in y], y, [2 * t for t in y], 0.5)),
         (namespace.sum_squares, (y,)),
     ]:
@@ -278,6 +280,23 @@ def test_gates_and_combines_agree_with_the_reference(numel: int, dtype: torch.dt
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(ops.sum_squares([a, b]), reference.sum_squares([a, b]), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_max_pool_gates_agree_with_the_reference(dtype: torch.dtype) -> None:
+    x, y = torch.randn(300, 50).to(dtype), torch.randn(300, 12).to(dtype)
+    indices = torch.randint(50, (300, 12), dtype=torch.int32)
+    assert torch.equal(ops.gate_take(x, indices), reference.gate_take(x, indices))
+    # A few addends of size 3 at most meet in one place, and each addition may round.
+    put, expected = ops.gate_put(y, indices, 50).double(), reference.gate_put(y.double(), indices, 50)
+    torch.testing.assert_close(put, expected, rtol=0, atol=16 * torch.finfo(dtype).eps)
+    if ops.UNAVAILABLE is None:
+        for bad in (-1, 50):
+            indices[3, 4] = bad
+            with pytest.raises(ValueError, match="indices: expected 0 to 49"):
+                ops.gate_take(x, indices)
+            with pytest.raises(ValueError, match="indices: expected 0 to 49"):
+                ops.gate_put(y, indices, 50)
 
 
 @needs_kernels

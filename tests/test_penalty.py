@@ -1,4 +1,4 @@
-"""The penalty by both methods: agreement with double backprop, what it means, and that nothing of the caller's moves."""
+"""The penalty by both methods: agreement with double backprop, meaning, and that nothing of the caller's moves."""
 
 from __future__ import annotations
 

@@ -48,11 +48,7 @@ struct Row {
       other = maximum(Value(T::load(x + j + kLanes)), other);
     }
     for (; j < width; j += kLanes) running = maximum(load(x, j, width), running);
-    running = maximum(running, other);
-    // A NaN can only be where a vector began with it; the comparison drops it here.
-    Compute result = -kInfinity;
-    for (int64_t k = 0; k < kLanes; ++k) result = running[k] > result ? running[k] : result;
-    return result;
+    return horizontal_maximum(maximum(running, other));
   }
 
   // A tile that is masked altogether has no maximum to subtract; against 0 its exponentials are 0.
@@ -69,14 +65,16 @@ struct Row {
     return horizontal_sum(running + other);
   }
 
-  // Fills e and the chunks' sums for one tile; returns the tile's sum.
-  double exp_tile(const Storage* x, int64_t width, Compute reference) {
+  // Fills e and the chunks' sums for one tile; returns the tile's sum. Meanwhile the row at `next` is fetched: short
+  // rows come and go faster than the processor's own prefetcher, which stops at every page, can follow.
+  double exp_tile(const Storage* x, int64_t width, Compute reference, const Storage* next) {
     double total = 0;
     for (int64_t c = 0; c * kChunk < width; ++c) {
       const int64_t stop = width < (c + 1) * kChunk ? width : (c + 1) * kChunk;
       Value running = {};
       int64_t j = c * kChunk;
       for (; j + kLanes <= stop; j += kLanes) {
+        __builtin_prefetch(next + j);
         const Value value = exp_nonpositive(T::load(x + j) - reference);
         *(Value*)(e + j) = value;
         running += value;
@@ -131,7 +129,7 @@ struct Row {
   bool one_tile(const Storage* x, int64_t columns, Words words, Compute scale, Compute* nll, int64_t* label,
                 Storage* gradient) {
     const Compute maximum = maximum_of(x, columns);
-    const double total = exp_tile(x, columns, finite(maximum));
+    const double total = exp_tile(x, columns, finite(maximum), x + columns);
     if (!has_softmax(maximum, total)) return false;
     const int64_t drawn = draw(columns, total, uniform(words.w[1]));
     const Compute logit = T::load(x[drawn]);
@@ -171,7 +169,7 @@ struct Row {
       if (running > target) break;
     }
     const int64_t chosen_width = width(columns, chosen);
-    const double chosen_sum = exp_tile(x + chosen * kTile, chosen_width, finite(tile_max[chosen]));
+    const double chosen_sum = exp_tile(x + chosen * kTile, chosen_width, finite(tile_max[chosen]), x);
     const int64_t drawn = chosen * kTile + draw(chosen_width, chosen_sum, uniform(words.w[1]));
     const Compute logit = T::load(x[drawn]);
 

@@ -51,12 +51,38 @@ static inline Value maximum(Value a, Value b) {
   return a > b ? a : b;  // NaN in a is dropped: it is found through the sum
 }
 
-template <class Value>
-static inline double horizontal_sum(Value v) {
-  constexpr int count = sizeof(Value) / sizeof(v[0]);
-  double sum = 0;
-  for (int k = 0; k < count; ++k) sum += static_cast<double>(v[k]);
-  return sum;
+// The sum of the lanes in float64, halving the vector each time: short chains, so that it costs a dozen cycles.
+static inline double horizontal_sum(Doubles v) {
+  typedef double Four __attribute__((vector_size(32)));
+  typedef double Two __attribute__((vector_size(16)));
+  const Four four = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  const Two two = __builtin_shufflevector(four, four, 0, 1) + __builtin_shufflevector(four, four, 2, 3);
+  return two[0] + two[1];
+}
+
+static inline double horizontal_sum(Floats v) {
+  typedef float Eight __attribute__((vector_size(32)));
+  const Eight low = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+  const Eight high = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  return horizontal_sum(__builtin_convertvector(low, Doubles) + __builtin_convertvector(high, Doubles));
+}
+
+// The largest lane; a lane with NaN may be dropped.
+static inline double horizontal_maximum(Doubles v) {
+  typedef double Four __attribute__((vector_size(32)));
+  typedef double Two __attribute__((vector_size(16)));
+  const Four low = __builtin_shufflevector(v, v, 0, 1, 2, 3), high = __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  const Four four = maximum(low, high);
+  const Two two =
+      maximum(Two(__builtin_shufflevector(four, four, 0, 1)), Two(__builtin_shufflevector(four, four, 2, 3)));
+  return two[0] > two[1] ? two[0] : two[1];
+}
+
+static inline float horizontal_maximum(Floats v) {
+  typedef float Eight __attribute__((vector_size(32)));
+  const Eight low = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+  const Eight high = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  return static_cast<float>(horizontal_maximum(__builtin_convertvector(maximum(low, high), Doubles)));
 }
 
 // exp(x) for x <= 0; results below the smallest normal number may be flushed to 0. exp(-inf) = 0, NaN stays
@@ -72,12 +98,12 @@ static inline Floats exp_nonpositive(Floats x) {
   const __m512 high = {1.41421356f, 1.44518081f, 1.47682615f, 1.50916443f, 1.54221083f, 1.57598085f,
                        1.61049033f, 1.64575548f, 1.68179283f, 1.71861930f, 1.75625216f, 1.79470907f,
                        1.83400809f, 1.87416763f, 1.91520656f, 1.95714412f};
-  const __m512 t = _mm512_mul_ps((__m512)x, _mm512_set1_ps(1.44269504f));
-  const __m512 magic = _mm512_set1_ps(393216.0f);  // 1.5 * 2^18: one ulp is 1/32
-  // -2^13 keeps the sum in the range where that holds; 2^-8192 is 0 all the same.
-  const __m512 shifted = _mm512_add_ps(_mm512_max_ps(_mm512_set1_ps(-8192.0f), t), magic);
+  // Clamped (NaN passes: it is the second operand), -inf leaves no NaN below, and 2^-100000 is 0 all the same.
+  const __m512 t = _mm512_max_ps(_mm512_set1_ps(-100000.0f), _mm512_mul_ps((__m512)x, _mm512_set1_ps(1.44269504f)));
+  const __m512 magic = _mm512_set1_ps(393216.0f);  // 1.5 * 2^18: one ulp of the sum is 1/32
+  const __m512 shifted = _mm512_add_ps(t, magic);
   const __m512 whole = _mm512_sub_ps(shifted, magic);
-  const __m512 r = _mm512_max_ps(_mm512_set1_ps(-1.0f), _mm512_sub_ps(t, whole));
+  const __m512 r = _mm512_sub_ps(t, whole);
   const __m512 power = _mm512_permutex2var_ps(low, _mm512_castps_si512(shifted), high);
   const __m512 slope = _mm512_fmadd_ps(r, _mm512_set1_ps(0.240226507f), _mm512_set1_ps(0.693157345f));
   return (Floats)_mm512_scalef_ps(_mm512_fmadd_ps(_mm512_mul_ps(power, r), slope, power), whole);
