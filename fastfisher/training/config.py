@@ -1,0 +1,276 @@
+"""What a training run is: every option, its default, its help and what it may be."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+METHODS = ("baseline", "FP", "GP", "GP_r", "GP_x")
+DATA_SETS = ("digits", "cifar10", "cifar100")
+NETWORKS = ("small_cnn", "simple_cnn", "vgg11")
+AUGMENTATIONS = ("none", "flip", "crop_flip")
+
+
+class ConfigError(ValueError):
+    """An option that cannot be used; the message names the option, the value and what was expected."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value has to satisfy, in words and as a test."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+POSITIVE = Rule("a finite number above 0", lambda value: 0 < value < math.inf)
+NON_NEGATIVE = Rule("a finite number, at least 0", lambda value: 0 <= value < math.inf)
+FRACTION = Rule("a number from 0 to 1", lambda value: 0 <= value <= 1)
+BELOW_ONE = Rule("a number from 0 up to, not including, 1", lambda value: 0 <= value < 1)
+AT_LEAST_ONE = Rule("an integer, at least 1", lambda value: value >= 1)
+AT_LEAST_ZERO = Rule("an integer, at least 0", lambda value: value >= 0)
+AT_LEAST_EIGHT = Rule("an integer, at least 8", lambda value: value >= 8)
+SEED = Rule("an integer from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
+INCREASING = Rule(
+    "increasing epochs, each at least 1",
+    lambda value: all(epoch >= 1 for epoch in value) and all(a < b for a, b in itertools.pairwise(value)),
+)
+
+
+def _option(
+    default: T,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    rule: Rule | None = None,
+    identity: bool = True,
+) -> T:
+    """Return a dataclass field; ``identity=False`` marks options that a resumed run may change."""
+    return field(default=default, metadata={"help": help, "choices": choices, "rule": rule, "identity": identity})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Every field is an option of ``fastfisher train``."""
+
+    out: str = _option("runs/train", "folder the run is written to", identity=False)
+    resume: bool = _option(False, "continue the run in --out; options not given are read from there", identity=False)
+    data: str = _option("digits", "data set; digits comes with scikit-learn", choices=DATA_SETS)
+    data_dir: str = _option("data", "folder that holds the CIFAR files; never downloaded", identity=False)
+    image_size: int | None = _option(
+        None, "images are resized to this many pixels a side; 16 for digits, else 32", rule=AT_LEAST_EIGHT
+    )
+    augment: str = _option(
+        "none", "flip: horizontal flips; crop_flip: also crops with padding 4", choices=AUGMENTATIONS
+    )
+    label_noise: float = _option(0.0, "fraction of the training labels replaced by uniformly drawn ones", rule=FRACTION)
+    noise_seed: int | None = _option(None, "seed of the label noise; --seed unless given", rule=SEED)
+    network: str = _option("small_cnn", "network; none of them has batch normalisation", choices=NETWORKS)
+    method: str = _option(
+        "baseline",
+        "penalty: FP (sampled labels), GP (true labels), GP_r (uniform labels), GP_x (input gradient)",
+        choices=METHODS,
+    )
+    alpha: float = _option(0.1, "coefficient of the penalty", rule=POSITIVE)
+    penalty_every: int = _option(10, "steps between two computations of the penalty's gradient", rule=AT_LEAST_ONE)
+    penalty_start: int = _option(0, "epochs trained before the penalty is switched on", rule=AT_LEAST_ZERO)
+    penalty_method: str = _option(
+        "finite_difference",
+        "how the penalty is differentiated",
+        choices=("finite_difference", "double_backprop"),
+    )
+    gates: str = _option(
+        "frozen",
+        "finite differences: keep the ReLU and max-pool gates of the first forward, or let them move",
+        choices=("frozen", "free"),
+    )
+    mixed: bool = _option(False, "finite differences: share one backward with the training loss")
+    penalty_examples: int | None = _option(
+        None, "the penalty uses this many examples of each batch; all of them unless given", rule=AT_LEAST_ONE
+    )
+    penalty_reduction: str = _option(
+        "batch",
+        "gradient that is penalised: of the batch's mean loss, or of its first example's (eq. 6)",
+        choices=("batch", "first"),
+    )
+    epochs: int = _option(30, "passes over the training set", rule=AT_LEAST_ONE)
+    batch_size: int = _option(128, "examples in a batch; an incomplete last batch is dropped", rule=AT_LEAST_ONE)
+    lr: float = _option(0.05, "learning rate", rule=POSITIVE)
+    momentum: float = _option(0.9, "momentum", rule=BELOW_ONE)
+    weight_decay: float = _option(0.0, "weight decay", rule=NON_NEGATIVE)
+    lr_milestones: tuple[int, ...] = _option(
+        (), "epochs after which the learning rate is multiplied by --lr-decay", rule=INCREASING
+    )
+    lr_decay: float = _option(0.1, "factor applied at each of --lr-milestones", rule=POSITIVE)
+    trace_samples: int = _option(256, "training examples Tr(F) is measured on after each epoch", rule=AT_LEAST_ONE)
+    seed: int = _option(0, "seed of the initial weights, the batches and the sampled labels", rule=SEED)
+    threads: int = _option(0, "CPU threads; 0 leaves PyTorch's choice", rule=AT_LEAST_ZERO)
+    device: str = _option("auto", "auto, cpu, cuda or cuda:N; auto takes the GPU where there is one")
+
+
+def flag(name: str) -> str:
+    """Return the option's name on the command line: ``lr_decay`` is ``--lr-decay``."""
+    return "--" + name.replace("_", "-")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add one option per field of :class:`TrainConfig`. Options not given are absent from the namespace."""
+    hints = typing.get_type_hints(TrainConfig)
+    for option in dataclasses.fields(TrainConfig):
+        hint = hints[option.name]
+        text = option.metadata["help"]
+        if hint is bool:
+            parser.add_argument(flag(option.name), action="store_true", default=argparse.SUPPRESS, help=text)
+            continue
+        if option.default not in (None, ()):
+            text += f" (default: {option.default})"
+        several = typing.get_origin(hint) is tuple
+        parser.add_argument(
+            flag(option.name),
+            type=_scalar_type(hint),
+            nargs="*" if several else None,
+            choices=option.metadata["choices"],
+            metavar=None if option.metadata["choices"] else _scalar_type(hint).__name__.upper(),
+            default=argparse.SUPPRESS,
+            help=text,
+        )
+
+
+def _scalar_type(hint: Any) -> type[Any]:
+    """Return the type of one value: int for ``int``, ``int | None`` and ``tuple[int, ...]``."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is tuple:
+        return typing.cast("type[Any]", typing.get_args(hint)[0])
+    return typing.cast("type[Any]", hint)
+
+
+def from_values(values: Mapping[str, Any]) -> TrainConfig:
+    """Build a configuration from parsed options or from the contents of a config.json.
+
+    Raises:
+        ConfigError: for a name that is not an option.
+    """
+    known = {option.name for option in dataclasses.fields(TrainConfig)}
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"{flag(name)}: unknown option, expected one of {', '.join(map(flag, sorted(known)))}")
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    return TrainConfig(**fields)
+
+
+def to_values(config: TrainConfig) -> dict[str, Any]:
+    """Return every option as a JSON-ready value: what :func:`from_values` takes."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(config).items()
+    }
+
+
+def differences(config: TrainConfig, other: TrainConfig) -> list[str]:
+    """Return the names of the options that decide what is computed and are not the same in both."""
+    return [
+        option.name
+        for option in dataclasses.fields(TrainConfig)
+        if option.metadata["identity"] and getattr(config, option.name) != getattr(other, option.name)
+    ]
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Check every option and fill in the defaults that depend on another option or on the machine.
+
+    Touches nothing on disk: the data folder and the output folder are only looked at by those who use them.
+
+    Raises:
+        ConfigError: naming the option, its value and what was expected.
+    """
+    for option in dataclasses.fields(config):
+        _check_option(option, getattr(config, option.name))
+    _check_combinations(config)
+    if config.data != "digits" and not Path(config.data_dir).is_dir():
+        raise ConfigError(f"--data-dir: got {config.data_dir!r}, expected an existing folder with {config.data}")
+    return dataclasses.replace(
+        config,
+        image_size=config.image_size or (16 if config.data == "digits" else 32),
+        noise_seed=config.seed if config.noise_seed is None else config.noise_seed,
+        device=_resolve_device(config.device),
+    )
+
+
+def _check_option(option: dataclasses.Field[Any], value: Any) -> None:
+    choices: Sequence[str] | None = option.metadata["choices"]
+    rule: Rule | None = option.metadata["rule"]
+    if choices is not None and value not in choices:
+        raise ConfigError(f"{flag(option.name)}: got {value!r}, expected one of {', '.join(choices)}")
+    if rule is not None and value is not None and not rule.holds(value):
+        raise ConfigError(f"{flag(option.name)}: got {value}, expected {rule.expected}")
+
+
+def _check_combinations(config: TrainConfig) -> None:
+    defaults = TrainConfig()
+    finite_difference_only = ("gates", "mixed")
+    penalty_only = (
+        "alpha",
+        "penalty_every",
+        "penalty_start",
+        "penalty_method",
+        "penalty_examples",
+        "penalty_reduction",
+        *finite_difference_only,
+    )
+
+    def refuse(names: Sequence[str], reason: str) -> None:
+        for name in names:
+            value = getattr(config, name)
+            if value != getattr(defaults, name):
+                raise ConfigError(f"{flag(name)}: got {value}, expected it left out: {reason}")
+
+    if config.method == "baseline":
+        refuse(penalty_only, "--method baseline has no penalty")
+    if config.penalty_method == "double_backprop":
+        refuse(finite_difference_only, "--penalty-method double_backprop takes no finite difference")
+    if config.penalty_reduction == "first":
+        refuse(("penalty_examples",), "--penalty-reduction first uses one example")
+    if config.mixed and (
+        config.penalty_every > 1
+        or config.penalty_examples is not None
+        or config.penalty_reduction == "first"
+        or config.method == "GP_x"
+    ):
+        raise ConfigError(
+            "--mixed: got True, expected --penalty-every 1 and the gradient in the parameters (not GP_x) of the "
+            "whole batch, because both gradients are taken in one backward"
+        )
+    if config.penalty_examples is not None and config.penalty_examples > config.batch_size:
+        raise ConfigError(
+            f"--penalty-examples: got {config.penalty_examples}, expected at most --batch-size {config.batch_size}"
+        )
+    if config.method != "baseline" and config.penalty_start >= config.epochs:
+        raise ConfigError(
+            f"--penalty-start: got {config.penalty_start}, expected an epoch before --epochs {config.epochs}"
+        )
+
+
+def _resolve_device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device: got {name!r}, expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device: got {name!r}, expected one of the {torch.cuda.device_count()} GPUs present")
+    return name

@@ -1,0 +1,189 @@
+"""The data sets as tensors resident on the device, label noise, and batches that resume exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastfisher.training.config import ConfigError
+
+# The splits belong to the data set, not to the run: every run is judged on the same held-out examples.
+SPLIT_SEED = 0
+CROP_PADDING = 4
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set, normalised by the mean and standard deviation of its training images.
+
+    Inputs are float32 ``[N, channels, image_size, image_size]``, labels int64 ``[N]``. ``labels`` are what is
+    trained on, ``true_labels`` what they were before the noise, ``noisy`` (bool ``[N]``) marks the replaced
+    ones. Validation and test labels are never replaced.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    true_labels: Tensor
+    noisy: Tensor
+    validation_inputs: Tensor
+    validation_labels: Tensor
+    test_inputs: Tensor
+    test_labels: Tensor
+    classes: int
+
+
+def load_data(name: str, *, data_dir: str, image_size: int, label_noise: float, noise_seed: int, device: str) -> Data:
+    """Return the data set ``digits``, ``cifar10`` or ``cifar100``, resized, normalised, on ``device``.
+
+    ``digits`` is scikit-learn's (1,797 images of 8x8): 1,097 for training, 200 for validation and 500 for
+    testing, stratified. CIFAR is read from ``data_dir``, and 5,000 random training images are held out.
+
+    Raises:
+        ConfigError: if the CIFAR files are not in ``data_dir`` or torchvision cannot be imported.
+    """
+    images, labels, train, validation, test = _digits() if name == "digits" else _cifar(name, data_dir)
+    inputs = images.to(device, torch.float32)
+    if inputs.shape[-1] != image_size:
+        inputs = F.interpolate(inputs, size=(image_size, image_size), mode="bilinear", align_corners=False)
+    std, mean = torch.std_mean(inputs[train.to(device)], dim=(0, 2, 3), keepdim=True)
+    inputs = (inputs - mean) / std
+    true_labels = labels[train]
+    classes = int(labels.max()) + 1
+    noisy_labels, noisy = replace_labels(true_labels, label_noise, classes, noise_seed)
+    return Data(
+        inputs=inputs[train.to(device)],
+        labels=noisy_labels.to(device),
+        true_labels=true_labels.to(device),
+        noisy=noisy.to(device),
+        validation_inputs=inputs[validation.to(device)],
+        validation_labels=labels[validation].to(device),
+        test_inputs=inputs[test.to(device)],
+        test_labels=labels[test].to(device),
+        classes=classes,
+    )
+
+
+def replace_labels(labels: Tensor, fraction: float, classes: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Replace ``round(fraction * N)`` labels, chosen at random, by uniform ones (section 4.1 of the paper).
+
+    A new label is uniform over all classes and so may be the true one, with probability 1/classes.
+
+    Returns:
+        The labels after replacement, int64 ``[N]``, and which were replaced, bool ``[N]``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(labels), generator=generator)[: round(fraction * len(labels))]
+    noisy = torch.zeros(len(labels), dtype=torch.bool)
+    noisy[chosen] = True
+    replaced = labels.clone()
+    replaced[chosen] = torch.randint(classes, (len(chosen),), generator=generator)
+    return replaced, noisy
+
+
+def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    labels = digits.target
+    rest, test = train_test_split(range(len(labels)), test_size=500, stratify=labels, random_state=SPLIT_SEED)
+    train, validation = train_test_split(rest, test_size=200, stratify=labels[rest], random_state=SPLIT_SEED)
+    images = torch.from_numpy(digits.images).unsqueeze(1)
+    parts = torch.tensor(train), torch.tensor(validation), torch.tensor(test)
+    return images, torch.from_numpy(labels).long(), *parts
+
+
+def _cifar(name: str, data_dir: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    try:
+        from torchvision import datasets
+    except (ImportError, RuntimeError) as error:
+        # A torchvision built for another torch fails with a RuntimeError about a missing operator.
+        raise ConfigError(
+            f"--data: got {name!r}, which needs torchvision, and it cannot be imported ({error}): install "
+            "builds of torch and torchvision that match, as described at https://pytorch.org/get-started"
+        ) from error
+    cifar = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+    try:
+        parts: list[Any] = [cifar(data_dir, train=train, download=False) for train in (True, False)]
+    except RuntimeError as error:
+        raise ConfigError(
+            f"--data-dir: got {data_dir!r}, expected a folder that holds {cifar.base_folder}, "
+            f"the extracted files of {name}"
+        ) from error
+    images = torch.cat([torch.from_numpy(part.data).permute(0, 3, 1, 2) for part in parts])
+    labels = torch.cat([torch.tensor(part.targets) for part in parts])
+    order = torch.randperm(len(parts[0]), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    return images, labels, order[5000:], order[:5000], torch.arange(len(order), len(labels))
+
+
+def augment(inputs: Tensor, kind: str, generator: torch.Generator) -> Tensor:
+    """Return the images ``[N, C, H, W]`` augmented, each in its own way.
+
+    ``flip`` mirrors half of them; ``crop_flip`` first crops at random after padding by 4 zeros on each side
+    (He et al., 2016); ``none`` returns them as they are. Draws come from ``generator``, on the CPU.
+    """
+    if kind == "none":
+        return inputs
+    count, _, height, width = inputs.shape
+    if kind == "crop_flip":
+        padded = F.pad(inputs, (CROP_PADDING,) * 4)
+        shifts = torch.randint(2 * CROP_PADDING + 1, (2, count, 1), generator=generator).to(inputs.device)
+        rows = shifts[0] + torch.arange(height, device=inputs.device)
+        columns = shifts[1] + torch.arange(width, device=inputs.device)
+        examples = torch.arange(count, device=inputs.device)[:, None, None]
+        # Advanced indices around a slice put the channel last.
+        inputs = padded[examples, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    flipped = (torch.rand(count, generator=generator) < 0.5).to(inputs.device)
+    return torch.where(flipped[:, None, None, None], inputs.flip(-1), inputs)
+
+
+class Batches:
+    """Shuffled batches of a resident data set, whose place in the epoch can be saved and restored.
+
+    All randomness, shuffling and augmentation, comes from one generator of its own. Incomplete batches are
+    dropped: E‖g‖² is Tr(F)/B, so a short batch would be penalised more than the others.
+    """
+
+    def __init__(self, inputs: Tensor, labels: Tensor, *, batch_size: int, augment: str, seed: int) -> None:
+        """Take inputs ``[N, ...]`` and labels ``[N]``; ``len()`` is the number of batches of an epoch.
+
+        Raises:
+            ConfigError: if the data set is smaller than one batch.
+        """
+        if batch_size > len(labels):
+            raise ConfigError(f"--batch-size: got {batch_size}, expected at most the {len(labels)} training examples")
+        self.inputs = inputs
+        self.labels = labels
+        self.batch_size = batch_size
+        self.augment = augment
+        self.generator = torch.Generator().manual_seed(seed)
+        self.order = torch.empty(0, dtype=torch.int64, device=labels.device)
+        self.position = len(self)
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch."""
+        return len(self.labels) // self.batch_size
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        """Return the next batch; after the last of an epoch, the first of a newly shuffled one."""
+        if self.position == len(self):
+            self.order = torch.randperm(len(self.labels), generator=self.generator).to(self.labels.device)
+            self.position = 0
+        start = self.position * self.batch_size
+        chosen = self.order[start : start + self.batch_size]
+        self.position += 1
+        return augment(self.inputs[chosen], self.augment, self.generator), self.labels[chosen]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place in the epoch and the state of the generator."""
+        return {"order": self.order, "position": self.position, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` returned: the batches that follow are the same."""
+        self.order = state["order"].to(self.labels.device)
+        self.position = state["position"]
+        self.generator.set_state(state["generator"])

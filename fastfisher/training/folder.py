@@ -1,0 +1,113 @@
+"""What a run leaves on disk: its options, one line per epoch, and the checkpoint it continues from."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from fastfisher.training.config import ConfigError, TrainConfig, differences, flag, from_values, to_values
+
+
+class RunFolder:
+    """The output folder of one run: ``config.json``, ``metrics.jsonl``, ``checkpoint.pt`` and ``events/``."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Name the folder; nothing is created or read."""
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoint = self.path / "checkpoint.pt"
+        self.events = self.path / "events"
+
+    def check(self, config: TrainConfig) -> None:
+        """Check that the folder can take a new run, or that the run in it is the one to resume.
+
+        Raises:
+            ConfigError: if the folder holds a run and ``config.resume`` is off, holds none or one with other
+                options and it is on, or cannot be written.
+        """
+        if config.resume:
+            stored = self.read_config()
+            differing = differences(config, stored)
+            if differing:
+                details = ", ".join(
+                    f"{flag(name)} {getattr(config, name)} (was {getattr(stored, name)})" for name in differing
+                )
+                raise ConfigError(f"--resume: the run in {self.path} has other options: {details}")
+        elif self.config.exists():
+            raise ConfigError(
+                f"--out: got {str(self.path)!r}, which already holds a run: add --resume to continue it, "
+                "or name another folder"
+            )
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise ConfigError(f"--out: got {str(self.path)!r}, expected a new or empty folder")
+        existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise ConfigError(f"--out: got {str(self.path)!r}, but nothing can be written in {existing}")
+
+    def read_config(self) -> TrainConfig:
+        """Return the options the run was started with.
+
+        Raises:
+            ConfigError: if the folder holds no run.
+        """
+        try:
+            values = json.loads(self.config.read_text())
+        except FileNotFoundError:
+            raise ConfigError(f"--resume: got --out {str(self.path)!r}, expected a folder with a run") from None
+        return from_values(values)
+
+    def create(self, config: TrainConfig) -> None:
+        """Create the folder and write ``config.json``."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with _replacing(self.config) as file:
+            file.write((json.dumps(to_values(config), indent=2) + "\n").encode())
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Append one line to ``metrics.jsonl`` and wait until it is on disk."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the metrics of the epochs finished so far, one dictionary per epoch."""
+        if not self.metrics.exists():
+            return []
+        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+
+    def truncate_metrics(self, epochs: int) -> None:
+        """Keep the first ``epochs`` lines: what was written after the checkpoint will be written again."""
+        if self.metrics.exists():
+            lines = self.metrics.read_text().splitlines(keepends=True)
+            with _replacing(self.metrics) as file:
+                file.write("".join(lines[:epochs]).encode())
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Write ``checkpoint.pt``; whatever happens meanwhile, the old or the new one is there, whole."""
+        with _replacing(self.checkpoint) as file:
+            torch.save(state, file)
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """Return what was saved, on the CPU, or None if the run stopped before its first checkpoint."""
+        if not self.checkpoint.exists():
+            return None
+        state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        return state
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file that takes the place of ``path`` once it is whole and on disk."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastfisher.paper import noisy_digits
+from fastfisher.paper.noisy_digits import Metrics, Results, Summary
+from fastfisher.training.config import TrainConfig, add_arguments, from_values
+from fastfisher.training.folder import RunFolder
+
+
+def run(test: float, noisy: float, validation: tuple[float, float] = (0.9, 0.8)) -> Metrics:
+    """Two epochs: first 95 % on the test examples, and at the end what is asked for."""
+    fixed = {"clean_accuracy": 0.97, "train_seconds": 0.5}
+    return [
+        {
+            **fixed,
+            "test_accuracy": 0.95,
+            "noisy_accuracy": 0.1,
+            "trace_fisher": 7.0,
+            "validation_accuracy": validation[0],
+        },
+        {
+            **fixed,
+            "test_accuracy": test,
+            "noisy_accuracy": noisy,
+            "trace_fisher": 3.0,
+            "validation_accuracy": validation[1],
+        },
+    ]
+
+
+def results(baseline: tuple[float, float], penalised: tuple[float, float], seeds: int = 3) -> Results:
+    """Test and noisy accuracy of each method, 1 point apart between seeds."""
+    return {
+        method: [run(test + seed / 100, noisy + seed / 100) for seed in range(seeds)]
+        for method, (test, noisy) in zip(noisy_digits.METHODS, (baseline, penalised), strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("baseline", "penalised", "seeds", "expected"),
+    [
+        ((0.5, 0.9), (0.8, 0.2), 3, "This supports"),
+        ((0.8, 0.9), (0.5, 0.2), 3, "This contradicts"),
+        ((0.5, 0.5), (0.8, 0.9), 3, "This contradicts"),
+        ((0.5, 0.9), (0.51, 0.9), 3, "neither supports nor contradicts"),
+        ((0.5, 0.9), (0.8, 0.9), 3, "neither supports nor contradicts"),
+        ((0.5, 0.1), (0.8, 0.05), 3, "memorised too little"),
+        ((0.5, 0.9), (0.8, 0.2), 1, "nothing can be concluded"),
+    ],
+)
+def test_the_conclusion_follows_the_numbers(
+    baseline: tuple[float, float], penalised: tuple[float, float], seeds: int, expected: str
+) -> None:
+    assert expected in noisy_digits.conclusion(results(baseline, penalised, seeds))
+
+
+def test_the_conclusion_names_means_and_directions() -> None:
+    text = noisy_digits.conclusion(results((0.5, 0.9), (0.8, 0.2)))
+    assert "raised the final test accuracy (51.0 % without, 81.0 % with it)" in text
+    assert "lowered the final accuracy on noisy training examples (91.0 % without, 21.0 % with it)" in text
+    assert "made no clear difference to the test accuracy at the best validation epoch" in text
+    assert "Over 3 seeds" in text
+
+
+@pytest.mark.parametrize(("mean", "expected"), [(14.1, 1), (13.9, 0), (6.1, 0), (5.9, -1)])
+def test_a_change_counts_beyond_twice_the_larger_spread(mean: float, expected: int) -> None:
+    assert noisy_digits.change(Summary(10.0, 2.0), Summary(mean, 0.1)) == expected
+    assert noisy_digits.change(Summary(10.0, 0.1), Summary(mean, 2.0)) == expected
+
+
+def test_summary_is_mean_and_sample_standard_deviation() -> None:
+    several = Summary.over_seeds([[{"x": 1.0}], [{"x": 3.0}]], lambda metrics: metrics[-1]["x"])
+    assert several == Summary(2.0, pytest.approx(2**0.5))
+    assert str(several) == "2.00 ± 1.41"
+    assert str(Summary(2.0, None)) == "2.00"
+
+
+def test_the_best_validation_epoch_decides_early_stopping() -> None:
+    measure = noisy_digits.MEASURES["test accuracy at the best validation epoch, %"]
+    assert measure(run(0.4, 0.9, validation=(0.9, 0.8))) == 95.0
+    assert measure(run(0.4, 0.9, validation=(0.7, 0.8))) == 40.0
+
+
+def plan(out: Path, **changes: Any) -> list[TrainConfig]:
+    options: dict[str, Any] = {"seeds": 2, "epochs": 2, "alpha": 0.3, "penalty_every": 2}
+    return noisy_digits.plan(out, **{**options, **changes})
+
+
+def test_the_methods_differ_in_the_penalty_alone(tmp_path: Path) -> None:
+    configs = plan(tmp_path)
+    assert [(config.method, config.seed) for config in configs] == [
+        ("baseline", 0),
+        ("baseline", 1),
+        ("FP", 0),
+        ("FP", 1),
+    ]
+    neutral = {"out": "", "method": "baseline", "alpha": 0.1, "penalty_every": 10}
+    for baseline, penalised in zip(configs[:2], configs[2:], strict=True):
+        assert dataclasses.replace(baseline, **neutral) == dataclasses.replace(penalised, **neutral)
+        assert (penalised.alpha, penalised.penalty_every) == (0.3, 2)
+
+
+def test_the_command_line_means_the_same_run(tmp_path: Path) -> None:
+    for config in [*plan(tmp_path), TrainConfig(resume=True)]:
+        words = noisy_digits.command(config)
+        assert words[:4] == [sys.executable, "-m", "fastfisher", "train"]
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        assert from_values(vars(parser.parse_args(words[4:]))) == config
+
+
+def test_main_from_start_to_report_and_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "demo"
+    arguments = ["--out", str(out), "--seeds", "1", "--epochs", "2"]
+    assert noisy_digits.main(arguments) == 0
+    assert (out / "noisy_digits.png").read_bytes().startswith(b"\x89PNG")
+    text = (out / "report.md").read_text()
+    assert text in capsys.readouterr().out
+    for measure in noisy_digits.MEASURES:
+        assert f"| {measure} | " in text
+    assert "not the paper's setting" in text
+    assert noisy_digits.HOW_CHOSEN in text
+    assert {path.name for path in out.iterdir() if path.is_dir()} == {"baseline-seed0", "FP-seed0"}
+
+    def starting(config: TrainConfig) -> None:
+        raise AssertionError(f"{config.out} is finished")
+
+    monkeypatch.setattr(noisy_digits.Job, "start", starting)
+    assert noisy_digits.main(arguments) == 0
+    assert noisy_digits.main([*arguments, "--alpha", "3"]) == 2
+    assert "--alpha 3.0 (was 1.0)" in capsys.readouterr().err
+
+
+def test_a_bad_option_ends_with_2_before_anything_is_created(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "demo"
+    assert noisy_digits.main(["--out", str(out), "--alpha", "-1"]) == 2
+    assert "--alpha: got -1.0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        noisy_digits.main(["--out", str(out), "--seeds", "0"])
+    assert "--seeds: got 0, expected an integer, at least 1" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_failing_run_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = [sys.executable, "-c", "import sys; print('no disk left'); sys.exit(3)"]
+    monkeypatch.setattr(noisy_digits, "command", lambda config: failing)
+    assert noisy_digits.main(["--out", str(tmp_path), "--seeds", "1", "--epochs", "1"]) == 1
+    assert "baseline-seed0.log: no disk left" in capsys.readouterr().err
+
+
+def test_ctrl_c_reaches_each_run_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Stands in for a training run: says that it is ready, counts the signals, and takes a moment to end.
+    script = (
+        "import os, pathlib, signal, sys, time\n"
+        "caught = []\n"
+        "signal.signal(signal.SIGINT, lambda *_: caught.append(1))\n"
+        "pathlib.Path(sys.argv[1] + '.ready').touch()\n"
+        "while not caught: time.sleep(0.01)\n"
+        "time.sleep(0.3)\n"
+        "pathlib.Path(sys.argv[1] + '.caught').write_text(f'{len(caught)} {os.getsid(0)}')\n"
+        "sys.exit(130)\n"
+    )
+    monkeypatch.setattr(noisy_digits, "command", lambda config: [sys.executable, "-c", script, config.out])
+
+    def pressing(seconds: float) -> None:
+        if len(list(tmp_path.glob("*.ready"))) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(noisy_digits.time, "sleep", pressing)
+    assert noisy_digits.main(["--out", str(tmp_path), "--seeds", "1", "--epochs", "1"]) == 130
+    counts, sessions = zip(*(path.read_text().split() for path in tmp_path.glob("*.caught")), strict=True)
+    assert counts == ("1", "1")
+    # A terminal's Ctrl-C goes to every process of its session: theirs are their own.
+    assert str(os.getsid(0)) not in sessions
+    assert "interrupted; continue with: python -m fastfisher.paper.noisy_digits" in capsys.readouterr().out
+    assert not RunFolder(tmp_path / "FP-seed0").path.exists()

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import builtins
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastfisher.training.config import ConfigError
+from fastfisher.training.data import Batches, Data, augment, load_data, replace_labels
+
+
+def digits(**changes: Any) -> Data:
+    options: dict[str, Any] = {
+        "data_dir": "",
+        "image_size": 16,
+        "label_noise": 0.5,
+        "noise_seed": 0,
+        "device": "cpu",
+    }
+    return load_data("digits", **{**options, **changes})
+
+
+def test_digits_split_is_stratified_and_disjoint() -> None:
+    data = digits(image_size=8)
+    parts = [data.inputs, data.validation_inputs, data.test_inputs]
+    assert [tuple(part.shape) for part in parts] == [(1097, 1, 8, 8), (200, 1, 8, 8), (500, 1, 8, 8)]
+    assert data.classes == 10
+    for labels in (data.true_labels, data.validation_labels, data.test_labels):
+        counts = labels.bincount(minlength=10) / len(labels)
+        assert (counts - 0.1).abs().max() < 0.015
+    # A handful of the 1,797 images occur twice; a leak of a whole part would be far more.
+    distinct = torch.cat(parts).flatten(1).unique(dim=0)
+    assert len(distinct) > 1_780
+
+
+def test_inputs_are_normalised_by_the_training_images() -> None:
+    data = digits()
+    assert data.inputs.shape == (1097, 1, 16, 16)
+    assert data.inputs.dtype == torch.float32
+    assert data.inputs.mean().item() == pytest.approx(0, abs=1e-4)
+    assert data.inputs.std().item() == pytest.approx(1, abs=1e-4)
+    assert abs(data.test_inputs.mean().item()) > 1e-4  # not normalised by itself
+
+
+def test_validation_and_test_labels_stay_clean() -> None:
+    noisy, clean = digits(), digits(label_noise=0.0)
+    assert torch.equal(noisy.validation_labels, clean.validation_labels)
+    assert torch.equal(noisy.test_labels, clean.test_labels)
+    assert torch.equal(noisy.true_labels, clean.labels)
+    assert not clean.noisy.any()
+    assert torch.equal(noisy.inputs, clean.inputs)
+
+
+def test_replace_labels_follows_the_definition_of_the_paper() -> None:
+    labels = torch.arange(10).repeat(4_000)
+    replaced, noisy = replace_labels(labels, 0.25, 10, seed=1)
+    assert noisy.sum() == 10_000
+    assert torch.equal(replaced[~noisy], labels[~noisy])
+    # Uniform over all classes, the true one included: 9 in 10 differ, and each class is drawn as often.
+    assert (replaced != labels)[noisy].float().mean().item() == pytest.approx(0.9, abs=0.012)
+    assert (replaced[noisy].bincount(minlength=10) - 1_000).abs().max() < 150
+    assert torch.equal(labels, torch.arange(10).repeat(4_000))
+    again, _ = replace_labels(labels, 0.25, 10, seed=1)
+    other, _ = replace_labels(labels, 0.25, 10, seed=2)
+    assert torch.equal(again, replaced)
+    assert not torch.equal(other, replaced)
+
+
+def test_all_or_none_can_be_replaced() -> None:
+    labels = torch.zeros(50, dtype=torch.int64)
+    assert not replace_labels(labels, 0.0, 10, seed=0)[1].any()
+    assert replace_labels(labels, 1.0, 10, seed=0)[1].all()
+
+
+def test_flip_mirrors_about_half_of_the_images() -> None:
+    images = torch.randn(400, 2, 4, 5)
+    flipped = augment(images, "flip", torch.Generator().manual_seed(0))
+    same = (flipped == images).flatten(1).all(1)
+    mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
+    assert (same ^ mirrored).all()
+    assert 150 < mirrored.sum() < 250
+
+
+def test_crop_flip_shifts_each_image_by_up_to_four_pixels() -> None:
+    images = torch.randn(300, 2, 9, 9)
+    cropped = augment(images, "crop_flip", torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
+    seen = set()
+    for image, source in zip(cropped, padded, strict=True):
+        places = [
+            (row, column, mirrored)
+            for row in range(9)
+            for column in range(9)
+            for mirrored in (False, True)
+            if torch.equal(image.flip(-1) if mirrored else image, source[:, row : row + 9, column : column + 9])
+        ]
+        assert len(places) == 1
+        seen.add(places[0])
+    assert {row for row, _, _ in seen} == set(range(9))
+    assert {column for _, column, _ in seen} == set(range(9))
+
+
+def test_no_augmentation_draws_nothing() -> None:
+    images = torch.randn(3, 1, 4, 4)
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    assert augment(images, "none", generator) is images
+    assert torch.equal(generator.get_state(), before)
+
+
+def batches(seed: int = 0) -> Batches:
+    inputs = torch.arange(10.0).view(10, 1, 1, 1).expand(10, 1, 4, 4).clone()
+    return Batches(inputs, torch.arange(10), batch_size=3, augment="crop_flip", seed=seed)
+
+
+def test_an_epoch_holds_no_example_twice_and_drops_the_rest() -> None:
+    loader = batches()
+    assert len(loader) == 3
+    first = torch.cat([loader.next()[1] for _ in range(3)])
+    second = torch.cat([loader.next()[1] for _ in range(3)])
+    assert len(first.unique()) == len(second.unique()) == 9
+    assert not torch.equal(first, second)
+
+
+def test_inputs_and_labels_stay_together() -> None:
+    loader = Batches(torch.arange(10.0), torch.arange(10), batch_size=4, augment="none", seed=1)
+    inputs, labels = loader.next()
+    assert torch.equal(inputs.long(), labels)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3, 4])
+def test_batches_resume_exactly_and_leave_the_global_generator_alone(taken: int) -> None:
+    loader, other = batches(), batches(seed=9)
+    for _ in range(taken):
+        loader.next()
+    state = loader.state_dict()
+    before = torch.get_rng_state()
+    expected = [loader.next() for _ in range(5)]
+    assert torch.equal(torch.get_rng_state(), before)
+    other.load_state_dict(state)
+    for (inputs, labels), (other_inputs, other_labels) in zip(expected, [other.next() for _ in range(5)], strict=True):
+        assert torch.equal(inputs, other_inputs)
+        assert torch.equal(labels, other_labels)
+
+
+def test_a_batch_larger_than_the_data_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--batch-size: got 11, expected at most the 10 training examples"):
+        Batches(torch.zeros(10, 1), torch.zeros(10), batch_size=11, augment="none", seed=0)
+
+
+def test_digits_need_no_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    assert digits().classes == 10
+
+
+@pytest.mark.parametrize("error", [ImportError("absent"), RuntimeError("operator torchvision::nms does not exist")])
+def test_an_unusable_torchvision_is_explained(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def fake(name: str, *arguments: Any, **options: Any) -> Any:
+        if name == "torchvision":
+            raise error
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", fake)
+    with pytest.raises(ConfigError, match="--data: got 'cifar10', which needs torchvision") as refused:
+        load_data("cifar10", data_dir=".", image_size=32, label_noise=0, noise_seed=0, device="cpu")
+    assert str(error) in str(refused.value)
+    assert "match" in str(refused.value)
+
+
+@pytest.fixture(scope="module")
+def torchvision() -> Any:
+    """torchvision, which beside a CPU build of torch misses two operators that its data sets do not use."""
+    pytest.importorskip("PIL")
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    try:
+        yield pytest.importorskip("torchvision", exc_type=ImportError)
+    finally:
+        library._destroy()
+
+
+def write_cifar10(folder: Path, monkeypatch: pytest.MonkeyPatch, datasets: Any) -> None:
+    """Write CIFAR-10's layout with small files: 5 x 1,200 training and 50 test images."""
+    base = folder / "cifar-10-batches-py"
+    base.mkdir()
+    random = np.random.default_rng(0)
+    names = [f"data_batch_{i}" for i in range(1, 6)]
+    for name, count in [*((name, 1_200) for name in names), ("test_batch", 50)]:
+        content = {
+            "data": random.integers(0, 256, (count, 3072), dtype=np.uint8),
+            "labels": [i % 10 for i in range(count)],
+        }
+        (base / name).write_bytes(pickle.dumps(content))
+    (base / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(i) for i in range(10)]}))
+    monkeypatch.setattr(datasets.cifar, "check_integrity", lambda path, md5=None: Path(path).exists())
+
+
+def test_cifar10_holds_out_5000_training_examples(
+    torchvision: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision import datasets
+
+    write_cifar10(tmp_path, monkeypatch, datasets)
+    data = load_data("cifar10", data_dir=str(tmp_path), image_size=32, label_noise=0, noise_seed=0, device="cpu")
+    assert data.inputs.shape == (1_000, 3, 32, 32)
+    assert data.validation_inputs.shape == (5_000, 3, 32, 32)
+    assert data.test_inputs.shape == (50, 3, 32, 32)
+    assert torch.allclose(data.inputs.mean(dim=(0, 2, 3)), torch.zeros(3), atol=1e-4)
+    # The images are the files' own, channels first, up to the normalisation.
+    source = datasets.CIFAR10(str(tmp_path), train=False)
+    image = torch.from_numpy(source.data[7]).permute(2, 0, 1).float()
+    both = torch.stack([data.test_inputs[7].flatten(1), image.flatten(1)])
+    assert all(torch.corrcoef(both[:, channel])[0, 1] > 0.9999 for channel in range(3))
+    assert data.test_labels[7] == 7
+
+
+def test_absent_cifar_is_explained(torchvision: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected a folder that holds cifar-100-python"):
+        load_data("cifar100", data_dir=str(tmp_path), image_size=32, label_noise=0, noise_seed=0, device="cpu")

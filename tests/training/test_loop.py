@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import dataclasses
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from fastfisher.training import loop
+from fastfisher.training.config import METHODS, ConfigError, TrainConfig
+from fastfisher.training.folder import RunFolder
+from fastfisher.training.networks import build_network
+
+STEPS = 4  # in an epoch of 1,097 examples in batches of 256
+TIMINGS = ("train_seconds", "measure_seconds")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    return TrainConfig(
+        out=str(tmp_path / "run"),
+        epochs=3,
+        batch_size=256,
+        image_size=8,
+        label_noise=0.5,
+        trace_samples=8,
+        device="cpu",
+    )
+
+
+def metrics(config: TrainConfig) -> list[dict[str, Any]]:
+    records = RunFolder(config.out).read_metrics()
+    return [{name: value for name, value in record.items() if name not in TIMINGS} for record in records]
+
+
+def assert_same_state(first: Any, second: Any) -> None:
+    """Compare two checkpoints bit by bit, but for the seconds."""
+    assert type(first) is type(second)
+    if isinstance(first, torch.Tensor):
+        assert first.dtype == second.dtype
+        assert torch.equal(first, second)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for name in first.keys() - set(TIMINGS):
+            assert_same_state(first[name], second[name])
+    elif isinstance(first, list):
+        assert len(first) == len(second)
+        for a, b in zip(first, second, strict=True):
+            assert_same_state(a, b)
+    else:
+        assert first == second
+
+
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, times: int = 1) -> None:
+    """Press Ctrl-C while the step with this number (from 1, over the whole run) is taken."""
+    original: Callable[[loop.Run], None] = loop.Run.step
+
+    def stepping(run: loop.Run) -> None:
+        original(run)
+        if run.steps == step:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(loop.Run, "step", stepping)
+
+
+def with_dropout(name: str, **options: Any) -> nn.Sequential:
+    network = build_network(name, **options)
+    return nn.Sequential(*network[:-1], nn.Dropout(0.3), network[-1])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"augment": "crop_flip", "lr_milestones": (2,)},
+        {"method": "FP", "penalty_every": 3},
+        {"method": "FP", "penalty_every": 2, "gates": "free", "penalty_start": 1},
+        {"method": "GP_r", "penalty_every": 3, "penalty_method": "double_backprop"},
+    ],
+)
+@pytest.mark.parametrize("stops", [(2,), (STEPS,), (STEPS + 1, 2 * STEPS + 3)])
+def test_a_resumed_run_computes_the_same_bits(
+    changes: dict[str, Any], stops: tuple[int, ...], config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Dropout draws from PyTorch's global generator, which has to continue as well.
+    monkeypatch.setattr(loop, "build_network", with_dropout)
+    config = dataclasses.replace(config, **changes)
+    assert loop.train(config) == "finished"
+
+    other = dataclasses.replace(config, out=config.out + "-interrupted")
+    for stop in stops:
+        with monkeypatch.context() as context:
+            interrupt_at(stop, context)
+            assert loop.train(other) == "interrupted"
+        assert len(metrics(other)) == stop // STEPS
+        torch.rand(7)
+        other = dataclasses.replace(other, resume=True)
+    assert loop.train(other) == "finished"
+    assert metrics(other) == metrics(config)
+    assert_same_state(RunFolder(other.out).load_checkpoint(), RunFolder(config.out).load_checkpoint())
+
+
+def test_a_crash_between_metrics_and_checkpoint_leaves_a_run_to_resume(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert loop.train(config) == "finished"
+    other = dataclasses.replace(config, out=config.out + "-crashed")
+    saves = []
+    original = RunFolder.save_checkpoint
+
+    def crashing(folder: RunFolder, state: dict[str, Any]) -> None:
+        if len(saves) == 1:
+            raise OSError("disk full")
+        saves.append(original(folder, state))
+
+    with monkeypatch.context() as context, pytest.raises(OSError, match="disk full"):
+        context.setattr(RunFolder, "save_checkpoint", crashing)
+        loop.train(other)
+    assert len(metrics(other)) == 2
+    assert loop.train(dataclasses.replace(other, resume=True)) == "finished"
+    assert metrics(other) == metrics(config)
+
+    scalars = EventAccumulator(str(RunFolder(other.out).events))
+    scalars.Reload()
+    assert [event.step for event in scalars.Scalars("test_accuracy")] == [1, 2, 3]
+
+
+def test_a_second_ctrl_c_raises_and_the_handler_is_restored(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        interrupt_at(STEPS + 2, context, times=2)
+        loop.train(config)
+    assert signal.getsignal(signal.SIGINT) is before
+    checkpoint = RunFolder(config.out).load_checkpoint()
+    assert checkpoint is not None
+    assert checkpoint["epoch"] == 1
+    assert loop.train(dataclasses.replace(config, resume=True)) == "finished"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_in_the_very_last_step_finishes_the_run(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(config, epochs=1)
+    interrupt_at(STEPS, monkeypatch)
+    assert loop.train(config) == "finished"
+
+
+def test_a_finished_run_is_left_alone(config: TrainConfig) -> None:
+    config = dataclasses.replace(config, epochs=1)
+    loop.train(config)
+    files = {path: path.read_bytes() for path in Path(config.out).rglob("*") if path.is_file()}
+    assert loop.train(dataclasses.replace(config, resume=True)) == "already finished"
+    assert {path: path.read_bytes() for path in Path(config.out).rglob("*") if path.is_file()} == files
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"batch_size": 5_000}, "--batch-size"),
+        ({"network": "simple_cnn"}, "--image-size: got 8, expected at least 10"),
+        ({"epochs": 0}, "--epochs"),
+    ],
+)
+def test_nothing_is_created_for_a_bad_option(changes: dict[str, Any], expected: str, config: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        loop.train(dataclasses.replace(config, **changes))
+    assert not Path(config.out).exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_clean_digits(method: str, config: TrainConfig) -> None:
+    penalty = {} if method == "baseline" else {"alpha": 0.01, "penalty_every": 2}
+    config = dataclasses.replace(config, method=method, batch_size=64, lr=0.1, label_noise=0.0, **penalty)
+    assert loop.train(config) == "finished"
+    last = metrics(config)[-1]
+    assert last["test_accuracy"] > 0.6
+    assert last["noisy_accuracy"] is None
+    assert (last["penalty"] is None) == (method == "baseline")
+    assert (last["penalty_trace_estimate"] is None) == (method != "FP")
+
+
+def test_the_running_estimate_of_the_trace_is_of_its_size(config: TrainConfig) -> None:
+    config = dataclasses.replace(
+        config, method="FP", alpha=1e-9, penalty_every=1, lr=1e-9, batch_size=16, trace_samples=1_097, epochs=1
+    )
+    loop.train(config)
+    (record,) = metrics(config)
+    assert record["penalty_trace_estimate"] == pytest.approx(16 * record["penalty"], rel=1e-6)
+    assert record["penalty_trace_estimate"] == pytest.approx(record["trace_fisher"], rel=0.3)
+
+
+def test_options_reach_the_penalty(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(loop, "FisherPenalty", lambda *arguments, **options: made.append((arguments, options)))
+    config = dataclasses.replace(
+        config, method="GP_x", alpha=0.7, penalty_every=4, penalty_start=2, penalty_examples=5, gates="free"
+    )
+    run = loop.Run(loop.resolve(config))
+    ((arguments, options),) = made
+    assert arguments == (run.model, 0.7)
+    assert options == {
+        "generator": run.label_generator,
+        "labels": "true",
+        "wrt": "inputs",
+        "every": 4,
+        "start": 2 * STEPS,
+        "reduction": "batch",
+        "method": "finite_difference",
+        "gates": "free",
+        "mixed": False,
+        "examples": 5,
+    }
+
+
+def test_the_penalty_starts_when_it_should(config: TrainConfig) -> None:
+    loop.train(config)
+    late = dataclasses.replace(
+        config, out=config.out + "-late", method="FP", alpha=1.0, penalty_every=1, penalty_start=2
+    )
+    loop.train(late)
+    assert metrics(late)[:2] == metrics(config)[:2]
+    assert metrics(late)[2]["penalty"] > 0
+    assert metrics(late)[2]["trace_fisher"] != metrics(config)[2]["trace_fisher"]
+
+
+def test_the_learning_rate_falls_after_each_milestone(config: TrainConfig) -> None:
+    config = dataclasses.replace(config, epochs=4, lr=0.5, lr_milestones=(1, 3), lr_decay=0.5)
+    loop.train(config)
+    assert [record["lr"] for record in metrics(config)] == [0.5, 0.25, 0.25, 0.125]
+
+
+def test_measuring_does_not_change_training(config: TrainConfig) -> None:
+    config = dataclasses.replace(config, method="FP", penalty_every=2)
+    more = dataclasses.replace(config, out=config.out + "-more", trace_samples=64)
+    loop.train(config)
+    loop.train(more)
+    assert_same_state(RunFolder(config.out).load_checkpoint(), RunFolder(more.out).load_checkpoint())
+
+
+@pytest.mark.parametrize("changes", [{}, {"method": "FP", "penalty_every": 1}])
+def test_divergence_is_reported_and_leaves_no_bad_checkpoint(changes: dict[str, Any], config: TrainConfig) -> None:
+    config = dataclasses.replace(config, lr=1e20, **changes)
+    with pytest.raises(loop.TrainingDivergedError, match="diverged in epoch 1: try a lower --lr"):
+        loop.train(config)
+    assert metrics(config) == []
+    assert RunFolder(config.out).load_checkpoint() is None
+
+
+def test_each_purpose_has_its_own_seed() -> None:
+    seeds = {loop._seed(seed, purpose) for seed in range(20) for purpose in ("network", "batches", "labels")}
+    assert len(seeds) == 60
+    assert all(0 <= seed < 2**63 for seed in seeds)
