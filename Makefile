@@ -28,6 +28,8 @@ format: $(VENV)/built-test ## put the sources into the form that lint wants
 
 bench: $(VENV)/built-test ## every figure of the README; writes bench/results/
 	$(BIN)/python -m pytest bench --benchmark-disable-gc --benchmark-columns=median,iqr,rounds
+	$(BIN)/python -m bench.memory
+	$(BIN)/python -m bench.readme
 
 gpu: $(VENV)/built-test ## the tests that need a GPU
 	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
@@ -46,6 +48,6 @@ $(VENV)/torch:
 $(VENV)/built-%: $(VENV)/torch $(NATIVE)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation \
 	  --editable ".[train$(if $(filter test,$*),$(comma)test$(comma)lint)]"
-	touch $@
+	touch $@ $(VENV)/built-train
 
 comma := ,

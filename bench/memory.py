@@ -12,6 +12,7 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,8 +50,9 @@ def peak(name: str, options: dict[str, Any] | None) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Prints the table in Markdown."""
-    print("| network | step | peak, MiB | limit, MiB | met |\n|---|---|---|---|---|")
+    """Prints the table in Markdown and writes it to bench/results/."""
+    lines = ["Peak memory by `python -m bench.memory`.", "", "| network | step | peak, MiB | limit, MiB | met |"]
+    lines.append("|---|---|---|---|---|")
     for name in ("SimpleCNN", "VGG-11", "ResNet + BN"):
         plain = 0.0
         for method in METHODS:
@@ -62,7 +64,12 @@ def main() -> None:
             limit = 1.15 * plain + 2 * parameters
             promised = method not in ("plain", "double backprop")
             met = ("yes" if mib <= limit else "**no**") if promised else ""
-            print(f"| {name} | {method} | {mib:.0f} | {f'{limit:.0f}' if promised else ''} | {met} |", flush=True)
+            lines.append(f"| {name} | {method} | {mib:.0f} | {f'{limit:.0f}' if promised else ''} | {met} |")
+    text = "\n".join(lines) + "\n"
+    print(text)
+    results = Path(__file__).parent / "results"
+    results.mkdir(exist_ok=True)
+    (results / "memory.md").write_text(text)
 
 
 if __name__ == "__main__":

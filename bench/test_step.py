@@ -82,4 +82,5 @@ def test_every_tenth_step(name: str, compare: Any) -> None:
         {"a plain step": (plain, Bar(1.2, False))},
         rounds=3 if name == "VGG-11" else 7,
         repeat=10,
+        cpu=True,
     )

@@ -70,10 +70,14 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(rows, targets.reshape(-1))
 
 
-def check_labels(labels: str | Tensor, targets: Tensor | None) -> None:
-    """Raises ValueError where ``labels`` names nothing known, or needs targets that are not there."""
+def check_labels(labels: str | Tensor) -> None:
+    """Raises ValueError where ``labels`` names nothing known."""
     if isinstance(labels, str) and labels not in LABELS:
         raise ValueError(f'labels: expected "sampled", "true", "uniform" or a tensor, got {labels!r}')
+
+
+def check_targets(labels: str | Tensor, targets: Tensor | None) -> None:
+    """Raises ValueError where the labels are the targets and there are none."""
     if isinstance(labels, str) and labels == "true" and targets is None:
         raise ValueError('targets: expected the true labels with labels="true", got None')
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from fastfisher import ops
 from fastfisher.gates import Gates, record_gates
-from fastfisher.labels import check_labels, cross_entropy, label_loss
+from fastfisher.labels import check_labels, check_targets, cross_entropy, label_loss
 from fastfisher.slow_path import warn_slow_path
 
 Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
@@ -111,7 +111,7 @@ class Settings:
     difference: Difference = "forward"
 
     def __post_init__(self) -> None:
-        check_labels(self.labels, torch.empty(0))
+        check_labels(self.labels)
         allowed: dict[str, tuple[str, ...]] = {
             "method": ("double_backprop", "finite_difference"),
             "gates": ("frozen", "free"),
@@ -216,6 +216,10 @@ def _autocast_of(device: torch.device) -> Callable[[], contextlib.AbstractContex
     return lambda: torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
+def _norm(tensors: dict[str, Tensor]) -> float:
+    return math.sqrt(float(ops.sum_squares(list(tensors.values())))) if tensors else 0.0
+
+
 # ---- finite differences ----------------------------------------------------------------------------------------------
 
 
@@ -244,9 +248,10 @@ class FiniteDifference:
     norm: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.norm = math.sqrt(float(ops.sum_squares(list(self.direction.values())))) if self.direction else 0.0
-        self.size = math.sqrt(float(ops.sum_squares(list(self.gradient.values())))) if self.gradient else 0.0
-        self.parameters = dict(self.model.named_parameters())
+        self.norm = _norm(self.direction)
+        whole = self.settings.wrt == "parameters" and len(self.direction) == len(self.gradient)
+        self.size = self.norm if whole else _norm(self.gradient)
+        self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
         self.device = next(iter(self.parameters.values())).device
         self.autocast = _autocast_of(self.device)
 
@@ -340,6 +345,9 @@ class FiniteDifference:
         for name, leaf in leaves.items():
             leaf.register_post_accumulate_grad_hook(functools.partial(add, name))  # type: ignore[no-untyped-call]
         loss.backward()  # type: ignore[no-untyped-call]
+        for name in leaves.keys() - squares.keys():  # with free gates the shifted forward may not need a parameter
+            leaves[name].grad = torch.zeros_like(leaves[name])
+            add(name, leaves[name])
         return float(torch.stack([squares[name] for name in leaves]).sum())
 
     def _judge(self, change: float, rho: float) -> None:
@@ -368,11 +376,10 @@ class FiniteDifference:
             return _precision(list(self.parameters.values()), self.device)
 
     def _shifted_norm(self) -> float:
+        named = self.parameters
         if self.settings.wrt == "inputs":
-            shifted = [x for i, x in enumerate(input_tensors(self.inputs)) if str(i) in self.direction]
-        else:
-            shifted = [self.parameters[name] for name in self.direction]
-        return math.sqrt(float(ops.sum_squares([x.detach() for x in shifted])))
+            named = {str(i): x for i, x in enumerate(input_tensors(self.inputs))}
+        return _norm({name: named[name].detach() for name in self.direction})
 
 
 # ---- the gradient at θ -----------------------------------------------------------------------------------------------
@@ -493,7 +500,7 @@ def penalty(
         ValueError: an argument is none of the above, or targets are missing; the argument is named.
     """
     settings = Settings(labels, method, gates, wrt, reduction, step, difference)
-    check_labels(labels, targets)
+    check_targets(labels, targets)
     trainable = trainable_parameters(model)
     chosen = chosen_names(trainable, params)
     if not input_tensors(inputs):

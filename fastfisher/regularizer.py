@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher.gates import Gates, record_gates
-from fastfisher.labels import check_labels, cross_entropy, label_loss
+from fastfisher.labels import check_targets, cross_entropy, label_loss
 from fastfisher.penalty import (
     AdaptiveStep,
     Difference,
@@ -108,6 +108,8 @@ class FisherPenalty:
         if examples is not None and reduction == "first":
             raise ValueError('examples: expected None with reduction="first", which is on one example')
         fits = every == 1 and method == "finite_difference" and difference == "forward" and wrt == "parameters"
+        if mixed and gates == "free" and step == "auto":
+            raise ValueError('step: expected a number with mixed=True and gates="free", whose step cannot adapt itself')
         if mixed and not (fits and examples is None and reduction == "batch"):
             raise ValueError(
                 "mixed: expected every=1, a forward finite difference in the parameters, and the whole batch with "
@@ -173,9 +175,14 @@ class FisherPenalty:
         return loss.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to be the same run: the step count, the reused gradient, the adaptive step."""
+        """What a resumed run needs to be the same run, as tensors and plain values.
+
+        The step count, the reused gradient, the adaptive step, and the state of ``generator``; where labels are drawn
+        from torch's default generator, its state is the caller's to keep.
+        """
         step = self.settings.step
         return {
+            "generator": None if self.generator is None else self.generator.get_state(),
             "steps": self.steps,
             "value": self.value,
             "rows": self._rows,
@@ -189,13 +196,18 @@ class FisherPenalty:
         Raises:
             ValueError: a key is missing or unknown, or a gradient does not fit the model; nothing is restored then.
         """
-        expected = {"steps", "value", "rows", "reused", "rho"}
+        expected = {"generator", "steps", "value", "rows", "reused", "rho"}
         if set(state) != expected:
             raise ValueError(f"state: expected the keys {sorted(expected)}, got {sorted(state)}")
+        if (state["generator"] is None) != (self.generator is None):
+            held, here = ("no", "one") if state["generator"] is None else ("a", "none")
+            raise ValueError(f"state: holds {held} generator state, this penalty has {here}")
         trainable = trainable_parameters(self.model)
         for name, gradient in (state["reused"] or {}).items():
             if name not in trainable or trainable[name].shape != gradient.shape:
                 raise ValueError(f"state: the reused gradient of {name!r} does not fit a parameter of the model")
+        if self.generator is not None:
+            self.generator.set_state(state["generator"])
         self.steps, self.value, self._rows = state["steps"], state["value"], state["rows"]
         reused = state["reused"]
         self._reused = None if reused is None else {n: g.to(trainable[n], copy=True) for n, g in reused.items()}
@@ -210,9 +222,10 @@ class FisherPenalty:
             inputs = requiring_grad(inputs)
         with torch.enable_grad():
             logits, part, part_inputs, first_only, gates = self._forwards(inputs, trainable)
+            self.logits = logits.detach()
             loss = self._training_loss(logits, targets)
             true = targets[: len(part)] if isinstance(targets, Tensor) else None
-            check_labels(self.settings.labels, true)
+            check_targets(self.settings.labels, true)
             penalised, labels = label_loss(part, self.settings.labels, true, self.generator)
         alpha = self.alpha
         if self.settings.reduction == "batch":
@@ -241,7 +254,6 @@ class FisherPenalty:
                 penalised, trainable, part_inputs, self.settings, chosen, retain_graph=keep
             )
             total = gradient if same and not self.mixed else _gradients(loss, trainable) if keep else {}
-            self.logits = logits.detach()
             loss = loss.detach()
             del logits, part, penalised  # the first graph is not needed while the second one is built
             shift = FiniteDifference(
@@ -268,14 +280,13 @@ class FisherPenalty:
         return loss, total
 
     def _forwards(self, inputs: Inputs, trainable: dict[str, Tensor]) -> tuple[Tensor, Tensor, Inputs, bool, Gates]:
-        """Logits of the batch, those that R is taken of, the inputs and whether only the first row of a repetition of
-        the latter counts, and the gates recorded in it."""
+        """The forward at θ: the logits of the batch; those that R is taken of; and to repeat the latter, their inputs,
+        whether only the first row counts, and the gates."""
         frozen = self.settings.frozen and self.settings.method == "finite_difference"
         batch = len(input_tensors(inputs)[0])
         if self.examples is None or self.examples >= batch:
             with record_gates(self.model, frozen=frozen) as gates:
                 logits = call_model(self.model, inputs)
-            self.logits = logits.detach()
             return logits, logits, inputs, False, gates
         few, rest = (
             map_inputs(inputs, lambda x, part=part: x[part] if x.dim() else x)  # type: ignore[misc]
@@ -285,15 +296,12 @@ class FisherPenalty:
             with record_gates(self.model, frozen=frozen) as gates:
                 part = call_model(self.model, few)
             logits = torch.cat([part, call_model(self.model, rest)])
-            self.logits = logits.detach()
             return logits, part, few, False, gates
         if self.settings.reduction == "first":  # the first example as the batch's statistics make it
             with record_gates(self.model, frozen=frozen) as gates:
                 logits = call_model(self.model, inputs)
-            self.logits = logits.detach()
             return logits, logits[:1], inputs, True, gates
         logits = call_model(self.model, inputs)
-        self.logits = logits.detach()
         with record_gates(self.model, frozen=frozen) as gates:
             part = call_copy(self.model, trainable, few)
         return logits, part, few, False, gates

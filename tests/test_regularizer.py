@@ -98,9 +98,10 @@ def test_a_plain_step_is_a_plain_step() -> None:
     assert torch.equal(gradients(model), gradients(reference))
 
 
+@pytest.mark.parametrize("own_generator", [False, True])
 @pytest.mark.parametrize("gates", ["frozen", "free"])
 @pytest.mark.parametrize("every", [1, 4])
-def test_a_resumed_run_is_the_same_run(gates: Any, every: int) -> None:
+def test_a_resumed_run_is_the_same_run(gates: Any, every: int, own_generator: bool) -> None:
     def run(model: nn.Module, penalty: FisherPenalty, optimizer: torch.optim.Optimizer, steps: int) -> None:
         for _ in range(steps):
             optimizer.zero_grad()
@@ -109,7 +110,9 @@ def test_a_resumed_run_is_the_same_run(gates: Any, every: int) -> None:
 
     def fresh() -> tuple[nn.Module, FisherPenalty, torch.optim.Optimizer]:
         model = network(torch.float32)
-        return model, FisherPenalty(model, 0.1, every=every, gates=gates), torch.optim.SGD(model.parameters(), 0.05)
+        generator = torch.Generator().manual_seed(2) if own_generator else None
+        penalty = FisherPenalty(model, 0.1, every=every, gates=gates, generator=generator)
+        return model, penalty, torch.optim.SGD(model.parameters(), 0.05)
 
     model, penalty, optimizer = fresh()
     torch.manual_seed(0)
@@ -134,6 +137,8 @@ def test_a_state_that_does_not_fit_restores_nothing() -> None:
         other.load_state_dict(state)
     with pytest.raises(ValueError, match="state: expected the keys"):
         other.load_state_dict({"steps": 1})
+    with pytest.raises(ValueError, match="holds a generator state"):
+        other.load_state_dict(FisherPenalty(nn.Linear(3, 3), 0.1, **seeded()).state_dict())
     assert other.steps == 0 and other.value is None
 
 
@@ -221,6 +226,7 @@ def test_a_loss_of_one_s_own() -> None:
         ({"examples": 2, "reduction": "first"}, "examples: expected None"),
         ({"mixed": True}, "mixed: expected every=1"),
         ({"mixed": True, "every": 1, "method": "double_backprop"}, "mixed: expected"),
+        ({"mixed": True, "every": 1, "gates": "free"}, "step: expected a number"),
         ({"labels": torch.zeros(3)}, "labels: expected"),
         ({"step": 0.0}, "step: expected"),
         ({"params": [nn.Parameter(torch.zeros(1))]}, "params: item 0"),

@@ -252,6 +252,8 @@ def _check_combinations(config: TrainConfig) -> None:
             "--mixed: got True, expected --penalty-every 1 and the gradient in the parameters (not GP_x) of the "
             "whole batch, because both gradients are taken in one backward"
         )
+    if config.mixed and config.gates == "free":
+        raise ConfigError("--gates: got free, expected frozen with --mixed, which cannot adapt the step of free gates")
     if config.penalty_examples is not None and config.penalty_examples > config.batch_size:
         raise ConfigError(
             f"--penalty-examples: got {config.penalty_examples}, expected at most --batch-size {config.batch_size}"

@@ -126,7 +126,6 @@ class Run:
             momentum=config.momentum,
             weight_decay=config.weight_decay,
         )
-        self.label_generator = torch.Generator(self.device).manual_seed(_seed(config.seed, "labels"))
         self.penalty = self._build_penalty()
         self.steps = 0
         self.epoch = 0
@@ -148,8 +147,9 @@ class Run:
             "gates": config.gates,
             "mixed": config.mixed,
             "examples": config.penalty_examples,
+            "generator": torch.Generator(self.device).manual_seed(_seed(config.seed, "labels")),
         }
-        return FisherPenalty(self.model, config.alpha, generator=self.label_generator, **options)
+        return FisherPenalty(self.model, config.alpha, **options)
 
     @property
     def epoch_complete(self) -> bool:
@@ -237,7 +237,6 @@ class Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "penalty": None if self.penalty is None else self.penalty.state_dict(),
-            "label_generator": self.label_generator.get_state(),
             "batches": self.batches.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
@@ -253,7 +252,6 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.penalty is not None:
             self.penalty.load_state_dict(state["penalty"])
-        self.label_generator.set_state(state["label_generator"])
         self.batches.load_state_dict(state["batches"])
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda":

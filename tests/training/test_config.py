@@ -102,6 +102,7 @@ def test_parser_refuses(arguments: list[str], expected: list[str], capsys: pytes
         ({"method": "FP", "penalty_examples": 256}, ["--penalty-examples:", "256", "--batch-size 128"]),
         ({"method": "FP", "penalty_start": 30}, ["--penalty-start:", "30", "--epochs 30"]),
         ({"method": "FP", "mixed": True}, ["--mixed:", "--penalty-every 1"]),
+        ({"method": "FP", "mixed": True, "penalty_every": 1, "gates": "free"}, ["--gates:", "--mixed"]),
     ],
 )
 def test_resolve_names_the_option_the_value_and_what_was_expected(
