@@ -65,16 +65,14 @@ struct Row {
     return horizontal_sum(running + other);
   }
 
-  // Fills e and the chunks' sums for one tile; returns the tile's sum. Meanwhile the row at `next` is fetched: short
-  // rows come and go faster than the processor's own prefetcher, which stops at every page, can follow.
-  double exp_tile(const Storage* x, int64_t width, Compute reference, const Storage* next) {
+  // Fills e and the chunks' sums for one tile; returns the tile's sum.
+  double exp_tile(const Storage* x, int64_t width, Compute reference) {
     double total = 0;
     for (int64_t c = 0; c * kChunk < width; ++c) {
       const int64_t stop = width < (c + 1) * kChunk ? width : (c + 1) * kChunk;
       Value running = {};
       int64_t j = c * kChunk;
       for (; j + kLanes <= stop; j += kLanes) {
-        __builtin_prefetch(next + j);
         const Value value = exp_nonpositive(T::load(x + j) - reference);
         *(Value*)(e + j) = value;
         running += value;
@@ -129,7 +127,7 @@ struct Row {
   bool one_tile(const Storage* x, int64_t columns, uint32_t element_word, Compute scale, Compute* nll, int64_t* label,
                 Storage* gradient) {
     const Compute maximum = maximum_of(x, columns);
-    const double total = exp_tile(x, columns, finite(maximum), x + columns);
+    const double total = exp_tile(x, columns, finite(maximum));
     if (!has_softmax(maximum, total)) return false;
     const int64_t drawn = draw(columns, total, uniform(element_word));
     const Compute logit = T::load(x[drawn]);
@@ -169,7 +167,7 @@ struct Row {
       if (running > target) break;
     }
     const int64_t chosen_width = width(columns, chosen);
-    const double chosen_sum = exp_tile(x + chosen * kTile, chosen_width, finite(tile_max[chosen]), x);
+    const double chosen_sum = exp_tile(x + chosen * kTile, chosen_width, finite(tile_max[chosen]));
     const int64_t drawn = chosen * kTile + draw(chosen_width, chosen_sum, uniform(element_word));
     const Compute logit = T::load(x[drawn]);
 
