@@ -61,7 +61,7 @@ def test_step(name: str, step: str, compare: Any) -> None:
     options, bar, bar_with_norm = STEPS[step]
     plain, penalised = steps(name, options)
     promised = bar_with_norm if name == "ResNet + BN" else bar
-    rounds = 7 if name == "VGG-11" else 11
+    rounds = 5 if name == "VGG-11" else 9
     compare(
         "one training step",
         f"{name}, {step}",
@@ -80,7 +80,7 @@ def test_every_tenth_step(name: str, compare: Any) -> None:
         f"{name}, finite difference, every 10 (average)",
         penalised,
         {"a plain step": (plain, Bar(1.2, False))},
-        rounds=3 if name == "VGG-11" else 7,
+        rounds=3 if name == "VGG-11" else 5,
         repeat=10,
         cpu=True,
     )
