@@ -1,7 +1,6 @@
 """How a promise is measured: in one process, interleaved with what it is compared to, as a ratio of medians.
 
-The clock is wall time on all threads, or, for steps of training, the process's CPU seconds on one thread: a machine
-that others use too leaves those alone. Every round of the benchmark first times each rival once and then the candidate,
+The clock is wall time, on all threads. Every round of the benchmark first times each rival once and then the candidate,
 so that a change in the machine's load hits all of them. A ratio's spread is the interquartile range of the ratios
 within single rounds. The table of all ratios is printed at the end and written to ``bench/results/cpu.md``.
 """
@@ -53,20 +52,19 @@ class Bar:
     speedup: bool
 
 
-CLOCKS = {
-    "sample_cross_entropy": "Wall time on all threads; float32 logits.",
-    "one training step": "CPU seconds of the process on one thread; 128 images of 3x32x32, float32, SGD with momentum.",
+CONDITIONS = {
+    "sample_cross_entropy": "float32 logits.",
+    "one training step": "128 images of 3x32x32, float32, SGD with momentum.",
 }
 ROWS: list[Row] = []
-THREADS = torch.get_num_threads()
 
 
-def timed(function: Callable[[], Any], repeat: int, clock: Callable[[], float]) -> float:
+def timed(function: Callable[[], Any], repeat: int) -> float:
     """Seconds per call, over ``repeat`` calls."""
-    start = clock()
+    start = time.perf_counter()
     for _ in range(repeat):
         function()
-    return (clock() - start) / repeat
+    return (time.perf_counter() - start) / repeat
 
 
 @pytest.fixture
@@ -81,22 +79,19 @@ def compare(benchmark: Any) -> Iterator[Callable[..., None]]:
         *,
         rounds: int = 11,
         repeat: int = 1,
-        cpu: bool = False,
     ) -> None:
-        clock = time.process_time if cpu else time.perf_counter
-        torch.set_num_threads(1 if cpu else THREADS)
         seconds: dict[str, list[float]] = {rival: [] for rival in rivals}
         for function in (candidate, *(function for function, _ in rivals.values())):
-            timed(function, max(2, repeat // 10), clock)
+            timed(function, max(2, repeat // 10))
 
         def time_rivals() -> None:
             for rival, (function, _) in rivals.items():
-                seconds[rival].append(timed(function, repeat, clock))
+                seconds[rival].append(timed(function, repeat))
 
         own: list[float] = []
         benchmark.group = group
         benchmark.name = name
-        benchmark.pedantic(lambda: own.append(timed(candidate, repeat, clock)), setup=time_rivals, rounds=rounds)
+        benchmark.pedantic(lambda: own.append(timed(candidate, repeat)), setup=time_rivals, rounds=rounds)
         for rival, (_, bar) in rivals.items():
             top, bottom = (seconds[rival], own) if bar.speedup else (own, seconds[rival])
             ratios = sorted(a / b for a, b in zip(top, bottom, strict=True))
@@ -127,14 +122,14 @@ def machine() -> str:
             line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
         ]
         model = names[0] if names else model
-    return f"{model}, {THREADS} threads, torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Prints the table and writes it."""
     if not ROWS:
         return
-    lines = [f"Measured on {machine()} by `make bench`.", ""]
+    lines = [f"Measured on {machine()} by `make bench`, in wall time.", ""]
     for group in dict.fromkeys(row.group for row in ROWS):
         lines += [
             f"### {group}",
