@@ -52,10 +52,6 @@ class Bar:
     speedup: bool
 
 
-CONDITIONS = {
-    "sample_cross_entropy": "float32 logits.",
-    "one training step": "128 images of 3x32x32, float32, SGD with momentum.",
-}
 ROWS: list[Row] = []
 
 

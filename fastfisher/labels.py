@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from fastfisher import ops
 
-Labels = Literal["sampled", "true", "uniform"]
 LABELS = ("sampled", "true", "uniform")
 
 
