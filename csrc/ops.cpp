@@ -135,18 +135,28 @@ Tensor softmax_hessian_product(const Tensor& dlogits, const Tensor& labels, cons
   return out;
 }
 
-Tensor gate_pack(const Tensor& x) {
+// Writes the ReLU of x to out, which may be x, and returns its gates.
+Tensor relu_into(const Tensor& x, const Tensor& out) {
   check(x.is_contiguous(), "x: expected a contiguous tensor");
   const Type type = type_of(x, "x");
   const int64_t numel = x.numel(), words = (numel + 31) / 32;
   Tensor bits = empty({words}, ScalarType::Int);
   const void* source = x.const_data_ptr();
-  auto* target = static_cast<uint32_t*>(bits.mutable_data_ptr());
+  void* target = out.mutable_data_ptr();
+  auto* gates = static_cast<uint32_t*>(bits.mutable_data_ptr());
   torch::stable::parallel_for(0, words, kGrain / 32, [&](int64_t begin, int64_t end) {
-    kernels().gate_pack(type, source, numel, target, begin, end);
+    kernels().gate_relu(type, source, numel, target, gates, begin, end);
   });
   return bits;
 }
+
+std::tuple<Tensor, Tensor> gate_relu(const Tensor& x) {
+  Tensor out = torch::stable::empty_like(x);
+  Tensor bits = relu_into(x, out);
+  return {out, bits};
+}
+
+Tensor gate_relu_(const Tensor& x) { return relu_into(x, x); }
 
 Tensor gate_apply(const Tensor& x, const Tensor& bits) {
   check(x.is_contiguous(), "x: expected a contiguous tensor");
@@ -164,16 +174,40 @@ Tensor gate_apply(const Tensor& x, const Tensor& bits) {
   return out;
 }
 
-// Checks x[planes, width] and indices[planes, outputs], both contiguous, every index in [0, elements).
+std::tuple<Tensor, Tensor> gate_max_pool(const Tensor& x, int64_t height, int64_t width, int64_t stride_height,
+                                         int64_t stride_width, bool gated) {
+  check(x.dim() == 3 && x.is_contiguous(), "x: expected a contiguous tensor (planes, height, width)");
+  check(height >= 1 && width >= 1 && stride_height >= 1 && stride_width >= 1,
+        "height, width and strides: expected >= 1");
+  const int64_t planes = x.size(0), rows = x.size(1), columns = x.size(2);
+  check(rows >= height && columns >= width, "x: expected planes of at least ", height, " x ", width, ", got ", rows,
+        " x ", columns);
+  check(rows * columns <= INT32_MAX, "x: expected planes of at most 2^31 - 1 elements");
+  const Type type = type_of(x, "x");
+  const int64_t outputs = ((rows - height) / stride_height + 1) * ((columns - width) / stride_width + 1);
+  Tensor values = empty({planes, outputs}, x.scalar_type());
+  Tensor indices = empty({planes, outputs}, ScalarType::Int);
+  const fastfisher::Pool pool{height, width, stride_height, stride_width};
+  const void* source = x.const_data_ptr();
+  void* target = values.mutable_data_ptr();
+  auto* index = static_cast<int32_t*>(indices.mutable_data_ptr());
+  torch::stable::parallel_for(0, planes, rows_per_task(rows * columns), [&](int64_t begin, int64_t end) {
+    kernels().gate_max_pool(type, source, rows, columns, pool, gated, target, index, begin, end);
+  });
+  return {values, indices};
+}
+
+// Checks x[planes, width] and indices[planes, outputs], both contiguous, every index in [-1, elements).
 void check_planes(const Tensor& x, const char* name, const Tensor& indices, int64_t elements) {
   check(x.dim() == 2 && x.is_contiguous(), name, ": expected a contiguous tensor (planes, elements)");
   check(indices.dim() == 2 && indices.size(0) == x.size(0) && indices.scalar_type() == ScalarType::Int &&
             indices.is_contiguous(),
         "indices: expected a contiguous int32 tensor (planes, outputs) with ", x.size(0), " planes");
   const auto* index = static_cast<const int32_t*>(indices.const_data_ptr());
-  uint32_t largest = 0;  // a negative index is a large one
-  for (int64_t k = 0; k < indices.numel(); ++k) largest = std::max(largest, static_cast<uint32_t>(index[k]));
-  check(indices.numel() == 0 || largest < static_cast<uint64_t>(elements), "indices: expected 0 to ", elements - 1);
+  const int64_t numel = indices.numel();
+  uint32_t largest = 0;  // of index + 1: what lies below -1 is large
+  for (int64_t k = 0; k < numel; ++k) largest = std::max(largest, static_cast<uint32_t>(index[k]) + 1u);
+  check(largest <= static_cast<uint64_t>(elements), "indices: expected -1 to ", elements - 1);
 }
 
 Tensor gate_take(const Tensor& x, const Tensor& indices) {
@@ -272,8 +306,12 @@ STABLE_TORCH_LIBRARY(fastfisher, m) {
       "sample_cross_entropy(Tensor logits, Tensor key, float scale) -> (Tensor nll, Tensor labels, Tensor "
       "dlogits)");
   m.def("softmax_hessian_product(Tensor dlogits, Tensor labels, Tensor vector, float scale) -> Tensor");
-  m.def("gate_pack(Tensor x) -> Tensor");
+  m.def("gate_relu(Tensor x) -> (Tensor out, Tensor bits)");
+  m.def("gate_relu_(Tensor(a!) x) -> Tensor bits");
   m.def("gate_apply(Tensor x, Tensor bits) -> Tensor");
+  m.def(
+      "gate_max_pool(Tensor x, int height, int width, int stride_height, int stride_width, bool gated) -> (Tensor "
+      "values, Tensor indices)");
   m.def("gate_take(Tensor x, Tensor indices) -> Tensor");
   m.def("gate_put(Tensor y, Tensor indices, int elements) -> Tensor");
   m.def("axpy_diff(Tensor(a!)[] out, Tensor[] a, Tensor[] b, float scale) -> Tensor");
@@ -283,8 +321,10 @@ STABLE_TORCH_LIBRARY(fastfisher, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastfisher, CPU, m) {
   m.impl("sample_cross_entropy", TORCH_BOX(&sample_cross_entropy));
   m.impl("softmax_hessian_product", TORCH_BOX(&softmax_hessian_product));
-  m.impl("gate_pack", TORCH_BOX(&gate_pack));
+  m.impl("gate_relu", TORCH_BOX(&gate_relu));
+  m.impl("gate_relu_", TORCH_BOX(&gate_relu_));
   m.impl("gate_apply", TORCH_BOX(&gate_apply));
+  m.impl("gate_max_pool", TORCH_BOX(&gate_max_pool));
   m.impl("gate_take", TORCH_BOX(&gate_take));
   m.impl("gate_put", TORCH_BOX(&gate_put));
   m.impl("axpy_diff", TORCH_BOX(&axpy_diff));

@@ -61,14 +61,27 @@ def softmax_hessian_product(dlogits: Tensor, labels: Tensor, vector: Tensor, sca
     return torch.ops.fastfisher.softmax_hessian_product(dlogits, labels, vector, scale)  # type: ignore[no-any-return]
 
 
-def gate_pack(x: Tensor) -> Tensor:
-    """See :func:`fastfisher.reference.gate_pack`."""
-    return (torch.ops.fastfisher if _compiled(x.device) else reference).gate_pack(x)  # type: ignore[no-any-return]
+def gate_relu(x: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`fastfisher.reference.gate_relu`."""
+    return (torch.ops.fastfisher if _compiled(x.device) else reference).gate_relu(x)  # type: ignore[no-any-return]
+
+
+def gate_relu_(x: Tensor) -> Tensor:
+    """See :func:`fastfisher.reference.gate_relu_`."""
+    return (torch.ops.fastfisher if _compiled(x.device) else reference).gate_relu_(x)  # type: ignore[no-any-return]
 
 
 def gate_apply(x: Tensor, bits: Tensor) -> Tensor:
     """See :func:`fastfisher.reference.gate_apply`."""
     return (torch.ops.fastfisher if _compiled(x.device) else reference).gate_apply(x, bits)  # type: ignore[no-any-return]
+
+
+def gate_max_pool(
+    x: Tensor, height: int, width: int, stride_height: int, stride_width: int, gated: bool
+) -> tuple[Tensor, Tensor]:
+    """See :func:`fastfisher.reference.gate_max_pool`."""
+    namespace = torch.ops.fastfisher if _compiled(x.device) else reference
+    return namespace.gate_max_pool(x, height, width, stride_height, stride_width, gated)  # type: ignore[no-any-return]
 
 
 def gate_take(x: Tensor, indices: Tensor) -> Tensor:
@@ -112,9 +125,19 @@ def _register() -> None:
     def _(dlogits: Tensor, labels: Tensor, vector: Tensor, scale: float) -> Tensor:
         return torch.empty_like(dlogits, memory_format=torch.contiguous_format)
 
-    @fake("fastfisher::gate_pack")
+    @fake("fastfisher::gate_relu")
+    def _(x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x), x.new_empty((x.numel() + 31) // 32, dtype=torch.int32)
+
+    @fake("fastfisher::gate_relu_")
     def _(x: Tensor) -> Tensor:
         return x.new_empty((x.numel() + 31) // 32, dtype=torch.int32)
+
+    @fake("fastfisher::gate_max_pool")
+    def _(x: Tensor, height: int, width: int, stride_height: int, stride_width: int, gated: bool) -> Any:
+        rows, columns = (x.shape[1] - height) // stride_height + 1, (x.shape[2] - width) // stride_width + 1
+        values = x.new_empty(x.shape[0], rows * columns)
+        return values, torch.empty_like(values, dtype=torch.int32)
 
     @fake("fastfisher::gate_apply")
     def _(x: Tensor, bits: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher import ops
-from fastfisher.gates import Gates, record_gates
+from fastfisher.gates import Gates, fused_forward, record_gates
 from fastfisher.labels import check_labels, check_targets, cross_entropy, label_loss
 from fastfisher.slow_path import warn_slow_path
 
@@ -321,7 +321,8 @@ class FiniteDifference:
                 parameters[name] = torch.add(parameters[name], direction, alpha=length)
         leaves = {name: parameters[name].detach().requires_grad_() for name in self.gradient}
         with torch.enable_grad(), self.autocast():
-            with self.gates.replay():
+            free = contextlib.nullcontext() if self.gates.frozen else fused_forward(self.model)
+            with self.gates.replay(), free:
                 logits = call_copy(self.model, parameters | leaves, inputs)
             total = weight * cross_entropy(logits[:1] if self.first_only else logits, self.labels)
             if loss is not None:

@@ -85,27 +85,52 @@ def softmax_hessian_product(dlogits: Tensor, labels: Tensor, vector: Tensor, sca
     return ((p * v - p * (p * v).sum(1, keepdim=True)) * scale).to(dlogits.dtype)
 
 
-def gate_pack(x: Tensor) -> Tensor:
-    """The bits (x > 0), 32 to an int32 word, element 32k + b in bit b of word k: int32[ceil(numel / 32)]."""
-    gates = torch.nn.functional.pad((x > 0).flatten(), (0, -x.numel() % 32)).view(-1, 32).long()
-    words = (gates << torch.arange(32, device=x.device)).sum(1)
-    return torch.where(words >= 2**31, words - 2**32, words).int()
+def gate_relu(x: Tensor) -> tuple[Tensor, Tensor]:
+    """relu(x), and the gates that let its elements pass: bits, 32 to an int32 word, int32[ceil(numel / 32)].
+
+    The gate of element 32k + b (in row-major order) is bit b of word k: 1 where x > 0 or NaN.
+    """
+    passes = torch.nn.functional.pad(~(x <= 0).flatten(), (0, -x.numel() % 32)).view(-1, 32).long()
+    words = (passes << torch.arange(32, device=x.device)).sum(1)
+    return x.relu(), torch.where(words >= 2**31, words - 2**32, words).int()
+
+
+def gate_relu_(x: Tensor) -> Tensor:
+    """:func:`gate_relu` in place; returns the bits."""
+    out, bits = gate_relu(x)
+    x.copy_(out)
+    return bits
 
 
 def gate_apply(x: Tensor, bits: Tensor) -> Tensor:
-    """``x`` where its bit in ``bits`` (see :func:`gate_pack`) is set, else 0."""
+    """``x`` where its bit in ``bits`` (see :func:`gate_relu`) is set, else 0."""
     gates = (bits[:, None] >> torch.arange(32, device=x.device, dtype=torch.int32)) & 1
     return torch.where(gates.flatten()[: x.numel()].view(x.shape).bool(), x, 0)
 
 
+def gate_max_pool(
+    x: Tensor, height: int, width: int, stride_height: int, stride_width: int, gated: bool
+) -> tuple[Tensor, Tensor]:
+    """Max-pool of ``x[planes, H, W]`` by windows height x width: values and indices, both [planes, outputs].
+
+    An index (int32) is the place of the first maximum in its plane, row by row. With ``gated``, x is the output of a
+    ReLU, and the index of a maximum of 0 is -1: no gradient passes there.
+    """
+    window, stride = (height, width), (stride_height, stride_width)
+    values, indices = torch.nn.functional.max_pool2d_with_indices(x[None], window, stride)
+    indices = torch.where(values <= 0, -1, indices) if gated else indices
+    return values.view(len(x), -1), indices.view(len(x), -1).int()
+
+
 def gate_take(x: Tensor, indices: Tensor) -> Tensor:
-    """Of each plane of ``x[planes, elements]``, the elements at ``indices[planes, outputs]`` (int32)."""
-    return x.gather(1, indices.long())
+    """Of each plane of ``x[planes, elements]``, the elements at ``indices[planes, outputs]`` (int32), 0 at index -1."""
+    return torch.where(indices < 0, 0, x.gather(1, indices.clamp(min=0).long()))
 
 
 def gate_put(y: Tensor, indices: Tensor, elements: int) -> Tensor:
     """The transpose of :func:`gate_take`: ``y[planes, outputs]`` summed into planes of ``elements`` zeros."""
-    return y.new_zeros(len(y), elements).scatter_add_(1, indices.long(), y)
+    y = torch.where(indices < 0, 0, y)
+    return y.new_zeros(len(y), elements).scatter_add_(1, indices.clamp(min=0).long(), y)
 
 
 def axpy_diff(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: float) -> Tensor:

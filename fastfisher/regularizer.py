@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastfisher.gates import Gates, record_gates
+from fastfisher.gates import Gates, fused_forward, record_gates
 from fastfisher.labels import check_targets, cross_entropy, label_loss
 from fastfisher.penalty import (
     AdaptiveStep,
@@ -160,7 +160,8 @@ class FisherPenalty:
             loss, total = self._penalised(inputs, targets, trainable)
         else:
             with torch.enable_grad():
-                logits = call_model(self.model, inputs)
+                with fused_forward(self.model):
+                    logits = call_model(self.model, inputs)
                 loss = self._training_loss(logits, targets)
             self.logits = logits.detach()
             total = _gradients(loss, trainable)
@@ -295,13 +296,15 @@ class FisherPenalty:
         if not couples_examples(self.model):
             with record_gates(self.model, frozen=frozen) as gates:
                 part = call_model(self.model, few)
-            logits = torch.cat([part, call_model(self.model, rest)])
+            with fused_forward(self.model):
+                logits = torch.cat([part, call_model(self.model, rest)])
             return logits, part, few, False, gates
         if self.settings.reduction == "first":  # the first example as the batch's statistics make it
             with record_gates(self.model, frozen=frozen) as gates:
                 logits = call_model(self.model, inputs)
             return logits, logits[:1], inputs, True, gates
-        logits = call_model(self.model, inputs)
+        with fused_forward(self.model):
+            logits = call_model(self.model, inputs)
         with record_gates(self.model, frozen=frozen) as gates:
             part = call_copy(self.model, trainable, few)
         return logits, part, few, False, gates

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -152,7 +153,11 @@ def test_every_simd_level_gives_the_same_labels(level: str) -> None:
         "    nll, labels, d = ops.sample_cross_entropy(logits_for(c, torch.float32), KEY, 1.0)\n"
         "    x = logits_for(c, torch.float64); e = (x.softmax(1) - torch.nn.functional.one_hot(labels, c))\n"
         "    print(labels.tolist(), bool((d - e).abs().max() < 3e-7))\n"
-        "y = torch.arange(-40., 45.); assert torch.equal(ops.gate_apply(y, ops.gate_pack(y)), y.relu())\n"
+        "y = torch.arange(-40., 45.); out, bits = ops.gate_relu(y)\n"
+        "assert torch.equal(out, y.relu()) and torch.equal(ops.gate_apply(y, bits), out)\n"
+        "x = torch.randn(3, 40, 41); pool = (2, 2, 2, 2, False)\n"
+        "from fastfisher import reference\n"
+        "assert all(map(torch.equal, ops.gate_max_pool(x, *pool), reference.gate_max_pool(x, *pool)))\n"
     )
     lines = {}
     for chosen in (level, ""):
@@ -251,12 +256,14 @@ def test_derivatives_to_second_order(classes: int) -> None:
 def test_opcheck() -> None:
     x, y = torch.randn(5, 7, requires_grad=True), [torch.randn(3), torch.randn(4, 4)]
     _, labels, d = ops.sample_cross_entropy(x.detach(), KEY, 0.5)
-    bits = ops.gate_pack(x.detach())
+    _, bits = ops.gate_relu(x.detach())
     namespace = torch.ops.fastfisher
     for operator, args in [
         (namespace.sample_cross_entropy, (x, KEY, 0.5)),
         (namespace.softmax_hessian_product, (d.requires_grad_(), labels, x.detach().requires_grad_(), 0.5)),
-        (namespace.gate_pack, (x.detach(),)),
+        (namespace.gate_relu, (x.detach(),)),
+        (namespace.gate_relu_, (x.detach().clone(),)),
+        (namespace.gate_max_pool, (torch.randn(3, 5, 6), 2, 3, 1, 2, True)),
         (namespace.gate_apply, (x.detach(), bits)),
         (namespace.gate_take, (x.detach(), torch.zeros(5, 2, dtype=torch.int32))),
         (namespace.gate_put, (x.detach(), torch.ones(5, 7, dtype=torch.int32), 9)),
@@ -270,8 +277,14 @@ def test_opcheck() -> None:
 @pytest.mark.parametrize("numel", [0, 1, 31, 32, 33, 1000, 2**16 + 5])
 def test_gates_and_combines_agree_with_the_reference(numel: int, dtype: torch.dtype) -> None:
     a, b, out = (torch.randn(numel, dtype=torch.float64).to(dtype) for _ in range(3))
-    bits = ops.gate_pack(a)
-    assert torch.equal(bits, reference.gate_pack(a))
+    a[::7], a[1::7] = 0, math.nan
+    (relu, bits), (expected_relu, expected_bits) = ops.gate_relu(a), reference.gate_relu(a)
+    assert torch.equal(bits, expected_bits)
+    torch.testing.assert_close(relu, expected_relu, rtol=0, atol=0, equal_nan=True)
+    inplace = a.clone()
+    assert torch.equal(ops.gate_relu_(inplace), bits)
+    torch.testing.assert_close(inplace, relu, rtol=0, atol=0, equal_nan=True)
+    a = a.nan_to_num()
     assert torch.equal(ops.gate_apply(b, bits), reference.gate_apply(b, bits))
     expected, found = [out.clone(), a.clone()], [out.clone(), a.clone()]
     size = reference.axpy_diff(expected, [a, b], [b, a], 0.3)
@@ -282,20 +295,56 @@ def test_gates_and_combines_agree_with_the_reference(numel: int, dtype: torch.dt
     torch.testing.assert_close(ops.sum_squares([a, b]), reference.sum_squares([a, b]), rtol=1e-12, atol=0)
 
 
+# Windows of 2x2 side by side have a kernel of their own, which writes whole vectors: planes narrower than one, one
+# element short of one, and wider; the others overlap, leave gaps or are no squares.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("size", "window", "stride"),
+    [
+        *(((height, width), (2, 2), (2, 2)) for height in (2, 5, 30) for width in (2, 7, 31, 32, 33, 70)),
+        ((9, 8), (3, 3), (2, 2)),
+        ((9, 8), (2, 3), (1, 1)),
+        ((9, 8), (2, 2), (3, 4)),
+        ((4, 5), (4, 5), (1, 1)),
+    ],
+)
+def test_max_pool_agrees_with_the_reference(
+    size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int], gated: bool, dtype: torch.dtype
+) -> None:
+    x = torch.randint(-3, 4, (5, *size)).to(dtype)  # with many ties
+    x[1, -1, -1], x[2] = math.nan, -math.inf
+    x = x.relu() if gated else x
+    values, indices = ops.gate_max_pool(x, *window, *stride, gated)
+    expected_values, expected_indices = reference.gate_max_pool(x, *window, *stride, gated)
+    torch.testing.assert_close(values, expected_values, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(indices, expected_indices)
+
+
+@needs_kernels
+def test_max_pool_names_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match="x: expected planes of at least 3 x 2, got 2 x 5"):
+        ops.gate_max_pool(torch.ones(1, 2, 5), 3, 2, 1, 1, False)
+    with pytest.raises(ValueError, match="expected >= 1"):
+        ops.gate_max_pool(torch.ones(1, 2, 5), 1, 1, 0, 1, False)
+    with pytest.raises(ValueError, match="planes, height, width"):
+        ops.gate_max_pool(torch.ones(2, 5), 1, 1, 1, 1, False)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_max_pool_gates_agree_with_the_reference(dtype: torch.dtype) -> None:
     x, y = torch.randn(300, 50).to(dtype), torch.randn(300, 12).to(dtype)
-    indices = torch.randint(50, (300, 12), dtype=torch.int32)
+    indices = torch.randint(-1, 50, (300, 12), dtype=torch.int32)
     assert torch.equal(ops.gate_take(x, indices), reference.gate_take(x, indices))
     # A few addends of size 3 at most meet in one place, and each addition may round.
     put, expected = ops.gate_put(y, indices, 50).double(), reference.gate_put(y.double(), indices, 50)
     torch.testing.assert_close(put, expected, rtol=0, atol=16 * torch.finfo(dtype).eps)
     if ops.UNAVAILABLE is None:
-        for bad in (-1, 50):
+        for bad in (-2, 50):
             indices[3, 4] = bad
-            with pytest.raises(ValueError, match="indices: expected 0 to 49"):
+            with pytest.raises(ValueError, match="indices: expected -1 to 49"):
                 ops.gate_take(x, indices)
-            with pytest.raises(ValueError, match="indices: expected 0 to 49"):
+            with pytest.raises(ValueError, match="indices: expected -1 to 49"):
                 ops.gate_put(y, indices, 50)
 
 

@@ -9,8 +9,8 @@ namespace fastfisher {
 
 #define FASTFISHER_LEVEL(LEVEL)                                                                               \
   Kernels {                                                                                                   \
-    #LEVEL, LEVEL::sample_cross_entropy, LEVEL::softmax_hessian_product, LEVEL::gate_pack, LEVEL::gate_apply, \
-        LEVEL::gate_take, LEVEL::gate_put, LEVEL::axpy_diff, LEVEL::sum_squares                               \
+    #LEVEL, LEVEL::sample_cross_entropy, LEVEL::softmax_hessian_product, LEVEL::gate_relu, LEVEL::gate_apply, \
+        LEVEL::gate_max_pool, LEVEL::gate_take, LEVEL::gate_put, LEVEL::axpy_diff, LEVEL::sum_squares         \
   }
 
 static Kernels choose() {

@@ -21,6 +21,11 @@ constexpr int64_t kReductionChunk = 1 << 16;
 
 enum class Type { f32, f64, bf16, f16 };
 
+// The window of a max-pool, without padding or dilation.
+struct Pool {
+  int64_t height, width, stride_height, stride_width;
+};
+
 struct Kernels {
   const char* level;
 
@@ -34,18 +39,24 @@ struct Kernels {
   void (*softmax_hessian_product)(Type type, const void* dlogits, const int64_t* labels, const void* vector,
                                   int64_t columns, double scale, void* out, int64_t begin, int64_t end);
 
-  // Word k of bits holds (x > 0) of elements 32k .. 32k + 31, lowest bit first; words [begin, end).
-  void (*gate_pack)(Type type, const void* x, int64_t numel, uint32_t* bits, int64_t begin, int64_t end);
+  // out = x where x > 0 (or NaN), else 0; out may be x. Word k of bits holds those gates of elements
+  // 32k .. 32k + 31, lowest bit first; words [begin, end).
+  void (*gate_relu)(Type type, const void* x, int64_t numel, void* out, uint32_t* bits, int64_t begin, int64_t end);
 
   // out = x where the element's bit is set, else 0; words [begin, end).
   void (*gate_apply)(Type type, const void* x, int64_t numel, const uint32_t* bits, void* out, int64_t begin,
                      int64_t end);
 
-  // Max-pool gates: out[p][k] = x[p][indices[p][k]] for planes p in [begin, end).
+  // Max-pool of planes [begin, end) of x[planes, height, width]: the values, and where in its plane each lies. Where
+  // `gated`, x is a ReLU's output, and a maximum of 0 has index -1: no gradient passes there.
+  void (*gate_max_pool)(Type type, const void* x, int64_t height, int64_t width, const Pool& pool, bool gated,
+                        void* values, int32_t* indices, int64_t begin, int64_t end);
+
+  // Max-pool gates: out[p][k] = x[p][indices[p][k]], 0 at index -1, for planes p in [begin, end).
   void (*gate_take)(Type type, const void* x, int64_t elements, const int32_t* indices, int64_t outputs, void* out,
                     int64_t begin, int64_t end);
 
-  // Its transpose: out[p][indices[p][k]] += y[p][k] on planes of zeros, in the order of k.
+  // Its transpose: out[p][indices[p][k]] += y[p][k] on planes of zeros, in the order of k; none at index -1.
   void (*gate_put)(Type type, const void* y, int64_t outputs, const int32_t* indices, int64_t elements, void* out,
                    int64_t begin, int64_t end);
 
@@ -65,8 +76,9 @@ const Kernels& kernels();
   int64_t sample_cross_entropy(Type, const void*, int64_t, Key, double, void*, int64_t*, void*, int64_t, int64_t); \
   void softmax_hessian_product(Type, const void*, const int64_t*, const void*, int64_t, double, void*, int64_t,    \
                                int64_t);                                                                           \
-  void gate_pack(Type, const void*, int64_t, uint32_t*, int64_t, int64_t);                                         \
+  void gate_relu(Type, const void*, int64_t, void*, uint32_t*, int64_t, int64_t);                                  \
   void gate_apply(Type, const void*, int64_t, const uint32_t*, void*, int64_t, int64_t);                           \
+  void gate_max_pool(Type, const void*, int64_t, int64_t, const Pool&, bool, void*, int32_t*, int64_t, int64_t);   \
   void gate_take(Type, const void*, int64_t, const int32_t*, int64_t, void*, int64_t, int64_t);                    \
   void gate_put(Type, const void*, int64_t, const int32_t*, int64_t, void*, int64_t, int64_t);                     \
   double axpy_diff(Type, void*, const void*, const void*, double, int64_t, int64_t);                               \

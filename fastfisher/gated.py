@@ -1,0 +1,160 @@
+"""ReLU and max-pool as linear maps behind gates: autograd Functions that keep bits and indices, not activations.
+
+PyTorch's ReLU keeps its output for the backward, and its max-pool its input and 64-bit indices. Here a ReLU keeps one
+bit per element and a max-pool 32 bits per output, with the same values and gradients to the last bit; given the gates
+of another forward, both become the linear maps that they were there. All are differentiable to any order.
+
+A max-pool right after a ReLU knows that no gradient passes where its maximum is 0, so what it sends back is gated
+already; the ReLU recognises that gradient (and only that one) and hands it on as it is.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastfisher import ops
+
+
+class Passage:
+    """The gates of one ReLU call, and the gradient that a max-pool after it has gated already."""
+
+    def __init__(self, bits: Tensor | None = None, order: list[int] | None = None) -> None:
+        self.bits, self.order = bits, order
+        self.output: weakref.ref[Tensor] | None = None
+        self.version = 0
+        # Held, so that autograd cannot add another gradient to it in place: identity is then proof.
+        self.gated: Tensor | None = None
+
+    def leads_to(self, x: Tensor) -> bool:
+        """Whether ``x`` is this ReLU's output, unchanged since."""
+        return self.output is not None and self.output() is x and x._version == self.version
+
+
+class _Gate(torch.autograd.Function):
+    """x where the gates are open, else 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, passage: Passage, inplace: bool) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.passage = passage
+        if passage.order is None:
+            passage.order = _memory_order(x)
+        ordered = x.permute(passage.order)
+        if passage.bits is not None:
+            out = _alias(ops.gate_apply(ordered.contiguous(), passage.bits), x.shape, passage.order)
+            if inplace:
+                x.copy_(out)
+        elif inplace and ordered.is_contiguous():
+            passage.bits = ops.gate_relu_(ordered)
+        else:
+            out, passage.bits = ops.gate_relu(ordered.contiguous())
+            out = _alias(out, x.shape, passage.order)
+            if inplace:
+                x.copy_(out)
+        ctx.save_for_backward(passage.bits)
+        if inplace:
+            ctx.mark_dirty(x)
+        return x if inplace else out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
+        passage: Passage = ctx.passage
+        gated, passage.gated = passage.gated, None
+        if grad is not None and grad is not gated:
+            (bits,) = ctx.saved_tensors
+            grad = _Gate.apply(grad, Passage(bits, passage.order), False)  # type: ignore[no-untyped-call]
+        return grad, None, None
+
+
+class _Take(torch.autograd.Function):
+    """Of each plane (the last ``dims`` dimensions) the elements at ``indices``, and 0 at index -1."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, indices: Tensor, dims: int, taken: Tensor | None, passage: Passage | None) -> Any:
+        ctx.save_for_backward(indices)
+        ctx.shape, ctx.dims, ctx.passage = x.shape, dims, passage
+        if taken is None:
+            taken = ops.gate_take(_planes(x, dims), _planes(indices, dims))
+        return _alias(taken, indices.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (indices,) = ctx.saved_tensors
+        put = _Put.apply(grad, indices, ctx.dims, ctx.shape)  # type: ignore[no-untyped-call]
+        if ctx.passage is not None:
+            ctx.passage.gated = put
+        return put, None, None, None, None
+
+
+class _Put(torch.autograd.Function):
+    """The transpose of :class:`_Take`: each element added to its place in planes of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, indices: Tensor, dims: int, shape: torch.Size) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.dims = dims
+        return ops.gate_put(_planes(y, dims), _planes(indices, dims), shape[-dims:].numel()).view(shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (indices,) = ctx.saved_tensors
+        return _Take.apply(grad, indices, ctx.dims, None, None), None, None, None  # type: ignore[no-untyped-call]
+
+
+def relu(x: Tensor, *, inplace: bool, gates: Passage | None = None) -> tuple[Tensor, Passage]:
+    """ReLU of ``x``, by the gates of another forward if given.
+
+    Returns:
+        The output (``x`` itself where ``inplace``), and the passage that holds its gates.
+    """
+    passage = Passage() if gates is None else Passage(gates.bits, gates.order)
+    out: Tensor = _Gate.apply(x, passage, inplace)  # type: ignore[no-untyped-call]
+    passage.output, passage.version = weakref.ref(out), out._version
+    return out, passage
+
+
+def max_pool2d(x: Tensor, window: tuple[int, int], stride: tuple[int, int], after: Passage | None) -> Any:
+    """Max-pool of ``x[..., H, W]`` without padding or dilation; ``after`` is the ReLU whose output ``x`` is, if so.
+
+    Returns:
+        The values and their places in each plane (int32; -1 where ``after`` is closed), both [..., H', W'].
+    """
+    lead, (height, width) = x.shape[:-2], x.shape[-2:]
+    planes = x.detach().reshape(lead.numel(), height, width).contiguous()
+    values, indices = ops.gate_max_pool(planes, *window, *stride, after is not None)
+    size = [(n - w) // s + 1 for n, w, s in zip((height, width), window, stride, strict=True)]
+    indices = indices.view(*lead, *size)
+    return _Take.apply(x, indices, 2, values, after), indices  # type: ignore[no-untyped-call]
+
+
+def take(x: Tensor, indices: Tensor, dims: int, after: Passage | None) -> Tensor:
+    """A max-pool over the last ``dims`` dimensions of ``x`` that takes the elements at ``indices`` (int32)."""
+    return _Take.apply(x, indices, dims, None, after)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _planes(x: Tensor, dims: int) -> Tensor:
+    """``x`` as (planes, elements), its last ``dims`` dimensions flattened."""
+    lead = x.dim() - dims
+    return x.reshape(x.shape[:lead].numel(), x.shape[lead:].numel()).contiguous()
+
+
+def _memory_order(x: Tensor) -> list[int]:
+    """The dimensions from the longest stride to the shortest: channels-last memory stays as it is."""
+    strides = x.stride()
+    return sorted(range(x.dim()), key=lambda i: (-strides[i], i))
+
+
+def _alias(x: Tensor, shape: torch.Size, order: list[int] | None = None) -> Tensor:
+    """The contiguous ``x`` as a tensor of this shape, its dimensions in memory in this order.
+
+    Not a view: autograd forbids in-place changes of views that come out of a Function.
+    """
+    order = list(range(len(shape))) if order is None else order
+    strides, stride = [1] * len(shape), 1
+    for dimension in reversed(order):
+        strides[dimension], stride = stride, stride * shape[dimension]
+    return x.new_empty(0).set_(x.untyped_storage(), 0, shape, tuple(strides))
