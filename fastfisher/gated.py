@@ -20,7 +20,10 @@ from fastfisher import ops
 
 
 class Passage:
-    """The gates of one ReLU call, and the gradient that a max-pool after it has gated already."""
+    """The gates of one ReLU call, and the gradient that a max-pool after it has gated already.
+
+    The bits are in the order of the memory; ``order`` names its dimensions where that is not row by row.
+    """
 
     def __init__(self, bits: Tensor | None = None, order: list[int] | None = None) -> None:
         self.bits, self.order = bits, order
@@ -41,18 +44,18 @@ class _Gate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, passage: Passage, inplace: bool) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.passage = passage
-        if passage.order is None:
+        if passage.bits is None and not x.is_contiguous():
             passage.order = _memory_order(x)
-        ordered = x.permute(passage.order)
-        if passage.bits is not None:
-            out = _alias(ops.gate_apply(ordered.contiguous(), passage.bits), x.shape, passage.order)
-            if inplace:
-                x.copy_(out)
-        elif inplace and ordered.is_contiguous():
+        order = passage.order
+        ordered = x if order is None else x.permute(order)
+        if passage.bits is None and inplace and ordered.is_contiguous():
             passage.bits = ops.gate_relu_(ordered)
         else:
-            out, passage.bits = ops.gate_relu(ordered.contiguous())
-            out = _alias(out, x.shape, passage.order)
+            if passage.bits is None:
+                out, passage.bits = ops.gate_relu(ordered.contiguous())
+            else:
+                out = ops.gate_apply(ordered.contiguous(), passage.bits)
+            out = out if order is None else _alias(out, x.shape, order)
             if inplace:
                 x.copy_(out)
         ctx.save_for_backward(passage.bits)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fastfisher import gated, ops
+from fastfisher.convolution import in_pieces
 from fastfisher.gated import Passage
 
 
@@ -111,7 +112,8 @@ def record_gates(model: torch.nn.Module | None = None, *, frozen: bool = True) -
 
 @contextmanager
 def fused_forward(model: torch.nn.Module) -> Iterator[None]:
-    """Within, ReLU and max-pool run through :mod:`fastfisher.gated`: same values and gradients, less time and memory.
+    """Within, ReLU and max-pool run through :mod:`fastfisher.gated`, large convolutions through
+    :mod:`fastfisher.convolution`: the same values and gradients in less time and memory.
 
     Where a module is compiled or scripted, or no compiled kernel serves a tensor, PyTorch's own run as ever.
     """
@@ -434,12 +436,18 @@ def _gated(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[str, _
     return found if isinstance(x, Tensor) and x.is_floating_point() and x.numel() > 0 else None
 
 
+def _ungated(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """The call as it is, a large convolution in pieces."""
+    out = in_pieces(function, args, kwargs)
+    return function(*args, **kwargs) if out is None else out
+
+
 class _Fused(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         found = _gated(func, args, kwargs)
         if found is None or not isinstance(found[1], (_Relu, _MaxPool)):
-            return func(*args, **kwargs)
+            return _ungated(func, args, kwargs)
         x = args[0] if args else kwargs["input"]
         return found[1].record(func, args, kwargs)[0] if x.device.type == "cpu" else func(*args, **kwargs)
 
@@ -460,7 +468,7 @@ class _Record(TorchFunctionMode):
                     UserWarning,
                     stacklevel=2,
                 )
-            return func(*args, **kwargs)
+            return _ungated(func, args, kwargs)
         name, rule = found
         out, saved = rule.record(func, args, kwargs)
         self.entries.append(_Entry(name, _shape(out), saved))
@@ -477,7 +485,7 @@ class _Replay(TorchFunctionMode):
         kwargs = kwargs or {}
         found = _gated(func, args, kwargs)
         if found is None:
-            return func(*args, **kwargs)
+            return _ungated(func, args, kwargs)
         name, rule = found
         if self.position == len(self.entries) or self.entries[self.position].rule != name:
             raise RuntimeError(f"gates: the second forward calls {name} where the recorded one did not")

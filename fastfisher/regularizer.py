@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fastfisher.convolution import saving_memory
 from fastfisher.gates import Gates, fused_forward, record_gates
 from fastfisher.labels import check_targets, cross_entropy, label_loss
 from fastfisher.penalty import (
@@ -251,9 +253,11 @@ class FisherPenalty:
             # With true labels the training gradient is the one that is penalised: one backward serves both.
             same = self.settings.labels == "true" and self.loss is None and part is logits
             keep = not (same or self.mixed)
-            gradient, direction = gradient_at(
-                penalised, trainable, part_inputs, self.settings, chosen, retain_graph=keep
-            )
+            # All activations are kept over this backward: the peak of the whole step.
+            with saving_memory() if keep else nullcontext():
+                gradient, direction = gradient_at(
+                    penalised, trainable, part_inputs, self.settings, chosen, retain_graph=keep
+                )
             total = gradient if same and not self.mixed else _gradients(loss, trainable) if keep else {}
             loss = loss.detach()
             del logits, part, penalised  # the first graph is not needed while the second one is built

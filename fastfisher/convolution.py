@@ -1,0 +1,127 @@
+"""Convolutions that go through a large batch in pieces: the same result with less memory, and in less time.
+
+PyTorch's CPU convolution reorders its operands into blocked copies as large as they are: a backward holds two
+activations' worth beside the one that it makes, in freshly mapped pages whose first touch costs more than much of the
+arithmetic (128 images of 32x32x32, 32 channels out: 75 ms in one piece, 46 in eight; the first convolution of
+VGG-11: 70 and 32). In pieces of a few MiB the copies are small, and are reused while they are still in the cache.
+
+A piece is a range of examples; the weights' gradient is the sum over the pieces, in order, so it differs from
+PyTorch's by rounding alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PIECE_BYTES = 2 << 20
+"""The input or output of one piece takes at most this many bytes."""
+
+LARGE_BYTES = 12 << 20
+"""Above this, pieces save time. Above two pieces they save memory, at up to 5 % of the time."""
+
+_saving: ContextVar[bool] = ContextVar("saving", default=False)
+
+
+@contextmanager
+def saving_memory() -> Iterator[None]:
+    """Within, a backward takes pieces wherever they save memory, and not only where they save time as well."""
+    token = _saving.set(True)
+    try:
+        yield
+    finally:
+        _saving.reset(token)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        convolve: Callable[..., Tensor],
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        size: int,
+        large: bool,
+        *how: Any,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.how, ctx.size, ctx.large, ctx.bias_size = how, size, large, None if bias is None else [len(bias)]
+        if not large:
+            return convolve(x, weight, bias, *how)
+        pieces = torch.split(x, size)
+        first = convolve(pieces[0], weight, bias, *how)
+        out = first.new_empty(len(x), *first.shape[1:])
+        out[:size] = first
+        for piece, target in zip(pieces[1:], torch.split(out, size)[1:], strict=True):
+            target.copy_(convolve(piece, weight, bias, *how))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.how
+        dims = x.dim() - 2
+        how = (ctx.bias_size, *(_each(value, dims) for value in (stride, padding, dilation)), False, [0] * dims, groups)
+        derivatives = torch.ops.aten.convolution_backward
+        wants_x, *wants = ctx.needs_input_grad[1:4]
+        differentiable = torch.is_grad_enabled()  # by PyTorch's own formula then
+        if differentiable or not (ctx.large or _saving.get()):
+            return None, *derivatives(grad, x, weight, *how, [wants_x, *wants]), *[None] * (2 + len(ctx.how))
+        pieces = list(zip(torch.split(grad, ctx.size), torch.split(x, ctx.size), strict=True))
+        sums: list[Tensor | None] = [None, None]
+        if any(wants):
+            for grad_piece, x_piece in pieces:
+                parts = derivatives(grad_piece, x_piece, weight, *how, [False, *wants])[1:]
+                sums = [part if total is None else total.add_(part) for total, part in zip(sums, parts, strict=True)]
+        grad_x = None
+        if wants_x:  # after the weights, whose copies are the larger ones
+            grad_x = torch.empty_like(x)
+            for (grad_piece, x_piece), target in zip(pieces, torch.split(grad_x, ctx.size), strict=True):
+                target.copy_(derivatives(grad_piece, x_piece, weight, *how, [True, False, False])[0])
+        return None, grad_x, *sums, *[None] * (2 + len(ctx.how))
+
+
+def _each(value: Any, dims: int) -> list[int]:
+    return [value] * dims if isinstance(value, int) else list(value) * (dims if len(value) == 1 else 1)
+
+
+_FUNCTIONS = {torch.conv1d: 3, torch.conv2d: 4, torch.conv3d: 5}
+
+
+def in_pieces(function: Callable[..., Any], args: Any, kwargs: Any) -> Tensor | None:
+    """The convolution that ``function(*args, **kwargs)`` calls for, in pieces; None where that is not worth while.
+
+    That is: another function, one example, tensors of at most two pieces, not row-major on the CPU, padding by name,
+    or autocast.
+    """
+    if _FUNCTIONS.get(function) is None or torch.is_autocast_enabled("cpu"):
+        return None
+    x, weight, bias, stride, padding, dilation, groups = _arguments(*args, **kwargs)
+    usual = x.device.type == "cpu" and x.dim() == _FUNCTIONS[function] and isinstance(padding, int | tuple | list)
+    if not usual or len(x) < 2 or not (x.is_contiguous() and weight.is_contiguous()):
+        return None
+    # The output has the input's positions over the strides, at most: padding that adds more is rare.
+    positions = x[0, 0].numel() // torch.Size(_each(stride, x.dim() - 2)).numel()
+    example = max(x[0].numel(), len(weight) * positions) * x.element_size()
+    if len(x) * example <= 2 * PIECE_BYTES:
+        return None
+    size, large = max(1, PIECE_BYTES // example), len(x) * example > LARGE_BYTES
+    return _Convolution.apply(function, x, weight, bias, size, large, stride, padding, dilation, groups)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _arguments(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> tuple[Tensor, Tensor, Tensor | None, Any, Any, Any, int]:
+    return input, weight, bias, stride, padding, dilation, groups
