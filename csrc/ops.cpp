@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <tuple>
@@ -299,6 +300,64 @@ Tensor sum_squares(const std::vector<Tensor>& tensors) {
   });
 }
 
+// Checks x[examples, channels, size] and per-channel tensors beside it.
+fastfisher::BatchShape batch_shape(const Tensor& x, const std::optional<Tensor>& weight) {
+  check(x.dim() == 3 && x.is_contiguous(), "x: expected a contiguous tensor (examples, channels, size)");
+  check(
+      !weight || (weight->is_contiguous() && weight->numel() == x.size(1) && weight->scalar_type() == x.scalar_type()),
+      "weight: expected one contiguous value per channel, in the dtype of x");
+  return {x.size(0), x.size(1), x.size(2)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm(const Tensor& x, const std::optional<Tensor>& weight,
+                                              const std::optional<Tensor>& bias, double eps) {
+  const auto shape = batch_shape(x, weight);
+  check(!bias || (bias->is_contiguous() && bias->numel() == shape.channels && bias->scalar_type() == x.scalar_type()),
+        "bias: expected one contiguous value per channel, in the dtype of x");
+  check(shape.examples * shape.size > 0, "x: expected at least one value per channel");
+  const Type type = type_of(x, "x");
+  Tensor y = torch::stable::empty_like(x);
+  Tensor mean = empty({shape.channels}, ScalarType::Double), variance = empty({shape.channels}, ScalarType::Double);
+  const void* source = x.const_data_ptr();
+  const void* weights = weight ? weight->const_data_ptr() : nullptr;
+  const void* biases = bias ? bias->const_data_ptr() : nullptr;
+  void* target = y.mutable_data_ptr();
+  auto* means = static_cast<double*>(mean.mutable_data_ptr());
+  auto* variances = static_cast<double*>(variance.mutable_data_ptr());
+  torch::stable::parallel_for(
+      0, shape.channels, rows_per_task(shape.examples * shape.size), [&](int64_t begin, int64_t end) {
+        kernels().batch_norm(type, source, shape, weights, biases, eps, target, means, variances, begin, end);
+      });
+  return {y, mean, variance};
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const Tensor& x,
+                                                       const std::optional<Tensor>& weight, const Tensor& mean,
+                                                       const Tensor& variance, double eps) {
+  const auto shape = batch_shape(x, weight);
+  check_same(grad, "grad", x, "x");
+  check(grad.is_contiguous(), "grad: expected a contiguous tensor");
+  for (const Tensor* statistic : {&mean, &variance})
+    check(statistic->is_contiguous() && statistic->numel() == shape.channels &&
+              statistic->scalar_type() == ScalarType::Double,
+          "mean and variance: expected one contiguous float64 value per channel");
+  const Type type = type_of(x, "x");
+  Tensor grad_x = torch::stable::empty_like(x);
+  Tensor grad_weight = empty({shape.channels}, x.scalar_type()), grad_bias = empty({shape.channels}, x.scalar_type());
+  const void *g = grad.const_data_ptr(), *source = x.const_data_ptr();
+  const void* weights = weight ? weight->const_data_ptr() : nullptr;
+  const auto* means = static_cast<const double*>(mean.const_data_ptr());
+  const auto* variances = static_cast<const double*>(variance.const_data_ptr());
+  void *x_out = grad_x.mutable_data_ptr(), *weight_out = grad_weight.mutable_data_ptr();
+  void* bias_out = grad_bias.mutable_data_ptr();
+  torch::stable::parallel_for(0, shape.channels, rows_per_task(shape.examples * shape.size),
+                              [&](int64_t begin, int64_t end) {
+                                kernels().batch_norm_backward(type, g, source, shape, weights, means, variances, eps,
+                                                              x_out, weight_out, bias_out, begin, end);
+                              });
+  return {grad_x, grad_weight, grad_bias};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fastfisher, m) {
@@ -316,6 +375,10 @@ STABLE_TORCH_LIBRARY(fastfisher, m) {
   m.def("gate_put(Tensor y, Tensor indices, int elements) -> Tensor");
   m.def("axpy_diff(Tensor(a!)[] out, Tensor[] a, Tensor[] b, float scale) -> Tensor");
   m.def("sum_squares(Tensor[] tensors) -> Tensor");
+  m.def("batch_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor variance)");
+  m.def(
+      "batch_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor variance, float eps) -> (Tensor "
+      "grad_x, Tensor grad_weight, Tensor grad_bias)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastfisher, CPU, m) {
@@ -329,4 +392,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastfisher, CPU, m) {
   m.impl("gate_put", TORCH_BOX(&gate_put));
   m.impl("axpy_diff", TORCH_BOX(&axpy_diff));
   m.impl("sum_squares", TORCH_BOX(&sum_squares));
+  m.impl("batch_norm", TORCH_BOX(&batch_norm));
+  m.impl("batch_norm_backward", TORCH_BOX(&batch_norm_backward));
 }

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from fastfisher import gated, ops
 from fastfisher.convolution import in_pieces
 from fastfisher.gated import Passage
+from fastfisher.normalization import by_batch
 
 
 @dataclass
@@ -113,7 +114,8 @@ def record_gates(model: torch.nn.Module | None = None, *, frozen: bool = True) -
 @contextmanager
 def fused_forward(model: torch.nn.Module) -> Iterator[None]:
     """Within, ReLU and max-pool run through :mod:`fastfisher.gated`, large convolutions through
-    :mod:`fastfisher.convolution`: the same values and gradients in less time and memory.
+    :mod:`fastfisher.convolution`, batch normalisation through :mod:`fastfisher.normalization`: less time and memory,
+    and the same values and gradients up to rounding.
 
     Where a module is compiled or scripted, or no compiled kernel serves a tensor, PyTorch's own run as ever.
     """
@@ -437,9 +439,13 @@ def _gated(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[str, _
 
 
 def _ungated(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """The call as it is, a large convolution in pieces."""
-    out = in_pieces(function, args, kwargs)
-    return function(*args, **kwargs) if out is None else out
+    """The call as it is, but a large convolution in pieces and a batch normalisation by our own kernel."""
+    if ops.UNAVAILABLE is None:
+        for ours in (in_pieces, by_batch):
+            out = ours(function, args, kwargs)
+            if out is not None:
+                return out
+    return function(*args, **kwargs)
 
 
 class _Fused(TorchFunctionMode):

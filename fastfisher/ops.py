@@ -108,6 +108,20 @@ def sum_squares(tensors: list[Tensor]) -> Tensor:
     return (torch.ops.fastfisher if _compiled(tensors[0].device) else reference).sum_squares(tensors)  # type: ignore[no-any-return]
 
 
+def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`fastfisher.reference.batch_norm`."""
+    namespace = torch.ops.fastfisher if _compiled(x.device) else reference
+    return namespace.batch_norm(x, weight, bias, eps)  # type: ignore[no-any-return]
+
+
+def batch_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`fastfisher.reference.batch_norm_backward`."""
+    namespace = torch.ops.fastfisher if _compiled(x.device) else reference
+    return namespace.batch_norm_backward(grad, x, weight, mean, variance, eps)  # type: ignore[no-any-return]
+
+
 # ---- fakes and derivatives of the compiled operators ------------------------------------------------------------
 
 
@@ -158,6 +172,15 @@ def _register() -> None:
     @fake("fastfisher::sum_squares")
     def _(tensors: list[Tensor]) -> Tensor:
         return tensors[0].new_empty((), dtype=torch.float64)
+
+    @fake("fastfisher::batch_norm")
+    def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        statistic = x.new_empty(x.shape[1], dtype=torch.float64)
+        return torch.empty_like(x), statistic, torch.empty_like(statistic)
+
+    @fake("fastfisher::batch_norm_backward")
+    def _(grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float) -> Any:
+        return torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
 
     def save_sample(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         ctx.scale = inputs[2]

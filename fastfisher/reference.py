@@ -144,3 +144,32 @@ def axpy_diff(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: float)
 def sum_squares(tensors: list[Tensor]) -> Tensor:
     """Σ x² over all elements of all tensors, accumulated in float64: a float64 scalar."""
     return torch.stack([x.double().square().sum() for x in tensors]).sum()
+
+
+def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """weight (x − mean) / sqrt(variance + eps) + bias for ``x[examples, channels, size]``, by its own statistics.
+
+    Returns:
+        The result, and per channel the mean and the biased variance, float64.
+    """
+    mean, variance = x.double().mean((0, 2)), x.double().var((0, 2), unbiased=False)
+    y = (x.double() - mean[:, None]) * (variance + eps).rsqrt()[:, None]
+    y = y if weight is None else y * weight[:, None]
+    return (y if bias is None else y + bias[:, None]).to(x.dtype), mean, variance
+
+
+def batch_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of :func:`batch_norm` with respect to x, weight and bias.
+
+    With x̂ the normalised input and E the mean over examples and positions of a channel:
+    dx = weight (g − E[g] − x̂ E[g x̂]) / sqrt(variance + eps), dweight = Σ g x̂, dbias = Σ g.
+    """
+    g, inverse = grad.double(), (variance + eps).rsqrt()[:, None]
+    normalised = (x.double() - mean[:, None]) * inverse
+    grad_weight, grad_bias = (g * normalised).sum((0, 2)), g.sum((0, 2))
+    count = x.shape[0] * x.shape[2]
+    grad_x = (g - (grad_bias[:, None] + normalised * grad_weight[:, None]) / count) * inverse
+    grad_x = grad_x if weight is None else grad_x * weight[:, None]
+    return grad_x.to(x.dtype), grad_weight.to(x.dtype), grad_bias.to(x.dtype)

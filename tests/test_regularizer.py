@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import fastfisher
 from fastfisher import FisherPenalty
+from fastfisher.gates import fused_forward
 from fastfisher.training.networks import build_network
 from tests.networks import Hostile, SmallResNet, flat, relative_error
 
@@ -155,7 +156,8 @@ def test_batchnorm_moves_once_dropout_and_random_state_as_in_a_plain_step(option
     loss = penalty.backward(x, Y[:8])
     state = torch.get_rng_state()
     torch.manual_seed(5)
-    expected = F.cross_entropy(reference(x), Y[:8])
+    with fused_forward(reference):
+        expected = F.cross_entropy(reference(x), Y[:8])
     if "examples" not in options:  # which runs a second forward of its own, with masks of its own
         assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(loss, expected.detach()), "the same dropout masks"
@@ -178,7 +180,8 @@ def test_an_exception_in_the_middle(error: BaseException, every: int) -> None:
         penalty.backward(x, Y[:4])
     state = torch.get_rng_state()
     torch.manual_seed(5)
-    plain(x)
+    with fused_forward(plain):
+        plain(x)
     assert torch.equal(torch.get_rng_state(), state), "the caller's stream advanced by one forward"
     assert all(torch.equal(a, b) for a, b in zip(inner.buffers(), plain.buffers(), strict=True)), "moved once"
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in model.named_parameters())

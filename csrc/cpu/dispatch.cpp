@@ -10,7 +10,8 @@ namespace fastfisher {
 #define FASTFISHER_LEVEL(LEVEL)                                                                               \
   Kernels {                                                                                                   \
     #LEVEL, LEVEL::sample_cross_entropy, LEVEL::softmax_hessian_product, LEVEL::gate_relu, LEVEL::gate_apply, \
-        LEVEL::gate_max_pool, LEVEL::gate_take, LEVEL::gate_put, LEVEL::axpy_diff, LEVEL::sum_squares         \
+        LEVEL::gate_max_pool, LEVEL::gate_take, LEVEL::gate_put, LEVEL::axpy_diff, LEVEL::sum_squares,        \
+        LEVEL::batch_norm, LEVEL::batch_norm_backward                                                         \
   }
 
 static Kernels choose() {

@@ -26,6 +26,11 @@ struct Pool {
   int64_t height, width, stride_height, stride_width;
 };
 
+// What a batch normalisation sees: x[examples, channels, size], contiguous.
+struct BatchShape {
+  int64_t examples, channels, size;
+};
+
 struct Kernels {
   const char* level;
 
@@ -65,6 +70,16 @@ struct Kernels {
 
   // The sum of squares of elements [begin, end) in float64, in an order fixed by the range alone.
   double (*sum_squares)(Type type, const void* x, int64_t begin, int64_t end);
+
+  // y = weight (x - mean) / sqrt(variance + eps) + bias by the batch's own mean and (biased) variance of each of the
+  // channels [begin, end); weight and bias may be null (1 and 0).
+  void (*batch_norm)(Type type, const void* x, const BatchShape& shape, const void* weight, const void* bias,
+                     double eps, void* y, double* mean, double* variance, int64_t begin, int64_t end);
+
+  // Its backward; any of the three gradients may be null.
+  void (*batch_norm_backward)(Type type, const void* grad, const void* x, const BatchShape& shape, const void* weight,
+                              const double* mean, const double* variance, double eps, void* grad_x, void* grad_weight,
+                              void* grad_bias, int64_t begin, int64_t end);
 };
 
 // The widest set of kernels that this processor can run.
@@ -83,6 +98,10 @@ const Kernels& kernels();
   void gate_put(Type, const void*, int64_t, const int32_t*, int64_t, void*, int64_t, int64_t);                     \
   double axpy_diff(Type, void*, const void*, const void*, double, int64_t, int64_t);                               \
   double sum_squares(Type, const void*, int64_t, int64_t);                                                         \
+  void batch_norm(Type, const void*, const BatchShape&, const void*, const void*, double, void*, double*, double*, \
+                  int64_t, int64_t);                                                                               \
+  void batch_norm_backward(Type, const void*, const void*, const BatchShape&, const void*, const double*,          \
+                           const double*, double, void*, void*, void*, int64_t, int64_t);                          \
   }
 FASTFISHER_DECLARE_LEVEL(baseline)
 FASTFISHER_DECLARE_LEVEL(avx2)

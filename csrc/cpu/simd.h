@@ -60,12 +60,16 @@ static inline double horizontal_sum(Doubles v) {
   return two[0] + two[1];
 }
 
-static inline double horizontal_sum(Floats v) {
+// The lanes in float64, pairs of them added: to go on summing without float32's rounding.
+static inline Doubles folded(Doubles v) { return v; }
+static inline Doubles folded(Floats v) {
   typedef float Eight __attribute__((vector_size(32)));
   const Eight low = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
   const Eight high = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-  return horizontal_sum(__builtin_convertvector(low, Doubles) + __builtin_convertvector(high, Doubles));
+  return __builtin_convertvector(low, Doubles) + __builtin_convertvector(high, Doubles);
 }
+
+static inline double horizontal_sum(Floats v) { return horizontal_sum(folded(v)); }
 
 // The largest lane; a lane with NaN may be dropped.
 static inline double horizontal_maximum(Doubles v) {

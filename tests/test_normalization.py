@@ -1,0 +1,116 @@
+"""Batch normalisation by our own kernels against PyTorch's in float64, and what it must leave to PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastfisher import ops, reference
+from fastfisher.gates import _Fused
+from fastfisher.normalization import by_batch
+
+needs_kernels = pytest.mark.skipif(ops.UNAVAILABLE is not None, reason="needs the compiled kernels")
+
+# Planes of one element, of less than a vector, of one more than four vectors, and of several blocks of four.
+SHAPES = [(7, 3), (5, 3, 1), (4, 2, 5), (3, 4, 8, 8), (2, 3, 5, 13), (3, 2, 4, 5, 9), (2, 1, 33, 31)]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_kernels_err_no_more_than_twice_as_much_as_pytorch(
+    shape: tuple[int, ...], affine: bool, dtype: torch.dtype
+) -> None:
+    x, grad = ((torch.randn(shape, dtype=torch.float64) * 2 + 3).to(dtype) for _ in range(2))
+    x3, grad3 = x.view(*shape[:2], -1), grad.view(*shape[:2], -1)
+    weight, bias = (torch.randn(shape[1]).to(dtype) if affine else None for _ in range(2))
+    exact = reference.batch_norm(x3.double(), None if weight is None else weight.double(), bias, 1e-5)
+    found = ops.batch_norm(x3, weight, bias, 1e-5)
+    theirs, *statistics = torch.native_batch_norm(x, weight, bias, None, None, True, 0.1, 1e-5)
+    theirs = theirs.view_as(x3)
+    unit = torch.finfo(dtype).eps * float(exact[0].abs().max())
+    assert float((found[0] - exact[0]).abs().max()) <= 2 * float((theirs - exact[0]).abs().max()) + unit
+    torch.testing.assert_close(found[1], exact[1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[2], exact[2], rtol=1e-5, atol=1e-12)
+
+    arguments = (grad3.double(), x3.double(), None if weight is None else weight.double(), *exact[1:], 1e-5)
+    gradients = ops.batch_norm_backward(grad3, x3, weight, *found[1:], 1e-5)
+    backward = torch.ops.aten.native_batch_norm_backward
+    theirs = backward(grad, x, weight, None, None, *statistics, True, 1e-5, [True] * 3)
+    for ours, other, wanted in zip(gradients, theirs, reference.batch_norm_backward(*arguments), strict=True):
+        unit = torch.finfo(dtype).eps * float(wanted.abs().max())
+        error = float((other.view_as(wanted) - wanted).abs().max()) if other is not None else 0.0
+        assert float((ours - wanted).abs().max()) <= 2 * error + 4 * unit
+
+
+@needs_kernels
+def test_opcheck() -> None:
+    x, weight = torch.randn(3, 4, 5), torch.randn(4)
+    _, mean, variance = ops.batch_norm(x, weight, None, 1e-5)
+    torch.library.opcheck(torch.ops.fastfisher.batch_norm.default, (x, weight, None, 1e-5))
+    torch.library.opcheck(torch.ops.fastfisher.batch_norm_backward.default, (x, x, weight, mean, variance, 1e-5))
+    with pytest.raises(ValueError, match="weight: expected one contiguous value per channel"):
+        ops.batch_norm(x, torch.randn(5), None, 1e-5)
+    with pytest.raises(ValueError, match="grad and x: expected the same size"):
+        ops.batch_norm_backward(x[:2], x, weight, mean, variance, 1e-5)
+
+
+def derivatives(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Value, first and second derivatives of a function of a batch normalisation."""
+    x = x.clone().requires_grad_()
+    value = (model(x) ** 3).mean()
+    first = torch.autograd.grad(value, [x, *model.parameters()], create_graph=True)
+    second = torch.autograd.grad(sum((g * g).sum() for g in first), [x, *model.parameters()])
+    return [value, *first, *second]
+
+
+@needs_kernels
+def test_a_module_gives_the_derivatives_and_running_statistics_of_pytorch() -> None:
+    ours, theirs = nn.BatchNorm2d(3).double(), nn.BatchNorm2d(3).double()
+    x = torch.randn(4, 3, 5, 6, dtype=torch.float64) + 1
+    for _ in range(2):
+        with _Fused():
+            found = derivatives(ours, x)
+        for a, b in zip(found, derivatives(theirs, x), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    for a, b in zip(ours.buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+    with _Fused():
+        out = ours(x)
+    (plain,) = torch.autograd.grad((out**3).mean(), ours.weight)  # without create_graph: by the kernel
+    torch.testing.assert_close(plain, found[2], rtol=1e-10, atol=1e-12)
+
+
+@needs_kernels
+def test_threads_do_not_change_the_bits() -> None:
+    x, weight = torch.randn(16, 12, 300), torch.randn(12)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            forward = ops.batch_norm(x, weight, None, 1e-5)
+            results.append([*forward, *ops.batch_norm_backward(x, x, weight, *forward[1:], 1e-5)])
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+@pytest.mark.parametrize(
+    ("why", "x", "options"),
+    [
+        ("eval mode", torch.randn(4, 3, 5), {"training": False}),
+        ("one value per channel", torch.randn(1, 3, 1), {"training": True}),
+        ("strides", torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last), {"training": True}),
+        ("dtypes", torch.randn(4, 3, 5).bfloat16(), {"training": True, "weight": torch.ones(3)}),
+    ],
+)
+def test_what_is_left_to_pytorch(why: str, x: Tensor, options: dict[str, Any]) -> None:
+    assert by_batch(F.batch_norm, (x, None, None), options) is None, why
+    assert by_batch(F.relu, (x,), {}) is None
