@@ -1,10 +1,11 @@
 // Cross-entropy against labels drawn from the softmax itself, with its gradient, in one visit to each row.
 //
 // The floor is to read the logits once from memory and write the gradient once. A row of up to one tile
-// (1,024 columns) lives in two L1 buffers: maximum, exponentials and their sum, the draw, the gradient. A
-// longer row is read tile by tile, keeping each tile's maximum and sum, then read again (from L2, where it
-// still lies) to write the gradient. The exponential is computed twice there: it costs less than a cycle per
-// element, storing it and reading it back costs as much cache traffic as the row itself.
+// (1,024 columns) lives in an L1 buffer: maximum, exponentials and their sum, the draw; its gradient is written
+// while the next row's exponentials are computed, so that memory and arithmetic overlap. A longer row is read tile by
+// tile, keeping each tile's maximum and sum, then read again (from L2, where it still lies) to write the gradient. The
+// exponential is computed twice there: it costs less than a cycle per element, storing it and reading it back costs as
+// much cache traffic as the row itself.
 //
 // The draw is an inverse CDF with two uniforms: u0 picks a tile by the tiles' sums, u1 an element inside it.
 // One 32-bit uniform per decision reaches every class of a 262,144-class row; a Gumbel argmax would need a
@@ -26,7 +27,8 @@ struct Row {
   using Value = typename Vector<Compute>::Value;
   static constexpr int64_t kLanes = Vector<Compute>::lanes;
 
-  alignas(64) Compute e[kTile];  // exponentials of one tile, zero beyond its width
+  alignas(64) Compute buffers[2][kTile];  // exponentials of one tile, zero beyond its width, and of the row before
+  Compute* e = buffers[0];
   double chunk_sum[kTile / kChunk];
   double tile_sum[kMaxTiles];
   Compute tile_max[kMaxTiles];
@@ -65,7 +67,34 @@ struct Row {
     return horizontal_sum(running + other);
   }
 
-  // Fills e and the chunks' sums for one tile; returns the tile's sum.
+  // The gradient of a row that is still to be written: e * factor, less scale at the label.
+  struct Pending {
+    const Compute* e;
+    Compute factor, scale;
+    Storage* gradient = nullptr;
+    int64_t columns, drawn;
+
+    inline void write(int64_t j) const { T::store(gradient + j, *(const Value*)(e + j) * factor); }
+    // What is left from column j on, and the label.
+    inline void finish(int64_t j) const {
+      for (; j < columns; ++j) gradient[j] = T::store(e[j] * factor);
+      gradient[drawn] = T::store(e[drawn] * factor - scale);
+    }
+  };
+  Pending pending;
+
+  // Writes the row that is pending, if one is.
+  void flush() {
+    if (!pending.gradient) return;
+    int64_t j = 0;
+    for (; j + kLanes <= pending.columns; j += kLanes) pending.write(j);
+    pending.finish(j);
+    pending.gradient = nullptr;
+  }
+
+  // Fills e and the chunks' sums for one tile; returns the tile's sum. With `writing`, the pending row, of the same
+  // width, is written in the same loop: its stores wait for memory while the exponentials keep the adders busy.
+  template <bool writing = false>
   double exp_tile(const Storage* x, int64_t width, Compute reference) {
     double total = 0;
     for (int64_t c = 0; c * kChunk < width; ++c) {
@@ -76,6 +105,7 @@ struct Row {
         const Value value = exp_nonpositive(T::load(x + j) - reference);
         *(Value*)(e + j) = value;
         running += value;
+        if (writing) pending.write(j);
       }
       if (j < stop) {
         const Value value = exp_nonpositive(load(x, j, width) - reference);
@@ -85,7 +115,24 @@ struct Row {
       chunk_sum[c] = horizontal_sum(running);
       total += chunk_sum[c];
     }
+    if (writing) {
+      pending.finish(width - width % kLanes);
+      pending.gradient = nullptr;
+    }
     return total;
+  }
+
+  // The lane of `weights` in which before + their running sum passes target, and in `before` the sum up to it;
+  // kLanes if there is none. Without branches: where a draw falls cannot be predicted, and this way the next row can
+  // begin meanwhile.
+  static inline int64_t locate(Value weights, double target, double& before) {
+    const Value sums = running_sum(weights);
+    const int64_t lane = count(sums <= static_cast<Compute>(target - before));
+    alignas(64) Compute up_to[kLanes + 1];
+    up_to[0] = 0;
+    *(typename Vector<Compute>::Unaligned*)(up_to + 1) = sums;
+    before += static_cast<double>(up_to[lane]);
+    return lane;
   }
 
   // The first element of the tile in e whose running sum exceeds u * total: chunk, then vector, then element.
@@ -93,31 +140,37 @@ struct Row {
   // the last such element.
   int64_t draw(int64_t width, double total, double u) const {
     const double target = u * total;
-    double before = 0;
+    double before = 0, running = 0;
     int64_t chunk = 0;
-    for (int64_t c = 0, n = (width + kChunk - 1) / kChunk; c < n; ++c) {
-      if (chunk_sum[c] > 0) chunk = c;
-      if (before + chunk_sum[c] > target) break;
-      if (c + 1 < n) before += chunk_sum[c];
+    const int64_t chunks = (width + kChunk - 1) / kChunk;
+    for (int64_t c = 0; c < chunks; ++c) {
+      running += chunk_sum[c];
+      chunk += running <= target;
+      before = running <= target ? running : before;
     }
-    const int64_t stop = width < (chunk + 1) * kChunk ? width : (chunk + 1) * kChunk;
-    int64_t vector = chunk * kChunk;
-    for (int64_t j = vector; j < stop; j += kLanes) {
-      const double sum = horizontal_sum(*(const Value*)(e + j));
-      if (sum > 0) vector = j;
-      if (before + sum > target) break;
-      if (j + kLanes < stop) before += sum;
-    }
-    int64_t element = vector;
-    for (int64_t j = vector; j < vector + kLanes && j < width; ++j) {
-      if (e[j] > 0) element = j;
-      before += static_cast<double>(e[j]);
-      if (before > target) break;
-    }
-    return element;
+    if (chunk == chunks) return last_positive(width);
+    const int64_t start = chunk * kChunk, stop = width < start + kChunk ? width : start + kChunk;
+    alignas(64) Compute sums[kChunk / kLanes] = {};
+    for (int64_t j = start; j < stop; j += kLanes)
+      sums[(j - start) / kLanes] = static_cast<Compute>(horizontal_sum(*(const Value*)(e + j)));
+    int64_t vector = 0, lane = kLanes;
+    for (; vector < kChunk / kLanes && lane == kLanes; vector += lane)
+      lane = locate(*(const Value*)(sums + vector), target, before);
+    const int64_t first = start + vector * kLanes;
+    if (lane == kLanes || first >= stop) return last_positive(stop);
+    const int64_t element = locate(*(const Value*)(e + first), target, before);
+    return element == kLanes ? last_positive(first + kLanes) : first + element;
   }
 
-  // Draws, writes the gradient, the loss and the label. False for a row without a softmax.
+  // The last element of positive weight before `end`: rounding alone leads here.
+  int64_t last_positive(int64_t end) const {
+    int64_t j = end - 1;
+    while (j > 0 && !(e[j] > 0)) --j;
+    return j;
+  }
+
+  // Draws; writes the loss, the label and the gradient, the latter of a row of one tile with the next row or `flush`.
+  // False for a row without a softmax.
   bool run(const Storage* x, int64_t columns, uint32_t tile_word, uint32_t element_word, Compute scale, Compute* nll,
            int64_t* label, Storage* gradient) {
     return columns <= kTile ? one_tile(x, columns, element_word, scale, nll, label, gradient)
@@ -127,15 +180,13 @@ struct Row {
   bool one_tile(const Storage* x, int64_t columns, uint32_t element_word, Compute scale, Compute* nll, int64_t* label,
                 Storage* gradient) {
     const Compute maximum = maximum_of(x, columns);
-    const double total = exp_tile(x, columns, finite(maximum));
+    e = e == buffers[0] ? buffers[1] : buffers[0];
+    const double total =
+        pending.gradient ? exp_tile<true>(x, columns, finite(maximum)) : exp_tile(x, columns, finite(maximum));
     if (!has_softmax(maximum, total)) return false;
     const int64_t drawn = draw(columns, total, uniform(element_word));
     const Compute logit = T::load(x[drawn]);
-    const Compute factor = static_cast<Compute>(static_cast<double>(scale) / total);
-    int64_t j = 0;
-    for (; j + kLanes <= columns; j += kLanes) T::store(gradient + j, *(const Value*)(e + j) * factor);
-    for (; j < columns; ++j) gradient[j] = T::store(e[j] * factor);
-    gradient[drawn] = T::store(e[drawn] * factor - scale);
+    pending = {e, static_cast<Compute>(static_cast<double>(scale) / total), scale, gradient, columns, drawn};
     *label = drawn;
     *nll = loss(maximum, total, logit);
     return true;
@@ -237,6 +288,7 @@ int64_t sample_cross_entropy(Type type, const void* logits, int64_t columns, Key
       for (int64_t j = 0; j < columns; ++j) gradient[j] = T::store(__builtin_nanf(""));
       if (first_bad < 0) first_bad = i;
     }
+    row.flush();
     return first_bad;
   });
 }

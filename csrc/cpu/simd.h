@@ -71,6 +71,41 @@ static inline Doubles folded(Floats v) {
 
 static inline double horizontal_sum(Floats v) { return horizontal_sum(folded(v)); }
 
+// Lane k of the result is the sum of lanes 0 to k.
+static inline Floats running_sum(Floats v) {
+  const Floats zero = {};
+  v += __builtin_shufflevector(zero, v, 0, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30);
+  v += __builtin_shufflevector(zero, v, 0, 1, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29);
+  v += __builtin_shufflevector(zero, v, 0, 1, 2, 3, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27);
+  v += __builtin_shufflevector(zero, v, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+  return v;
+}
+
+static inline Doubles running_sum(Doubles v) {
+  const Doubles zero = {};
+  v += __builtin_shufflevector(zero, v, 0, 8, 9, 10, 11, 12, 13, 14);
+  v += __builtin_shufflevector(zero, v, 0, 1, 8, 9, 10, 11, 12, 13);
+  v += __builtin_shufflevector(zero, v, 0, 1, 2, 3, 8, 9, 10, 11);
+  return v;
+}
+
+// How many lanes of a comparison hold.
+#ifdef __AVX512F__
+static inline int64_t count(decltype(Floats{} < Floats{}) mask) {
+  return __builtin_popcount(_mm512_movepi32_mask((__m512i)mask));
+}
+static inline int64_t count(decltype(Doubles{} < Doubles{}) mask) {
+  return __builtin_popcount(_mm512_movepi64_mask((__m512i)mask));
+}
+#else
+template <class Mask>
+static inline int64_t count(Mask mask) {
+  int64_t result = 0;
+  for (uint64_t k = 0; k < sizeof(Mask) / sizeof(mask[0]); ++k) result -= mask[k];
+  return result;
+}
+#endif
+
 // The largest lane; a lane with NaN may be dropped.
 static inline double horizontal_maximum(Doubles v) {
   typedef double Four __attribute__((vector_size(32)));
