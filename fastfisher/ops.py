@@ -95,6 +95,11 @@ def sum_squares(tensors: list[Tensor]) -> Tensor:
     return (torch.ops.fastfisher if _compiled(tensors[0].device) else reference).sum_squares(tensors)  # type: ignore[no-any-return]
 
 
+def rademacher_cotangent(logits: Tensor, key: Tensor, scale: float) -> Tensor:
+    """See :func:`fastfisher.reference.rademacher_cotangent`."""
+    return reference.rademacher_cotangent(logits, key, scale)
+
+
 # ---- fakes and derivatives of the compiled operators ------------------------------------------------------------
 
 

@@ -51,6 +51,17 @@ def sample_labels(logits: Tensor, key: Tensor) -> Tensor:
     return tile * TILE + _first_above(tiles[torch.arange(rows, device=tile.device), tile], u[:, 1])
 
 
+def check_softmax(logits: Tensor) -> Tensor:
+    """Which rows have a softmax; on the CPU, a row without one is a ValueError that names it."""
+    x = logits.detach()
+    largest = x.amax(1) if len(x) else x.sum(1)
+    good = largest.isfinite() & ~x.isnan().any(1)
+    if x.device.type == "cpu" and not bool(good.all()):
+        row = int((~good).int().argmax())
+        raise ValueError(f"logits: row {row} has no softmax (it holds NaN or +inf, or nothing above -inf)")
+    return good
+
+
 def sample_cross_entropy(logits: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Per row of ``logits[N, C]``: ŷ ~ softmax, −log p(ŷ), and (softmax − onehot(ŷ))·scale.
 
@@ -62,11 +73,7 @@ def sample_cross_entropy(logits: Tensor, key: Tensor, scale: float) -> tuple[Ten
             such a row has NaN loss and label −1 instead.
     """
     x = logits if logits.dtype == torch.float64 else logits.float()
-    largest = x.detach().amax(1) if len(x) else x.detach().sum(1)
-    good = largest.isfinite() & ~x.detach().isnan().any(1)
-    if logits.device.type == "cpu" and not bool(good.all()):
-        row = int((~good).int().argmax())
-        raise ValueError(f"logits: row {row} has no softmax (it holds NaN or +inf, or nothing above -inf)")
+    good = check_softmax(x)
     labels = (
         sample_labels(torch.where(good[:, None], x.detach(), 0), key) if len(x) else x.new_empty(0, dtype=torch.long)
     )
@@ -119,3 +126,26 @@ def axpy_diff(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: float)
 def sum_squares(tensors: list[Tensor]) -> Tensor:
     """Σ x² over all elements of all tensors, accumulated in float64: a float64 scalar."""
     return torch.stack([x.double().square().sum() for x in tensors]).sum()
+
+
+def rademacher_cotangent(logits: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Per row of ``logits[N, C]``: (√p⊙ε − p⟨√p, ε⟩)·scale with p = softmax and random signs ε.
+
+    Its covariance over ε is (diag(p) − ppᵀ)·scale², that of the gradient of −log p(ŷ) over ŷ ~ p. The sign of class c
+    in row i is bit c mod 32 of word (c mod 128) // 32 of ``philox(key, i·⌈C/128⌉ + c // 128)``: − where it is set.
+
+    Returns:
+        [N, C] in the logits' dtype.
+
+    Raises:
+        ValueError: as in :func:`sample_cross_entropy`.
+    """
+    check_softmax(logits)
+    rows, columns = logits.shape
+    blocks = (columns + 127) // 128
+    words = philox(key.cpu(), torch.arange(rows * blocks)).view(rows, blocks, 4, 1)
+    bits = (words >> torch.arange(32)) & 1
+    signs = (1 - 2 * bits).reshape(rows, -1)[:, :columns].to(logits.device)
+    p = (logits if logits.dtype == torch.float64 else logits.float()).softmax(1)
+    root = p.sqrt() * signs
+    return ((root - p * root.sum(1, keepdim=True)) * scale).to(logits.dtype)
