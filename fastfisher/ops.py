@@ -97,7 +97,23 @@ def sum_squares(tensors: list[Tensor]) -> Tensor:
 
 def rademacher_cotangent(logits: Tensor, key: Tensor, scale: float) -> Tensor:
     """See :func:`fastfisher.reference.rademacher_cotangent`."""
-    return reference.rademacher_cotangent(logits, key, scale)
+    namespace = torch.ops.fastfisher if _compiled(logits.device) else reference
+    return namespace.rademacher_cotangent(logits, key, scale)  # type: ignore[no-any-return]
+
+
+def grad_sqnorm_linear(a: Tensor, d: Tensor, gram: bool) -> Tensor:
+    """See :func:`fastfisher.reference.grad_sqnorm_linear`."""
+    namespace = torch.ops.fastfisher if _compiled(a.device) else reference
+    return namespace.grad_sqnorm_linear(a, d, gram)  # type: ignore[no-any-return]
+
+
+def grad_sqnorm_conv(
+    a: Tensor, d: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
+    gram: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See :func:`fastfisher.reference.grad_sqnorm_conv`."""
+    namespace = torch.ops.fastfisher if _compiled(a.device) else reference
+    return namespace.grad_sqnorm_conv(a, d, kernel, stride, padding, dilation, groups, gram)  # type: ignore[no-any-return]
 
 
 # ---- fakes and derivatives of the compiled operators ------------------------------------------------------------
@@ -140,6 +156,21 @@ def _register() -> None:
     @fake("fastfisher::sum_squares")
     def _(tensors: list[Tensor]) -> Tensor:
         return tensors[0].new_empty((), dtype=torch.float64)
+
+    @fake("fastfisher::rademacher_cotangent")
+    def _(logits: Tensor, key: Tensor, scale: float) -> Tensor:
+        return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+    @fake("fastfisher::grad_sqnorm_linear")
+    def _(a: Tensor, d: Tensor, gram: bool) -> Tensor:
+        return a.new_empty(a.shape[0], dtype=torch.float64)
+
+    @fake("fastfisher::grad_sqnorm_conv")
+    def _(
+        a: Tensor, d: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int],
+        groups: int, gram: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        return a.new_empty(a.shape[0], dtype=torch.float64), a.new_empty(a.shape[0], dtype=torch.float64)
 
     def save_sample(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         ctx.scale = inputs[2]

@@ -149,3 +149,31 @@ def rademacher_cotangent(logits: Tensor, key: Tensor, scale: float) -> Tensor:
     p = (logits if logits.dtype == torch.float64 else logits.float()).softmax(1)
     root = p.sqrt() * signs
     return ((root - p * root.sum(1, keepdim=True)) * scale).to(logits.dtype)
+
+
+def grad_sqnorm_linear(a: Tensor, d: Tensor, gram: bool) -> Tensor:
+    """‖Σ_t d_t a_tᵀ‖² for each example of inputs ``a[N, T, p]`` and output gradients ``d[N, T, q]``: float64[N].
+
+    ``gram`` chooses between two ways to the same number: the gradient itself, or Σ_{t,s} (a_t·a_s)(d_t·d_s).
+    """
+    return torch.bmm(d.double().mT, a.double()).square().sum((1, 2))
+
+
+def grad_sqnorm_conv(
+    a: Tensor, d: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
+    gram: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Squared norms of each example's gradients of a convolution's weight and bias: float64[N] each.
+
+    ``a[N, C, …]`` is the input, ``d[N, O, …]`` the gradient of the output, in 1, 2 or 3 dimensions. ``gram`` as in
+    :func:`grad_sqnorm_linear`, with the patches that the kernel sees as the inputs.
+    """
+    weight = a.new_empty(d.shape[1], a.shape[1] // groups, *kernel)
+    norms = []
+    for x, y in zip(torch.split(a, 1), torch.split(d, 1), strict=True):
+        gradient = torch.ops.aten.convolution_backward(
+            y, x, weight, None, stride, padding, dilation, False, [0] * len(kernel), groups, [False, True, False]
+        )[1]
+        norms.append(gradient.double().square().sum())
+    squares = torch.stack(norms) if norms else a.new_zeros(0, dtype=torch.float64)
+    return squares, d.double().flatten(2).sum(2).square().sum(1)

@@ -492,8 +492,10 @@ def _squared_norms(
         if id(layer) not in direct and id(layer) not in held:
             return
         a, d = layer.seen(grad)
-        for slot, name in direct.get(id(layer), ()):
-            norms[name] += layer.squared_norms(slot, a, d)
+        slots = direct.get(id(layer), [])
+        found = layer.squared_norms([slot for slot, _ in slots], a, d)
+        for slot, name in slots:
+            norms[name] += found[slot]
             if with_mean:
                 totals.append(layer.total(slot, a, d))
         if id(layer) in held:
@@ -502,10 +504,10 @@ def _squared_norms(
     capture.backward(cotangent, receive, retain_graph=retain_graph)
     side = _Side(model, inputs, capture, cotangent, kept)
     for name in [*capture.joint, *capture.fallbacks]:
-        found = [(squares(g), g.sum(0) if with_mean else g[:0]) for g in side.gradients(name)]
-        norms[name] = torch.cat([squared for squared, _ in found])
+        chunked = [(squares(g), g.sum(0) if with_mean else g[:0]) for g in side.gradients(name)]
+        norms[name] = torch.cat([squared for squared, _ in chunked])
         if with_mean:
-            totals.append(torch.stack([total for _, total in found]).sum(0))
+            totals.append(torch.stack([total for _, total in chunked]).sum(0))
     mean = sum(float(t.double().square().sum()) for t in totals) / capture.examples**2
     return norms, mean
 

@@ -21,6 +21,13 @@ constexpr int64_t kReductionChunk = 1 << 16;
 
 enum class Type { f32, f64, bf16, f16 };
 
+// A convolution in three dimensions (leading ones of size 1 for fewer), seen from one group of one example.
+struct Convolution {
+  int64_t channels, outputs, groups;  // channels and outputs of one group
+  int64_t input[3], kernel[3], stride[3], padding[3], dilation[3], output[3];
+  int64_t needed[3];  // how much of the padded input the outputs see
+};
+
 struct Kernels {
   const char* level;
 
@@ -54,23 +61,42 @@ struct Kernels {
 
   // The sum of squares of elements [begin, end) in float64, in an order fixed by the range alone.
   double (*sum_squares)(Type type, const void* x, int64_t begin, int64_t end);
+
+  // Per example i in [begin, end), with x[N, channels of all groups, input] and d[N, outputs, output]: the squared
+  // norms of the weight gradient and of the bias gradient. Scratch as ops.cpp sizes it.
+  void (*grad_sqnorm_conv)(Type type, const Convolution& c, bool use_gram, const void* x, const void* d, double* weight,
+                           double* bias, void* scratch, int64_t begin, int64_t end);
+
+  // The same for a[N, positions, inputs] and d[N, positions, outputs] of a linear layer.
+  void (*grad_sqnorm_linear)(Type type, int64_t positions, int64_t inputs, int64_t outputs, bool use_gram,
+                             const void* a, const void* d, double* weight, void* scratch, int64_t begin, int64_t end);
+
+  // out = (sqrt(p) * e - p (sqrt(p) . e)) * scale with p = softmax(logits) and random signs e, rows [begin, end).
+  // Rows without a softmax as in sample_cross_entropy.
+  int64_t (*rademacher_cotangent)(Type type, const void* logits, int64_t columns, Key key, double scale, void* out,
+                                  int64_t begin, int64_t end);
 };
 
 // The widest set of kernels that this processor can run.
 const Kernels& kernels();
 
 // The same functions, compiled once per SIMD level.
-#define FASTFISHER_DECLARE_LEVEL(LEVEL)                                                                            \
-  namespace LEVEL {                                                                                                \
-  int64_t sample_cross_entropy(Type, const void*, int64_t, Key, double, void*, int64_t*, void*, int64_t, int64_t); \
-  void softmax_hessian_product(Type, const void*, const int64_t*, const void*, int64_t, double, void*, int64_t,    \
-                               int64_t);                                                                           \
-  void gate_pack(Type, const void*, int64_t, uint32_t*, int64_t, int64_t);                                         \
-  void gate_apply(Type, const void*, int64_t, const uint32_t*, void*, int64_t, int64_t);                           \
-  void gate_take(Type, const void*, int64_t, const int32_t*, int64_t, void*, int64_t, int64_t);                    \
-  void gate_put(Type, const void*, int64_t, const int32_t*, int64_t, void*, int64_t, int64_t);                     \
-  double axpy_diff(Type, void*, const void*, const void*, double, int64_t, int64_t);                               \
-  double sum_squares(Type, const void*, int64_t, int64_t);                                                         \
+#define FASTFISHER_DECLARE_LEVEL(LEVEL)                                                                             \
+  namespace LEVEL {                                                                                                 \
+  int64_t sample_cross_entropy(Type, const void*, int64_t, Key, double, void*, int64_t*, void*, int64_t, int64_t);  \
+  void softmax_hessian_product(Type, const void*, const int64_t*, const void*, int64_t, double, void*, int64_t,     \
+                               int64_t);                                                                            \
+  void gate_pack(Type, const void*, int64_t, uint32_t*, int64_t, int64_t);                                          \
+  void gate_apply(Type, const void*, int64_t, const uint32_t*, void*, int64_t, int64_t);                            \
+  void gate_take(Type, const void*, int64_t, const int32_t*, int64_t, void*, int64_t, int64_t);                     \
+  void gate_put(Type, const void*, int64_t, const int32_t*, int64_t, void*, int64_t, int64_t);                      \
+  double axpy_diff(Type, void*, const void*, const void*, double, int64_t, int64_t);                                \
+  double sum_squares(Type, const void*, int64_t, int64_t);                                                          \
+  void grad_sqnorm_conv(Type, const Convolution&, bool, const void*, const void*, double*, double*, void*, int64_t, \
+                        int64_t);                                                                                   \
+  void grad_sqnorm_linear(Type, int64_t, int64_t, int64_t, bool, const void*, const void*, double*, void*, int64_t, \
+                          int64_t);                                                                                 \
+  int64_t rademacher_cotangent(Type, const void*, int64_t, Key, double, void*, int64_t, int64_t);                   \
   }
 FASTFISHER_DECLARE_LEVEL(baseline)
 FASTFISHER_DECLARE_LEVEL(avx2)

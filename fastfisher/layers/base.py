@@ -122,10 +122,13 @@ class Layer:
         """The gradient of each example, [n, *shape of the parameter], from rows of what :meth:`seen` gave."""
         raise NotImplementedError
 
-    def squared_norms(self, slot: str, a: Tensor, d: Tensor) -> Tensor:
-        """‖gradient of example i‖², float64[n]: from materialised chunks, unless a layer knows better."""
-        parts = [squares(self.gradients(slot, a[rows], d[rows])) for rows in self.chunks(slot, len(d))]
-        return torch.cat(parts)
+    def squared_norms(self, slots: list[str], a: Tensor, d: Tensor) -> dict[str, Tensor]:
+        """‖gradient of example i‖², float64[n], by role: from materialised chunks, unless a layer knows better."""
+        return {slot: self.materialised_norms(slot, a, d) for slot in slots}
+
+    def materialised_norms(self, slot: str, a: Tensor, d: Tensor) -> Tensor:
+        """The same for one role, always from materialised chunks."""
+        return torch.cat([squares(self.gradients(slot, a[rows], d[rows])) for rows in self.chunks(slot, len(d))])
 
     def total(self, slot: str, a: Tensor, d: Tensor) -> Tensor:
         """The sum of the gradients of all examples."""

@@ -32,12 +32,12 @@ class Embedding(Layer):
         out = d.new_zeros(len(d), *self.weight.shape)
         return out.scatter_add_(1, a[..., None].expand_as(d), d)
 
-    def squared_norms(self, slot: str, a: Tensor, d: Tensor) -> Tensor:
+    def squared_norms(self, slots: list[str], a: Tensor, d: Tensor) -> dict[str, Tensor]:
         examples = torch.arange(len(a), device=a.device)[:, None]
         pairs, inverse = torch.unique(examples * len(self.weight) + a, return_inverse=True)
         rows = d.new_zeros(len(pairs), d.shape[-1]).index_add_(0, inverse.flatten(), d.flatten(0, 1))
         norms = torch.zeros(len(a), dtype=torch.float64, device=a.device)
-        return norms.index_add_(0, pairs // len(self.weight), squares(rows))
+        return {"weight": norms.index_add_(0, pairs // len(self.weight), squares(rows))}
 
     def total(self, slot: str, a: Tensor, d: Tensor) -> Tensor:
         return d.new_zeros(self.weight.shape).index_add_(0, a.flatten(), d.flatten(0, 1))
