@@ -372,6 +372,27 @@ std::tuple<Tensor, Tensor> grad_sqnorm_conv(const Tensor& a, const Tensor& d, co
   return {weight, bias};
 }
 
+std::tuple<Tensor, Tensor> channel_products(const Tensor& a, const Tensor& d, const Tensor& center) {
+  check(a.dim() == 3, "a: expected 3 dimensions (N, channels, positions), got ", a.dim());
+  check_same(a, "a", d, "d");
+  check(center.numel() == a.size(1) && center.scalar_type() == a.scalar_type(), "center: expected ", a.size(1),
+        " numbers of the dtype of a, got ", center.numel());
+  const Type type = type_of(a, "a");
+  const int64_t rows = a.size(0) * a.size(1), channels = a.size(1), width = a.size(2);
+  const Tensor x = dense(a), y = dense(d), middle = dense(center);
+  Tensor products = empty({a.size(0), channels}, ScalarType::Double);
+  Tensor sums = empty({a.size(0), channels}, ScalarType::Double);
+  const void* x_data = x.const_data_ptr();
+  const void* y_data = y.const_data_ptr();
+  const void* middle_data = middle.const_data_ptr();
+  auto* product_data = static_cast<double*>(products.mutable_data_ptr());
+  auto* sum_data = static_cast<double*>(sums.mutable_data_ptr());
+  torch::stable::parallel_for(0, rows, rows_per_task(width), [&](int64_t begin, int64_t end) {
+    kernels().channel_products(type, x_data, y_data, middle_data, channels, width, product_data, sum_data, begin, end);
+  });
+  return {products, sums};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fastfisher, m) {
@@ -390,6 +411,7 @@ STABLE_TORCH_LIBRARY(fastfisher, m) {
   m.def(
       "grad_sqnorm_conv(Tensor a, Tensor d, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, "
       "bool gram) -> (Tensor weight, Tensor bias)");
+  m.def("channel_products(Tensor a, Tensor d, Tensor center) -> (Tensor products, Tensor sums)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastfisher, CPU, m) {
@@ -404,4 +426,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastfisher, CPU, m) {
   m.impl("rademacher_cotangent", TORCH_BOX(&rademacher_cotangent));
   m.impl("grad_sqnorm_linear", TORCH_BOX(&grad_sqnorm_linear));
   m.impl("grad_sqnorm_conv", TORCH_BOX(&grad_sqnorm_conv));
+  m.impl("channel_products", TORCH_BOX(&channel_products));
 }

@@ -83,6 +83,7 @@ class Capture:
         self.layers: list[Layer] = []
         self.fallbacks: dict[str, str] = {}
         self._receive: Receive | None = None
+        self._retain = True
         mode = _Watch(self, model, inputs)
         with torch.enable_grad():
             self.logits = torch.func.functional_call(
@@ -97,7 +98,7 @@ class Capture:
         """Pulls ``cotangent`` (shaped as the logits) back; ``receive(layer, gradient of its output)`` as it comes."""
         if not self.logits.requires_grad:
             return  # no parameter that could be followed takes part
-        self._receive = receive
+        self._receive, self._retain = receive, retain_graph
         try:
             torch.autograd.grad(self.logits, self.anchor, cotangent, retain_graph=retain_graph, allow_unused=True)
         finally:
@@ -108,6 +109,8 @@ class Capture:
         layer.check_unchanged()
         if self._receive is not None:
             self._receive(layer, grad)
+        if not self._retain:
+            layer.release()
 
     def _plan(self, mode: _Watch) -> tuple[dict[str, list[Part]], dict[str, list[Part]]]:
         parts: dict[str, list[Part]] = {name: [] for name in self.parameters}
@@ -151,6 +154,23 @@ class _Tap(torch.autograd.Function):
         if grad is not None:
             ctx.capture.receive(ctx.layer, grad)
         return grad if ctx.needs_input_grad[0] else None, None, None, None
+
+
+class _Own(torch.autograd.Function):
+    """A layer that has its own backward, which also hands the gradient of the output over."""
+
+    @staticmethod
+    def forward(ctx: Any, operand: Tensor, anchor: Tensor, capture: Capture, layer: Layer) -> Tensor:
+        ctx.capture, ctx.layer = capture, layer
+        ctx.set_materialize_grads(False)
+        return layer.output()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
+        if grad is not None:
+            ctx.capture.receive(ctx.layer, grad)
+            grad = ctx.layer.pull_back(grad) if ctx.needs_input_grad[0] else None
+        return grad, None, None, None
 
 
 class _Source(torch.autograd.Function):
@@ -248,6 +268,8 @@ class _Watch(TorchFunctionMode):
     def _tap(self, layer: Layer, layout: Layout, func: Any, args: Any, kwargs: Any) -> Any:
         self.capture.layers.append(layer)
         layer.layout = layout
+        if layer.pulls_back:
+            return _Own.apply(layer.operand, self.capture.anchor, self.capture, layer)  # type: ignore[no-untyped-call]
         if not layer.replaces:
             tapped = _Tap.apply(layer.output(), self.capture.anchor, self.capture, layer)  # type: ignore[no-untyped-call]
             return layer.finish(tapped)

@@ -116,6 +116,12 @@ def grad_sqnorm_conv(
     return namespace.grad_sqnorm_conv(a, d, kernel, stride, padding, dilation, groups, gram)  # type: ignore[no-any-return]
 
 
+def channel_products(a: Tensor, d: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`fastfisher.reference.channel_products`."""
+    namespace = torch.ops.fastfisher if _compiled(a.device) else reference
+    return namespace.channel_products(a, d, center)  # type: ignore[no-any-return]
+
+
 # ---- fakes and derivatives of the compiled operators ------------------------------------------------------------
 
 
@@ -171,6 +177,10 @@ def _register() -> None:
         groups: int, gram: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         return a.new_empty(a.shape[0], dtype=torch.float64), a.new_empty(a.shape[0], dtype=torch.float64)
+
+    @fake("fastfisher::channel_products")
+    def _(a: Tensor, d: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+        return a.new_empty(a.shape[:2], dtype=torch.float64), a.new_empty(a.shape[:2], dtype=torch.float64)
 
     def save_sample(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         ctx.scale = inputs[2]

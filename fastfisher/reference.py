@@ -177,3 +177,11 @@ def grad_sqnorm_conv(
         norms.append(gradient.double().square().sum())
     squares = torch.stack(norms) if norms else a.new_zeros(0, dtype=torch.float64)
     return squares, d.double().flatten(2).sum(2).square().sum(1)
+
+
+def channel_products(a: Tensor, d: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_s (a − center) d and Σ_s d for ``a, d[N, C, S]`` and ``center[C]``, float64[N, C] each.
+
+    The gradients of each example in weight (times σ) and bias of a batch norm with mean ``center``.
+    """
+    return ((a.double() - center.double()[:, None]) * d.double()).sum(2), d.double().sum(2)

@@ -164,6 +164,7 @@ def trace_fisher(
                 sums.fallbacks.update(capture.fallbacks)
                 cotangents = _Cotangents(capture.logits.detach(), labels, targets, None, generator)
                 sums.add(_draws(model, inputs, capture, cotangents, rounds, sums.means if minibatch else None))
+                del capture, cotangents  # before the next forward
             if not sums.examples:
                 raise ValueError("data: expected at least one example, got none")
             error = sums.standard_error(drawn, batches.fraction)

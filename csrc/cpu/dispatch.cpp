@@ -11,7 +11,7 @@ namespace fastfisher {
   Kernels {                                                                                                   \
     #LEVEL, LEVEL::sample_cross_entropy, LEVEL::softmax_hessian_product, LEVEL::gate_pack, LEVEL::gate_apply, \
         LEVEL::gate_take, LEVEL::gate_put, LEVEL::axpy_diff, LEVEL::sum_squares, LEVEL::grad_sqnorm_conv,     \
-        LEVEL::grad_sqnorm_linear, LEVEL::rademacher_cotangent                                                \
+        LEVEL::grad_sqnorm_linear, LEVEL::channel_products, LEVEL::rademacher_cotangent                       \
   }
 
 static Kernels choose() {

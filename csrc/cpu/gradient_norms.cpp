@@ -343,6 +343,40 @@ void grad_sqnorm_conv(Type type, const Convolution& c, bool use_gram, const void
   });
 }
 
+// Row i of a and d has `width` elements; its channel is i modulo `channels`.
+void channel_products(Type type, const void* a, const void* d, const void* center, int64_t channels, int64_t width,
+                      double* products, double* sums, int64_t begin, int64_t end) {
+  dispatch(type, [&](auto tag) {
+    using T = decltype(tag);
+    using Storage = typename T::Storage;
+    using Compute = typename T::Compute;
+    using Value = typename Vector<Compute>::Value;
+    constexpr int64_t lanes = Vector<Compute>::lanes;
+    for (int64_t i = begin; i < end; ++i) {
+      const auto* x = static_cast<const Storage*>(a) + i * width;
+      const auto* y = static_cast<const Storage*>(d) + i * width;
+      const Compute middle = T::load(static_cast<const Storage*>(center)[i % channels]);
+      Value product = {}, other_product = {}, sum = {}, other_sum = {};
+      int64_t k = 0;
+      for (; k + 2 * lanes <= width; k += 2 * lanes) {
+        const Value v = T::load(y + k), w = T::load(y + k + lanes);
+        product += (T::load(x + k) - middle) * v;
+        other_product += (T::load(x + k + lanes) - middle) * w;
+        sum += v;
+        other_sum += w;
+      }
+      double row_product = horizontal_sum(product + other_product), row_sum = horizontal_sum(sum + other_sum);
+      for (; k < width; ++k) {
+        const Compute v = T::load(y[k]);
+        row_product += static_cast<double>((T::load(x[k]) - middle) * v);
+        row_sum += static_cast<double>(v);
+      }
+      products[i] = row_product;
+      sums[i] = row_sum;
+    }
+  });
+}
+
 // a[positions][inputs] and d[positions][outputs] of each example.
 void grad_sqnorm_linear(Type type, int64_t positions, int64_t inputs, int64_t outputs, bool use_gram, const void* a,
                         const void* d, double* weight, void* scratch, int64_t begin, int64_t end) {

@@ -71,6 +71,10 @@ struct Kernels {
   void (*grad_sqnorm_linear)(Type type, int64_t positions, int64_t inputs, int64_t outputs, bool use_gram,
                              const void* a, const void* d, double* weight, void* scratch, int64_t begin, int64_t end);
 
+  // Rows [begin, end) of a[N * channels, width] and d: the sums of (a - center[channel]) d and of d.
+  void (*channel_products)(Type type, const void* a, const void* d, const void* center, int64_t channels, int64_t width,
+                           double* products, double* sums, int64_t begin, int64_t end);
+
   // out = (sqrt(p) * e - p (sqrt(p) . e)) * scale with p = softmax(logits) and random signs e, rows [begin, end).
   // Rows without a softmax as in sample_cross_entropy.
   int64_t (*rademacher_cotangent)(Type type, const void* logits, int64_t columns, Key key, double scale, void* out,
@@ -96,6 +100,8 @@ const Kernels& kernels();
                         int64_t);                                                                                   \
   void grad_sqnorm_linear(Type, int64_t, int64_t, int64_t, bool, const void*, const void*, double*, void*, int64_t, \
                           int64_t);                                                                                 \
+  void channel_products(Type, const void*, const void*, const void*, int64_t, int64_t, double*, double*, int64_t,   \
+                        int64_t);                                                                                   \
   int64_t rademacher_cotangent(Type, const void*, int64_t, Key, double, void*, int64_t, int64_t);                   \
   }
 FASTFISHER_DECLARE_LEVEL(baseline)

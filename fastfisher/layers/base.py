@@ -76,11 +76,13 @@ class Layer:
         tensors: the parameters by their role ("weight", "bias", …), as they were passed to the call.
         operand: the argument that holds the examples.
         leading: how many of its dimensions, from the first on, may be the examples'.
+        pulls_back: whether the layer knows the gradient of its input itself (:meth:`pull_back`), cheaper than autograd.
         replaces: whether the call is made as it is on one copy of the parameter per example (see expand.py).
         layout: where the examples are; set by the capture.
     """
 
     replaces = False
+    pulls_back = False
     tensors: dict[str, Tensor]
     operand: Tensor
     leading: int
@@ -98,6 +100,10 @@ class Layer:
         """The call itself, with detached parameters; what it returns is no view."""
         raise NotImplementedError
 
+    def pull_back(self, grad: Tensor) -> Tensor:
+        """With ``pulls_back``: the gradient of the input."""
+        raise NotImplementedError
+
     def finish(self, out: Tensor) -> Tensor:
         """The output in the shape that the caller expects."""
         return out
@@ -113,6 +119,11 @@ class Layer:
                 f"the input of {type(self).__name__} (shape {tuple(self.operand.shape)}) was modified in place after "
                 "it was used; per-example gradients need it as it was"
             )
+
+    def release(self) -> None:
+        """Lets go of the input; called when no further backward comes."""
+        self.operand = self.operand.new_empty(0)
+        self._version = 0
 
     def seen(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         """The input and the gradient of the output, examples in front."""

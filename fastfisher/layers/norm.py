@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from fastfisher.layers.base import Layer, Layout, chunks, computing
+from fastfisher import ops
+from fastfisher.layers.base import Layer, Layout, chunks, computing, squares
 
 
 class _Affine(Layer):
@@ -22,7 +23,7 @@ class _Affine(Layer):
         weight: Tensor | None, bias: Tensor | None,
     ) -> None:  # fmt: skip
         super().__init__(input, leading, tensors)
-        self.function = function
+        self.function, self.size = function, input.numel()
         self.weight, self.bias = (None if t is None else t.detach() for t in (weight, bias))
 
     def output(self) -> Tensor:
@@ -54,7 +55,45 @@ class ChannelNorm(_Affine):
 
     def chunks(self, slot: str, examples: int) -> Iterator[slice]:
         """A chunk holds products of the size of the input."""
-        return chunks(examples, self.operand.numel() // examples)
+        return chunks(examples, self.size // examples)
+
+
+class BatchNorm(ChannelNorm):
+    """torch.batch_norm in eval mode: an affine function of each channel, y = (x − μ)/σ·w + b."""
+
+    pulls_back = True
+
+    def __init__(
+        self, input: Tensor, function: Callable[..., Tensor], tensors: dict[str, Tensor], weight: Tensor | None,
+        bias: Tensor | None, mean: Tensor, variance: Tensor, eps: float,
+    ) -> None:  # fmt: skip
+        super().__init__(input, 1, function, tensors, weight, bias)
+        self.mean, self.inverse = mean, (variance + eps).rsqrt()
+
+    def output(self) -> Tensor:
+        return self.function(self.operand.detach(), self.weight, self.bias)
+
+    def pull_back(self, grad: Tensor) -> Tensor:
+        factor = self.inverse if self.weight is None else self.inverse * self.weight
+        return grad * factor.to(grad.dtype).view(-1, *[1] * (grad.dim() - 2))
+
+    def seen(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layout.split(self.operand.detach()), self.layout.split(grad)
+
+    def squared_norms(self, slots: list[str], a: Tensor, d: Tensor) -> dict[str, Tensor]:
+        found = self._products(a, d)
+        return {slot: squares(found[slot]) for slot in slots}
+
+    def gradients(self, slot: str, a: Tensor, d: Tensor) -> Tensor:
+        return self._products(a, d)[slot].to(computing(d).dtype)
+
+    def _products(self, a: Tensor, d: Tensor) -> dict[str, Tensor]:
+        """The gradients of each example, float64[N, C]."""
+        channels, repeat = len(self.mean), self.layout.repeat
+        a, d = (x.to(d.dtype).reshape(len(d) * repeat, channels, -1) for x in (a, d))
+        products, sums = ops.channel_products(a, d, self.mean.to(d.dtype))
+        products, sums = (x.view(-1, repeat, channels).sum(1) for x in (products, sums))
+        return {"weight": products * self.inverse, "bias": sums}
 
 
 class TrailingNorm(_Affine):

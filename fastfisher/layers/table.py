@@ -13,7 +13,7 @@ from fastfisher.layers.conv import Conv
 from fastfisher.layers.embedding import Embedding
 from fastfisher.layers.expand import Expand
 from fastfisher.layers.linear import Linear
-from fastfisher.layers.norm import ChannelNorm, TrailingNorm
+from fastfisher.layers.norm import BatchNorm, ChannelNorm, TrailingNorm
 
 Tracked = Callable[[Tensor], bool]
 Binder = Callable[..., Layer | None]
@@ -79,13 +79,13 @@ def _batch_norm(
             f"model: a batch norm of {input.shape[1]} channels normalises by the batch even in eval mode "
             "(track_running_stats=False), which couples the examples: per-example gradients do not exist"
         )
-    if tracked(input):
+    if tracked(input) or mean is None or variance is None:
         return None
 
     def function(x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
         return torch.batch_norm(x, w, b, mean, variance, False, 0.0, eps, False)
 
-    return ChannelNorm(input, 1, function, _slots(tracked, weight=weight, bias=bias), weight, bias)
+    return BatchNorm(input, function, _slots(tracked, weight=weight, bias=bias), weight, bias, mean, variance, eps)
 
 
 def _group_norm(
