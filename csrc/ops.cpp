@@ -313,8 +313,9 @@ Tensor grad_sqnorm_linear(const Tensor& a, const Tensor& d, bool gram) {
   const void* x_data = x.const_data_ptr();
   const void* y_data = y.const_data_ptr();
   auto* out = static_cast<double*>(weight.mutable_data_ptr());
-  const int64_t work = gram ? to_vectors(positions) * (std::max(inputs, outputs) + 2 * positions)
-                            : positions * (to_vectors(outputs) + inputs);
+  const int64_t tiles = positions * (to_vectors(outputs) + inputs);  // the Gram form may fall back to them
+  const int64_t pairs = to_vectors(positions) * (std::max(inputs, outputs) + 2 * positions);
+  const int64_t work = gram ? std::max(pairs, tiles) : tiles;
   torch::stable::parallel_for(0, examples, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(work, type);
     kernels().grad_sqnorm_linear(type, positions, inputs, outputs, gram, x_data, y_data, out, scratch.data(), begin,
@@ -362,9 +363,9 @@ std::tuple<Tensor, Tensor> grad_sqnorm_conv(const Tensor& a, const Tensor& d, co
   const void* y_data = y.const_data_ptr();
   auto* weight_data = static_cast<double*>(weight.mutable_data_ptr());
   auto* bias_data = static_cast<double*>(bias.mutable_data_ptr());
-  const int64_t work =
-      gram ? (c.channels + pixels) * to_vectors(pixels) + (c.outputs + positions) * to_vectors(positions)
-           : positions * to_vectors(c.outputs) + c.channels * volume;
+  const int64_t tiles = positions * to_vectors(c.outputs) + c.channels * volume;  // the Gram form may fall back to them
+  const int64_t pairs = (c.channels + pixels) * to_vectors(pixels) + (c.outputs + positions) * to_vectors(positions);
+  const int64_t work = gram ? std::max(pairs, tiles) : tiles;
   torch::stable::parallel_for(0, examples, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(work, type);
     kernels().grad_sqnorm_conv(type, c, gram, x_data, y_data, weight_data, bias_data, scratch.data(), begin, end);

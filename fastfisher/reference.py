@@ -128,11 +128,22 @@ def sum_squares(tensors: list[Tensor]) -> Tensor:
     return torch.stack([x.double().square().sum() for x in tensors]).sum()
 
 
-def rademacher_cotangent(logits: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Per row of ``logits[N, C]``: (√p⊙ε − p⟨√p, ε⟩)·scale with p = softmax and random signs ε.
+def rademacher_signs(rows: int, columns: int, key: Tensor) -> Tensor:
+    """Random signs ε, int8[rows, columns].
 
-    Its covariance over ε is (diag(p) − ppᵀ)·scale², that of the gradient of −log p(ŷ) over ŷ ~ p. The sign of class c
-    in row i is bit c mod 32 of word (c mod 128) // 32 of ``philox(key, i·⌈C/128⌉ + c // 128)``: − where it is set.
+    That of column c in row i is −1 where bit c mod 32 is set in word (c mod 128) // 32 of
+    ``philox(key, i·⌈columns/128⌉ + c // 128)``.
+    """
+    blocks = (columns + 127) // 128
+    words = philox(key.cpu(), torch.arange(rows * blocks)).view(rows, blocks, 4, 1)
+    bits = (words >> torch.arange(32)) & 1
+    return (1 - 2 * bits).reshape(rows, -1)[:, :columns].to(torch.int8)
+
+
+def rademacher_cotangent(logits: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Per row of ``logits[N, C]``: (√p⊙ε − p⟨√p, ε⟩)·scale with p = softmax and the random signs ε of the key.
+
+    Its covariance over ε is (diag(p) − ppᵀ)·scale², that of the gradient of −log p(ŷ) over ŷ ~ p.
 
     Returns:
         [N, C] in the logits' dtype.
@@ -141,11 +152,7 @@ def rademacher_cotangent(logits: Tensor, key: Tensor, scale: float) -> Tensor:
         ValueError: as in :func:`sample_cross_entropy`.
     """
     check_softmax(logits)
-    rows, columns = logits.shape
-    blocks = (columns + 127) // 128
-    words = philox(key.cpu(), torch.arange(rows * blocks)).view(rows, blocks, 4, 1)
-    bits = (words >> torch.arange(32)) & 1
-    signs = (1 - 2 * bits).reshape(rows, -1)[:, :columns].to(logits.device)
+    signs = rademacher_signs(logits.shape[0], logits.shape[1], key).to(logits.device)
     p = (logits if logits.dtype == torch.float64 else logits.float()).softmax(1)
     root = p.sqrt() * signs
     return ((root - p * root.sum(1, keepdim=True)) * scale).to(logits.dtype)

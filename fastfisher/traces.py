@@ -184,7 +184,7 @@ def trace_fisher(
         method=f"fisher, labels={labels}" + (f"; over {over}" if over else ""),
         per_parameter=sums.per_parameter(),
         fallbacks=sums.fallbacks,
-        minibatch=sums.minibatch(labels == "exact") if minibatch else None,
+        minibatch=sums.minibatch() if minibatch else None,
     )
 
 
@@ -467,11 +467,14 @@ def _draws(
         squared_mean = 0.0
         for index, cotangent in enumerate(cotangents.draw()):
             last = draw == draws - 1 and index == cotangents.count - 1
-            norms, mean = _squared_norms(model, inputs, capture, cotangent, not last, means is not None)
+            with_mean = means is not None and cotangents.labels != "exact"
+            norms, mean = _squared_norms(model, inputs, capture, cotangent, not last, with_mean)
             squared_mean += mean
             for name, values in norms.items():
                 total[name] = total[name] + values if name in total else values
         if means is not None:
+            if cotangents.labels == "exact":  # labels are independent and their gradients have mean 0
+                squared_mean = sum(float(values.sum()) for values in total.values()) / capture.examples**2
             means.append(squared_mean)
         yield total
 
@@ -644,7 +647,7 @@ class _Sums:
         """Its parts."""
         return {name: value / (self.draws * self.examples) for name, value in self.parameters.items()}
 
-    def minibatch(self, exact: bool) -> float:
+    def minibatch(self) -> float:
         """Tr(F_B); the mean over batches and draws."""
         return sum(self.means) / len(self.means)
 

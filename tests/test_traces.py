@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastfisher import per_example_grad_norms, trace_fisher
+import fastfisher
+from fastfisher import grad_inner_products, per_example_grad_norms, trace_fisher
+from fastfisher.capture import Capture
+from tests.networks import Hostile
 
 DTYPES = [torch.float64, torch.float32]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -364,3 +367,287 @@ def test_shared_weights_are_not_the_sum_of_norms() -> None:
     separate[2].load_state_dict(layer.state_dict())
     norms = [per_example_grad_norms(m, x, y, labels="true") for m in (twice, separate)]
     assert (norms[0] / norms[1] - 1).abs().min() > 1e-3
+
+
+# ---- the trace -------------------------------------------------------------------------------------------------------
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 3)
+    ).double()
+
+
+def images(examples: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 2 * torch.randn(examples, 1, 4, 4, generator=generator, dtype=torch.float64)
+
+
+def fisher_traces(model: nn.Module, x: Tensor) -> Tensor:
+    """tr(J_iᵀ (diag(p) − ppᵀ) J_i) for each example, from the explicit Jacobian and Fisher."""
+    model.eval()
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+    traces = []
+    for one in x:
+        jacobian = torch.func.jacrev(lambda p, one=one: torch.func.functional_call(model, p, (one[None],))[0])(
+            parameters
+        )
+        j = torch.cat([g.flatten(1) for g in jacobian.values()], 1)
+        p = model(one[None])[0].softmax(0).detach()
+        fisher = j.T @ (torch.diag(p) - torch.outer(p, p)) @ j
+        traces.append(fisher.trace())
+    return torch.stack(traces)
+
+
+def test_exact_is_the_trace_of_the_explicit_fisher() -> None:
+    model, x = small_network(), images(20)
+    truth = fisher_traces(model, x)
+    found = per_example_grad_norms(model, x, labels="exact")
+    torch.testing.assert_close(found, truth, rtol=1e-10, atol=0)
+    estimate = trace_fisher(model, x, labels="exact", batch_size=7)
+    assert estimate.value == pytest.approx(float(truth.mean()), rel=1e-10)
+    assert estimate.standard_error == 0.0 and estimate.draws == 0 and estimate.samples == 20
+    assert sum(estimate.per_parameter.values()) == pytest.approx(estimate.value, rel=1e-12)
+    assert set(estimate.per_parameter) == {name for name, _ in model.named_parameters()}
+
+
+def test_exact_over_several_positions() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x = torch.randn(4, 2, 4, dtype=torch.float64)
+    each = per_example_grad_norms(model, x.reshape(8, 4), labels="exact")  # no layer mixes the two positions
+    found = per_example_grad_norms(model, x, labels="exact")
+    torch.testing.assert_close(found, each.view(4, 2).sum(1), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("labels", ["sampled", "rademacher"])
+def test_drawn_labels_have_the_exact_expectation(labels: Any) -> None:
+    model, x = small_network(), images(6)
+    truth = per_example_grad_norms(model, x, labels="exact")
+    found = per_example_grad_norms(model, x, labels=labels, draws=800, generator=torch.Generator().manual_seed(1))
+    assert found.shape == (800, 6)
+    z = (found.mean(0) - truth) / (found.std(0) / 800**0.5)
+    assert float(z.abs().max()) < 4.0  # six of them: two-sided significance 4e-4
+    one, two = found[:, :3].mean(1), found[:, 3:].mean(1)
+    assert float(torch.corrcoef(torch.stack([one, two]))[0, 1].abs()) < 4 / 800**0.5  # independent between examples
+
+
+@pytest.mark.parametrize(
+    ("labels", "draws", "samples"),
+    [("rademacher", 1, None), ("sampled", 3, None), ("rademacher", 4, 40), ("exact", 1, 20)],
+)
+def test_the_standard_error_is_calibrated(labels: Any, draws: int, samples: int | None) -> None:
+    """Over 200 repeats the interval of 1.96 standard errors covers the truth 90 to 99 % of the time.
+
+    With one draw it is that of the distribution of the examples, so that they are drawn anew for each repeat.
+    """
+    model, repeats = small_network(), 200
+    population = images(20_000, seed=5)
+    generator = torch.Generator().manual_seed(2)
+    fresh = draws == 1 and labels != "exact"
+    data = population[:60]
+    truth = float(per_example_grad_norms(model, population if fresh else data, labels="exact").mean())
+    covered = 0
+    for repeat in range(repeats):
+        x = population[60 * repeat : 60 * (repeat + 1)] if fresh else data
+        estimate = trace_fisher(model, x, labels=labels, draws=draws, samples=samples, generator=generator)
+        covered += abs(estimate.value - truth) <= 1.96 * estimate.standard_error
+    assert 0.90 * repeats <= covered <= 0.99 * repeats, covered
+
+
+def test_tolerance_draws_until_the_error_bar_is_small_enough() -> None:
+    model, x = small_network(), images(10)
+    truth = float(per_example_grad_norms(model, x, labels="exact").mean())
+    generator = torch.Generator().manual_seed(0)
+    estimate = trace_fisher(model, x, tolerance=0.02, labels="sampled", generator=generator)
+    assert estimate.standard_error <= 0.02 * estimate.value and estimate.draws > 2
+    assert abs(estimate.value - truth) < 4 * estimate.standard_error
+    with pytest.raises(ValueError, match="iterated again"):
+        trace_fisher(model, iter([x]), tolerance=1e-9, labels="sampled")
+
+
+def test_data_may_be_tensors_pairs_loaders_and_streams() -> None:
+    model, x, y = small_network(), images(20), torch.randint(3, (20,), generator=torch.Generator().manual_seed(0))
+    expected = per_example_grad_norms(model, x, y, labels="true").mean()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=6)
+    for data in ((x, y), loader, [(x[:5], y[:5]), [x[5:], y[5:]]], iter([(x, y)]), ((x,), y), ({"input": x}, y)):
+        estimate = trace_fisher(model, data, labels="true", batch_size=7)
+        assert estimate.value == pytest.approx(float(expected), rel=1e-12) and estimate.samples == 20
+        assert estimate.standard_error == 0.0
+    few = trace_fisher(model, loader, labels="true", samples=8)
+    first = per_example_grad_norms(model, x[:8], y[:8], labels="true")
+    assert few.value == pytest.approx(float(first.mean()), rel=1e-12) and few.samples == 8
+    assert few.standard_error == pytest.approx(float(first.std()) / 8**0.5, rel=1e-12)
+    unlabelled = [trace_fisher(model, d, generator=torch.Generator().manual_seed(1)).value for d in (x, [x], loader)]
+    assert unlabelled[0] == unlabelled[1] != unlabelled[2]  # a loader of other batches draws other signs
+
+
+def test_the_minibatch_trace_has_the_trace_over_b_as_its_mean() -> None:
+    model, x = small_network(), images(8)
+    truth = float(per_example_grad_norms(model, x, labels="exact").mean()) / 8
+    found = [
+        trace_fisher(model, x, labels="sampled", minibatch=True, generator=torch.Generator().manual_seed(s)).minibatch
+        for s in range(400)
+    ]
+    values = torch.tensor([f for f in found if f is not None])
+    assert float((values.mean() - truth).abs()) < 4 * float(values.std()) / 400**0.5
+    assert trace_fisher(model, x, labels="exact", minibatch=True).minibatch == pytest.approx(truth, rel=1e-10)
+
+
+def test_a_loss_of_ones_own_and_chosen_parameters() -> None:
+    model, x = small_network().eval(), images(6)
+    y = torch.randn(6, 3, dtype=torch.float64)
+    mse = lambda logits, targets: (logits - targets).square().sum(1)  # noqa: E731
+    chosen = [model[0].weight, model[4].bias]
+    norms = per_example_grad_norms(model, x, y, labels="true", loss=mse, params=chosen, squared=False)
+    for i in range(6):
+        g = torch.autograd.grad(mse(model(x[i : i + 1]), y[i : i + 1]).sum(), chosen)
+        assert float(norms[i]) == pytest.approx(float(torch.cat([t.flatten() for t in g]).norm()), rel=1e-10)
+    given = per_example_grad_norms(model, x, labels=torch.tensor([0, 1, 2, 0, 1, 2]))
+    soft = per_example_grad_norms(model, x, F.one_hot(torch.tensor([0, 1, 2, 0, 1, 2]), 3).double(), labels="true")
+    torch.testing.assert_close(given, soft)
+
+
+@pytest.mark.parametrize("build", [small_network, Shared, lambda: GPT(looked_up=True), Unknown])
+def test_inner_products(build: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(6)
+    model = build().double()
+    if isinstance(model, GPT):
+        model.place.requires_grad_(False)
+        a, b = (torch.randint(11, (4, 7)) for _ in range(2))
+        y, z = (torch.randint(11, (4, 7)) for _ in range(2))
+    else:
+        shape = {Shared: (3, 2, 2), Unknown: (6,)}.get(type(model), (1, 4, 4))
+        (a, y), (b, z) = ((torch.randn(4, *shape, dtype=torch.float64), torch.randint(3, (4,))) for _ in range(2))
+    gradients = [
+        torch.cat([g.flatten(1) for g in per_example_gradients(model, i, t).values()], 1) for i, t in ((a, y), (b, z))
+    ]
+    found = grad_inner_products(model, (a, y), (b, z))
+    assert found.per_example is not None
+    torch.testing.assert_close(found.per_example, (gradients[0] * gradients[1]).sum(1), rtol=1e-9, atol=1e-12)
+    means = [g.mean(0) for g in gradients]
+    assert found.mean == pytest.approx(float(means[0] @ means[1]), rel=1e-9)
+    assert found.cosine == pytest.approx(float(F.cosine_similarity(*means, dim=0)), rel=1e-9)
+    uneven = grad_inner_products(model, (a[:3], y[:3]), (b, z))
+    assert uneven.per_example is None
+    assert uneven.mean == pytest.approx(float(gradients[0][:3].mean(0) @ means[1]), rel=1e-9)
+
+
+def test_the_same_bits_on_repeat_and_for_any_number_of_threads() -> None:
+    torch.manual_seed(0)
+    model, x = resnet18(), torch.randn(16, 3, 32, 32)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 2, 3):
+            torch.set_num_threads(count)
+            # The layers themselves are PyTorch's; at this size it splits them by example.
+            found.append(trace_fisher(model, x, generator=torch.Generator().manual_seed(1)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(f == found[0] for f in found)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("forward"), KeyboardInterrupt()])
+def test_everything_is_as_it_was_after_an_exception(error: BaseException) -> None:
+    model = small_network().train()
+    model[5].eval()
+    hostile = Hostile(model, error)
+    x = images(6)
+    state = {n: t.clone() for n, t in hostile.state_dict().items()}
+    pointers = [p.data_ptr() for p in hostile.parameters()]
+    random = torch.get_rng_state()
+    trace_fisher(model, x, generator=torch.Generator())
+    per_example_grad_norms(hostile, x, generator=torch.Generator())
+    with pytest.raises(type(error)):
+        trace_fisher(hostile, x, generator=torch.Generator())
+    assert all(torch.equal(t, state[n]) for n, t in hostile.state_dict().items())
+    assert [p.data_ptr() for p in hostile.parameters()] == pointers
+    assert [m.training for m in model] == [True] * 5 + [False, True] and hostile.training
+    assert all(p.requires_grad and p.grad is None and not p._backward_hooks for p in hostile.parameters())
+    assert torch.equal(torch.get_rng_state(), random) and not x.requires_grad
+    assert not hasattr(x, "_fastfisher_depends")
+
+
+def test_what_couples_the_examples_is_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5, track_running_stats=False))
+    with pytest.raises(ValueError, match=r"batch norm of 5 channels.*couples the examples"):
+        per_example_grad_norms(model, torch.randn(3, 4))
+
+
+class InPlace(nn.Module):
+    """Overwrites the input of a layer after the layer has used it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        y = self.second(x)
+        x.mul_(2)
+        return x + y
+
+
+def test_an_overwritten_input_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="modified in place"):
+        per_example_grad_norms(InPlace(), torch.randn(3, 4))
+
+
+def test_bad_arguments_are_named() -> None:
+    model, x = small_network(), images(4)
+    y = torch.zeros(4, dtype=torch.long)
+    for arguments, message in [
+        ({"labels": "drawn"}, "labels: expected one of rademacher, sampled, exact, true, got 'drawn'"),
+        ({"labels": "true"}, "targets: expected the true labels"),
+        ({"draws": 0}, "draws: expected an integer >= 1, got 0"),
+        ({"loss": F.mse_loss}, "loss: expected None"),
+        ({"params": [torch.zeros(3)]}, "params: item 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            per_example_grad_norms(model, x, **arguments)
+    for arguments, message in [
+        ({"labels": y}, "labels: expected one of"),
+        ({"labels": "true"}, "targets: expected"),
+        ({"samples": 0}, "samples: expected"),
+        ({"batch_size": 0}, "batch_size: expected"),
+        ({"tolerance": -1.0}, "tolerance: expected"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            trace_fisher(model, x, **arguments)
+    with pytest.raises(ValueError, match="data: expected at least one example"):
+        trace_fisher(model, [])
+    with pytest.raises(ValueError, match="data: expected one target per input, got 3 for 4"):
+        trace_fisher(model, (x, y[:3]))
+    with pytest.raises(TypeError, match="data: expected tensors or an iterable"):
+        trace_fisher(model, 3)
+    with pytest.raises(ValueError, match="loss: expected one value per example"):
+        per_example_grad_norms(model, x, y, labels="true", loss=F.cross_entropy)
+    with pytest.raises(ValueError, match="model: expected logits"):
+        per_example_grad_norms(nn.Sequential(nn.Flatten(0), nn.Linear(64, 3).double()), x)
+    with pytest.raises(TypeError, match="model: expected a tensor of logits"):
+        per_example_grad_norms(nn.MultiheadAttention(4, 2).double(), (x[0], x[0], x[0]))
+    with pytest.raises(ValueError, match='labels: expected "true", "sampled"'):
+        grad_inner_products(model, (x, y), (x, y), labels="exact")
+
+
+def test_nothing_of_the_size_of_examples_times_parameters_exists() -> None:
+    model, x = (
+        nn.Sequential(nn.Flatten(), nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 10)),
+        torch.randn(512, 1, 16, 16),
+    )
+    with torch.profiler.profile(profile_memory=True) as profile:
+        per_example_grad_norms(model, x)
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert largest <= 4 * 512 * 512 * 2  # two float32 arrays of examples x features at once, 128 times less than N·p
+
+
+def test_the_capture_says_what_it_could_not_follow() -> None:
+    model = Unknown()
+    capture = Capture(model, torch.randn(3, 6), [name for name, _ in model.named_parameters()])
+    assert set(capture.fallbacks) == set(UNKNOWN)
+    assert "einsum" in capture.fallbacks["w"] and "bilinear" in capture.fallbacks["form.weight"]
+    assert "autograd.Function" in capture.fallbacks["scale"]
+    assert set(capture.direct) == {"first.weight", "first.bias", "head.weight", "head.bias"}
+    estimate = fastfisher.trace_fisher(model, torch.randn(3, 6))
+    assert estimate.fallbacks == capture.fallbacks

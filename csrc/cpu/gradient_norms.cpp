@@ -206,14 +206,24 @@ template <class Compute>
 static double bias_squares(const Compute* d, int64_t positions, int64_t padded) {
   using Value = typename Vector<Compute>::Value;
   using Unaligned = typename Vector<Compute>::Unaligned;
+  constexpr int64_t lanes = Vector<Compute>::lanes, block = 64;
   double total = 0;
-  for (int64_t lane = 0; lane < padded; lane += Vector<Compute>::lanes) {
-    Value sum = {};
-    for (int64_t t = 0; t < positions; ++t) sum += *(const Unaligned*)(d + t * padded + lane);
-    total += horizontal_sum(sum * sum);
+  for (int64_t lane = 0; lane < padded; lane += lanes) {
+    double sums[lanes] = {};
+    for (int64_t begin = 0; begin < positions; begin += block) {
+      Value sum = {};
+      for (int64_t t = begin; t < smaller(begin + block, positions); ++t)
+        sum += *(const Unaligned*)(d + t * padded + lane);
+      for (int64_t k = 0; k < lanes; ++k) sums[k] += static_cast<double>(sum[k]);
+    }
+    for (int64_t k = 0; k < lanes; ++k) total += sums[k] * sums[k];
   }
   return total;
 }
+
+// Where the sum of the products of inner products is so far below their diagonal, they cancelled, and the rounding of
+// the inner products shows: the tiles of the gradient are taken instead.
+constexpr double kCancellation = 16;
 
 template <class T>
 static double direct(const Convolution& c, const typename T::Storage* x, const typename T::Storage* d,
@@ -274,11 +284,12 @@ static double by_gram(const Convolution& c, const typename T::Storage* x, const 
   pack<T>(d, c.outputs, positions, d_rows, d_padded);
   gram(x_rows, c.channels, pixels, x_padded, x_gram);
   gram(d_rows, c.outputs, positions, d_padded, d_gram);
+  double bias_sum = 0;
   for (int64_t o = 0; o < c.outputs; ++o) {
-    Compute sum = 0;
+    double sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t t = 0; t < positions; ++t) sum += d_rows[o * d_padded + t];
-    *bias += static_cast<double>(sum) * static_cast<double>(sum);
+    for (int64_t t = 0; t < positions; ++t) sum += static_cast<double>(d_rows[o * d_padded + t]);
+    bias_sum += sum * sum;
   }
 
   double diagonal = 0, above = 0;
@@ -316,7 +327,10 @@ static double by_gram(const Convolution& c, const typename T::Storage* x, const 
               above += static_cast<double>(sum);
             }
       }
-  return diagonal + 2 * above;
+  const double total = diagonal + 2 * above;
+  if (total * kCancellation < diagonal) return direct<T>(c, x, d, scratch, bias);
+  *bias += bias_sum;
+  return total;
 }
 
 }  // namespace
@@ -389,7 +403,7 @@ void grad_sqnorm_linear(Type type, int64_t positions, int64_t inputs, int64_t ou
     for (int64_t i = begin; i < end; ++i) {
       const auto* x = static_cast<const Storage*>(a) + i * positions * inputs;
       const auto* y = static_cast<const Storage*>(d) + i * positions * outputs;
-      double total = 0;
+      double total = 0, diagonal = 0;
       if (use_gram) {
         const int64_t padded = (positions + lanes - 1) / lanes * lanes;
         Compute* second = first + larger(inputs, outputs) * padded;
@@ -402,15 +416,18 @@ void grad_sqnorm_linear(Type type, int64_t positions, int64_t inputs, int64_t ou
           Compute sum = 0;
 #pragma omp simd reduction(+ : sum)
           for (int64_t s = t + 1; s < positions; ++s) sum += second[t * padded + s] * third[t * padded + s];
-          total += 2 * static_cast<double>(sum) +
-                   static_cast<double>(second[t * padded + t]) * static_cast<double>(third[t * padded + t]);
+          total += 2 * static_cast<double>(sum);
+          diagonal += static_cast<double>(second[t * padded + t]) * static_cast<double>(third[t * padded + t]);
         }
-      } else {
+        total += diagonal;
+      }
+      if (!use_gram || total * kCancellation < diagonal) {
         const int64_t padded = (outputs + lanes - 1) / lanes * lanes;
         Compute* second = first + positions * padded;
         pack<T>(y, positions, outputs, first, padded);
         pack<T>(x, positions, inputs, second, inputs);
         const Positions walk = {{1, 1, positions}, {0, 0, inputs}};
+        total = 0;
         product(
             inputs, [&](int64_t k) { return (const Compute*)second + k; }, padded, walk, (const Compute*)first, padded,
             false,
