@@ -412,6 +412,15 @@ def test_exact_is_the_trace_of_the_explicit_fisher() -> None:
     assert set(estimate.per_parameter) == {name for name, _ in model.named_parameters()}
 
 
+def test_the_closed_form_of_a_linear_layer() -> None:
+    # ∂ℓ/∂W = (p − e_ŷ) xᵀ: E_ŷ‖·‖² = (1 − ‖p‖²)(‖x‖² + 1) with the bias.
+    torch.manual_seed(1)
+    model, x = nn.Linear(5, 3).double(), torch.randn(4, 5, dtype=torch.float64)
+    p = model(x).softmax(1)
+    exact = (1 - p.square().sum(1)) * (x.square().sum(1) + 1)
+    torch.testing.assert_close(per_example_grad_norms(model, x, labels="exact"), exact.detach(), rtol=1e-12, atol=0)
+
+
 def test_exact_over_several_positions() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
