@@ -100,7 +100,9 @@ class Capture:
             return  # no parameter that could be followed takes part
         self._receive, self._retain = receive, retain_graph
         try:
-            torch.autograd.grad(self.logits, self.anchor, cotangent, retain_graph=retain_graph, allow_unused=True)
+            with torch.enable_grad():  # a scalar: with grad_outputs= the first call imports sympy, 30 MB and a second
+                total = (self.logits * cotangent).sum()
+            torch.autograd.grad(total, self.anchor, retain_graph=retain_graph, allow_unused=True)
         finally:
             self._receive = None
 
