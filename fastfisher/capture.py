@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastfisher.layers import Layer, Layout, bind, tensors_in
+from fastfisher.layers import Layer, Layout, bind, depends, tensors_in
 from fastfisher.penalty import Inputs, call_model, input_tensors, map_inputs
 
 
@@ -222,15 +222,15 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         tensors = list(tensors_in(args)) + list(tensors_in(kwargs.values()))
         tracked = [t for t in tensors if id(t) in self.sources]
-        depends = any(_depends(t) for t in tensors if id(t) not in self.sources)
+        mixed = any(depends(t) for t in tensors if id(t) not in self.sources)
         if not tracked or not torch.is_grad_enabled():
             out = func(*args, **kwargs)
-            if depends:
+            if mixed:
                 _mark_all(out)
                 if func is Tensor.__setitem__:
                     _mark(args[0])
             return out
-        if not depends:
+        if not mixed:
             return self._follow(func(*args, **kwargs), tracked)
         opened = _open(func)
         if opened is not None:
@@ -244,14 +244,17 @@ class _Watch(TorchFunctionMode):
         """Notes what a function of parameters alone gave."""
         names = frozenset().union(*(self.sources[id(t)] for t in tracked))
         for tensor in tensors_in([out]):
-            if tensor.requires_grad and id(tensor) not in self.sources:
-                self.sources[id(tensor)] = names
+            if tensor.requires_grad:  # one changed in place has further sources
+                self.sources[id(tensor)] = self.sources.get(id(tensor), frozenset()) | names
                 self.alive.append(tensor)
         return out
 
     def _mixed(self, func: Any, args: Any, kwargs: Any, tracked: list[Tensor]) -> Any:
         """A call that joins parameters and examples."""
         layer = bind(func, args, kwargs, lambda t: id(t) in self.sources)
+        others = [t for t in tensors_in([*args, *kwargs.values()]) if id(t) not in self.sources and depends(t)]
+        if layer is not None and not layer.replaces and len(others) != 1:
+            layer = None  # the formulas know of one argument that depends on the examples
         operand = layer.operand if layer is not None else None
         index = self.calls
         self.calls += 1
@@ -342,10 +345,6 @@ def _mark_all(out: Any) -> None:
     for tensor in tensors_in([out]):
         if not tensor.requires_grad:
             _mark(tensor)
-
-
-def _depends(tensor: Tensor) -> bool:
-    return tensor.requires_grad or getattr(tensor, "_fastfisher_depends", False)
 
 
 def _name(func: Any) -> str:

@@ -319,6 +319,26 @@ def resnet18() -> nn.Module:
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
 
 
+class Unusual(nn.Module):
+    """A bias that depends on the example, a derived weight changed in place, a constant larger than the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6, 6))
+        self.third, self.shift = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.first * 2
+        weight += self.second
+        x = torch.tanh(F.linear(x, weight))
+        x = torch.stack([F.linear(row[None], self.third, row)[0] for row in x])
+        x = torch.where(torch.ones(3, 1, 6, dtype=torch.bool), self.shift * x, x).mean(0)
+        buffer = torch.zeros(6, dtype=x.dtype)
+        buffer[:3] = self.shift[:3]
+        return self.head(x + buffer)
+
+
 UNKNOWN = (
     "w",
     "scale",
@@ -333,6 +353,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, .
     "shared layers": (Shared, (3, 2, 2), ()),
     "derived weights": (Derived, (3, 2, 2), ()),
     "unknown functions": (Unknown, (6,), UNKNOWN),
+    "unusual": (Unusual, (6,), ("third", "shift")),
     "ResNet-18": (resnet18, (3, 32, 32), ()),
 }
 

@@ -159,6 +159,11 @@ class Layer:
         yield from chunks(examples, self.tensors[slot].numel())
 
 
+def depends(tensor: Tensor) -> bool:
+    """Whether a tensor met in a capture, and not followed as a parameter, depends on the examples."""
+    return tensor.requires_grad or getattr(tensor, "_fastfisher_depends", False)
+
+
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
     """The tensors among arguments, those in lists and tuples included."""
     for value in values:

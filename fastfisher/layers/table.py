@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfisher.layers.base import Layer, tensors_in
+from fastfisher.layers.base import Layer, depends, tensors_in
 from fastfisher.layers.conv import Conv
 from fastfisher.layers.embedding import Embedding
 from fastfisher.layers.expand import Expand
@@ -151,7 +151,7 @@ def _embedding(
 def _expand(tracked: Tracked, args: Any, kwargs: Any) -> Layer | None:
     tensors = list(tensors_in([*args, *kwargs.values()]))
     parameters = [t for t in tensors if tracked(t)]
-    others = [t for t in tensors if not tracked(t)]
+    others = [t for t in tensors if not tracked(t) and depends(t)]
     if len(parameters) != 1:
         return None
     return Expand(parameters[0], max(others, key=Tensor.dim))
