@@ -103,8 +103,11 @@ def rademacher_cotangent(logits: Tensor, key: Tensor, scale: float) -> Tensor:
 
 def grad_sqnorm_linear(a: Tensor, d: Tensor, gram: bool) -> Tensor:
     """See :func:`fastfisher.reference.grad_sqnorm_linear`."""
-    namespace = torch.ops.fastfisher if _compiled(a.device) else reference
-    return namespace.grad_sqnorm_linear(a, d, gram)  # type: ignore[no-any-return]
+    if _compiled(a.device):
+        return torch.ops.fastfisher.grad_sqnorm_linear(a, d, gram)  # type: ignore[no-any-return]
+    few = max(1, 2**22 // max(1, a.shape[2] * d.shape[2]))  # the reference makes the gradients themselves
+    parts = zip(torch.split(a, few), torch.split(d, few), strict=True)
+    return torch.cat([reference.grad_sqnorm_linear(x, y, gram) for x, y in parts])
 
 
 def grad_sqnorm_conv(

@@ -27,6 +27,7 @@ from fastfisher.penalty import (
     map_inputs,
     trainable_parameters,
 )
+from fastfisher.slow_path import warn_slow_path
 
 Labels = Literal["rademacher", "sampled", "exact", "true"]
 Loss = Callable[[Tensor, Tensor | None], Tensor]
@@ -352,6 +353,9 @@ def _pair(batch: Any) -> Pair:
 
 def _capture(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> Capture:
     capture = Capture(model, inputs, names)
+    for reason in dict.fromkeys(capture.fallbacks.values()):
+        slow = ", ".join(name for name, why in capture.fallbacks.items() if why == reason)
+        warn_slow_path(f"per-example gradients of {slow} go by vmap(grad): {reason}")
     logits = capture.logits
     if logits.dim() < 2 or len(logits) != capture.examples:
         raise ValueError(

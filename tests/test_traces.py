@@ -679,5 +679,6 @@ def test_the_capture_says_what_it_could_not_follow() -> None:
     assert "einsum" in capture.fallbacks["w"] and "bilinear" in capture.fallbacks["form.weight"]
     assert "autograd.Function" in capture.fallbacks["scale"]
     assert set(capture.direct) == {"first.weight", "first.bias", "head.weight", "head.bias"}
-    estimate = fastfisher.trace_fisher(model, torch.randn(3, 6))
+    with pytest.warns(fastfisher.SlowPathWarning, match=r"per-example gradients of w go by vmap\(grad\): .*einsum"):
+        estimate = trace_fisher(model, torch.randn(3, 6))
     assert estimate.fallbacks == capture.fallbacks

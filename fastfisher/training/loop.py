@@ -230,7 +230,7 @@ class Run:
         generator = torch.Generator(self.device).manual_seed(_seed(self.config.seed, f"trace {self.epoch}"))
         order = torch.randperm(len(self.data.labels), generator=generator, device=self.device)
         chosen = order[: self.config.trace_samples]
-        return trace_fisher(self.model, self.data.inputs[chosen], generator=generator).value
+        return trace_fisher(self.model, self.data.inputs[chosen], labels="sampled", generator=generator).value
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything the next steps depend on, as tensors and plain Python values."""
