@@ -16,6 +16,7 @@ from fastfisher.capture import Capture
 from tests.networks import Hostile
 
 DTYPES = [torch.float64, torch.float32]
+pytestmark = pytest.mark.filterwarnings("ignore::fastfisher.SlowPathWarning")  # some networks here take them
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
