@@ -358,6 +358,135 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const
   return {grad_x, grad_weight, grad_bias};
 }
 
+Tensor rademacher_cotangent(const Tensor& logits, const Tensor& key, double scale) {
+  check(logits.dim() == 2, "logits: expected 2 dimensions (N, C), got ", logits.dim());
+  const int64_t rows = logits.size(0), columns = logits.size(1);
+  check(columns >= 1 && columns <= fastfisher::kMaxColumns, "logits: expected 1 to ", fastfisher::kMaxColumns,
+        " classes, got ", columns);
+  const Type type = type_of(logits, "logits");
+  const Key seed = key_of(key);
+  const Tensor x = dense(logits);
+  Tensor out = empty({rows, columns}, x.scalar_type());
+  const void* source = x.const_data_ptr();
+  void* target = out.mutable_data_ptr();
+  std::atomic<int64_t> first_bad{rows};
+  torch::stable::parallel_for(0, rows, rows_per_task(columns), [&](int64_t begin, int64_t end) {
+    const int64_t bad = kernels().rademacher_cotangent(type, source, columns, seed, scale, target, begin, end);
+    if (bad < 0) return;
+    int64_t seen = first_bad.load();
+    while (bad < seen && !first_bad.compare_exchange_weak(seen, bad)) {
+    }
+  });
+  check(first_bad.load() == rows, "logits: row ", first_bad.load(),
+        " has no softmax (it holds NaN or +inf, or nothing above -inf)");
+  return out;
+}
+
+// Work of one thread, in bytes, aligned to a cache line.
+struct Scratch {
+  explicit Scratch(int64_t elements, Type type) : bytes(64 + elements * (type == Type::f64 ? 8 : 4)) {}
+  void* data() {
+    const auto address = reinterpret_cast<uintptr_t>(bytes.data());
+    return reinterpret_cast<void*>((address + 63) / 64 * 64);
+  }
+  std::vector<char> bytes;
+};
+
+int64_t to_vectors(int64_t elements) { return (elements + 15) / 16 * 16; }
+
+Tensor grad_sqnorm_linear(const Tensor& a, const Tensor& d, bool gram) {
+  check(a.dim() == 3 && d.dim() == 3, "a and d: expected 3 dimensions (N, positions, features), got ", a.dim(), " and ",
+        d.dim());
+  check(a.size(0) == d.size(0) && a.size(1) == d.size(1) && a.scalar_type() == d.scalar_type(),
+        "a and d: expected the same examples, positions and dtype");
+  const Type type = type_of(a, "a");
+  const int64_t examples = a.size(0), positions = a.size(1), inputs = a.size(2), outputs = d.size(2);
+  const Tensor x = dense(a), y = dense(d);
+  Tensor weight = empty({examples}, ScalarType::Double);
+  const void* x_data = x.const_data_ptr();
+  const void* y_data = y.const_data_ptr();
+  auto* out = static_cast<double*>(weight.mutable_data_ptr());
+  const int64_t tiles = positions * (to_vectors(outputs) + inputs);  // the Gram form may fall back to them
+  const int64_t pairs = to_vectors(positions) * (std::max(inputs, outputs) + 2 * positions);
+  const int64_t work = gram ? std::max(pairs, tiles) : tiles;
+  torch::stable::parallel_for(0, examples, 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch(work, type);
+    kernels().grad_sqnorm_linear(type, positions, inputs, outputs, gram, x_data, y_data, out, scratch.data(), begin,
+                                 end);
+  });
+  return weight;
+}
+
+std::tuple<Tensor, Tensor> grad_sqnorm_conv(const Tensor& a, const Tensor& d, const std::vector<int64_t>& kernel,
+                                            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                                            const std::vector<int64_t>& dilation, int64_t groups, bool gram) {
+  const auto dims = static_cast<int64_t>(kernel.size());
+  check(dims >= 1 && dims <= 3 && static_cast<int64_t>(stride.size()) == dims &&
+            static_cast<int64_t>(padding.size()) == dims && static_cast<int64_t>(dilation.size()) == dims,
+        "kernel, stride, padding and dilation: expected 1 to 3 numbers each, all as many");
+  check(a.dim() == dims + 2 && d.dim() == dims + 2, "a and d: expected ", dims + 2, " dimensions, got ", a.dim(),
+        " and ", d.dim());
+  check(a.size(0) == d.size(0) && a.scalar_type() == d.scalar_type(), "a and d: expected the same examples and dtype");
+  check(groups >= 1 && a.size(1) % groups == 0 && d.size(1) % groups == 0,
+        "groups: expected a divisor of the channels, got ", groups);
+  const Type type = type_of(a, "a");
+  fastfisher::Convolution c{a.size(1) / groups, d.size(1) / groups, groups, {}, {}, {}, {}, {}, {}, {}};
+  int64_t pixels = 1, positions = 1, volume = 1;
+  for (int64_t k = 0; k < 3; ++k) {
+    const int64_t dim = k - (3 - dims);
+    const bool real = dim >= 0;
+    c.input[k] = real ? a.size(2 + dim) : 1;
+    c.output[k] = real ? d.size(2 + dim) : 1;
+    c.kernel[k] = real ? kernel[dim] : 1;
+    c.stride[k] = real ? stride[dim] : 1;
+    c.padding[k] = real ? padding[dim] : 0;
+    c.dilation[k] = real ? dilation[dim] : 1;
+    c.needed[k] = (c.output[k] - 1) * c.stride[k] + (c.kernel[k] - 1) * c.dilation[k] + 1;
+    check(c.kernel[k] >= 1 && c.stride[k] >= 1 && c.padding[k] >= 0 && c.dilation[k] >= 1 && c.output[k] >= 1 &&
+              c.needed[k] <= c.input[k] + 2 * c.padding[k],
+          "d: its size does not fit the input, kernel, stride, padding and dilation");
+    pixels *= c.input[k];
+    positions *= c.output[k];
+    volume *= c.needed[k];
+  }
+  const Tensor x = dense(a), y = dense(d);
+  const int64_t examples = a.size(0);
+  Tensor weight = empty({examples}, ScalarType::Double), bias = empty({examples}, ScalarType::Double);
+  const void* x_data = x.const_data_ptr();
+  const void* y_data = y.const_data_ptr();
+  auto* weight_data = static_cast<double*>(weight.mutable_data_ptr());
+  auto* bias_data = static_cast<double*>(bias.mutable_data_ptr());
+  const int64_t tiles = positions * to_vectors(c.outputs) + c.channels * volume;  // the Gram form may fall back to them
+  const int64_t pairs = (c.channels + pixels) * to_vectors(pixels) + (c.outputs + positions) * to_vectors(positions);
+  const int64_t work = gram ? std::max(pairs, tiles) : tiles;
+  torch::stable::parallel_for(0, examples, 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch(work, type);
+    kernels().grad_sqnorm_conv(type, c, gram, x_data, y_data, weight_data, bias_data, scratch.data(), begin, end);
+  });
+  return {weight, bias};
+}
+
+std::tuple<Tensor, Tensor> channel_products(const Tensor& a, const Tensor& d, const Tensor& center) {
+  check(a.dim() == 3, "a: expected 3 dimensions (N, channels, positions), got ", a.dim());
+  check_same(a, "a", d, "d");
+  check(center.numel() == a.size(1) && center.scalar_type() == a.scalar_type(), "center: expected ", a.size(1),
+        " numbers of the dtype of a, got ", center.numel());
+  const Type type = type_of(a, "a");
+  const int64_t rows = a.size(0) * a.size(1), channels = a.size(1), width = a.size(2);
+  const Tensor x = dense(a), y = dense(d), middle = dense(center);
+  Tensor products = empty({a.size(0), channels}, ScalarType::Double);
+  Tensor sums = empty({a.size(0), channels}, ScalarType::Double);
+  const void* x_data = x.const_data_ptr();
+  const void* y_data = y.const_data_ptr();
+  const void* middle_data = middle.const_data_ptr();
+  auto* product_data = static_cast<double*>(products.mutable_data_ptr());
+  auto* sum_data = static_cast<double*>(sums.mutable_data_ptr());
+  torch::stable::parallel_for(0, rows, rows_per_task(width), [&](int64_t begin, int64_t end) {
+    kernels().channel_products(type, x_data, y_data, middle_data, channels, width, product_data, sum_data, begin, end);
+  });
+  return {products, sums};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fastfisher, m) {
@@ -379,6 +508,12 @@ STABLE_TORCH_LIBRARY(fastfisher, m) {
   m.def(
       "batch_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor variance, float eps) -> (Tensor "
       "grad_x, Tensor grad_weight, Tensor grad_bias)");
+  m.def("rademacher_cotangent(Tensor logits, Tensor key, float scale) -> Tensor");
+  m.def("grad_sqnorm_linear(Tensor a, Tensor d, bool gram) -> Tensor");
+  m.def(
+      "grad_sqnorm_conv(Tensor a, Tensor d, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, "
+      "bool gram) -> (Tensor weight, Tensor bias)");
+  m.def("channel_products(Tensor a, Tensor d, Tensor center) -> (Tensor products, Tensor sums)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastfisher, CPU, m) {
@@ -394,4 +529,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastfisher, CPU, m) {
   m.impl("sum_squares", TORCH_BOX(&sum_squares));
   m.impl("batch_norm", TORCH_BOX(&batch_norm));
   m.impl("batch_norm_backward", TORCH_BOX(&batch_norm_backward));
+  m.impl("rademacher_cotangent", TORCH_BOX(&rademacher_cotangent));
+  m.impl("grad_sqnorm_linear", TORCH_BOX(&grad_sqnorm_linear));
+  m.impl("grad_sqnorm_conv", TORCH_BOX(&grad_sqnorm_conv));
+  m.impl("channel_products", TORCH_BOX(&channel_products));
 }

@@ -1,17 +1,25 @@
 """Penalise and measure curvature through the Fisher Information Matrix, close to the cost of a plain training step."""
 
+from fastfisher.estimate import TraceEstimate
 from fastfisher.gates import Gates, record_gates
 from fastfisher.labels import sample_cross_entropy
 from fastfisher.penalty import AdaptiveStep, penalty
 from fastfisher.regularizer import FisherPenalty
 from fastfisher.slow_path import SlowPathWarning
+from fastfisher.traces import FisherTrace, GradInnerProducts, grad_inner_products, per_example_grad_norms, trace_fisher
 
 __all__ = [
     "AdaptiveStep",
     "FisherPenalty",
+    "FisherTrace",
     "Gates",
+    "GradInnerProducts",
     "SlowPathWarning",
+    "TraceEstimate",
+    "grad_inner_products",
     "penalty",
+    "per_example_grad_norms",
     "record_gates",
     "sample_cross_entropy",
+    "trace_fisher",
 ]

@@ -1,4 +1,4 @@
-"""Which labels a gradient is taken at, and the loss there: sampled from the model, true, uniform, or given."""
+"""Which labels a gradient is taken at, and the loss there: sampled, true, uniform, Rademacher, or given."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastfisher import ops
+from fastfisher import ops, reference
 
-LABELS = ("sampled", "true", "uniform")
+LABELS = ("sampled", "true", "uniform", "rademacher")
 
 
 def new_key(generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -62,8 +62,14 @@ def sample_cross_entropy(
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of logits (..., C) against class indices (...) or class probabilities (..., C)."""
+    """Mean cross-entropy of logits (..., C) against class indices (...) or class probabilities (..., C).
+
+    Against signs ε (int8, (..., C)) it is 2⟨√p, ε⟩ instead, whose gradient in the logits, √p⊙ε − p⟨√p, ε⟩, has over
+    random signs the mean and covariance of that of −log p(ŷ) over ŷ ~ p.
+    """
     rows = logits.reshape(-1, logits.shape[-1])
+    if targets.dtype == torch.int8:
+        return 2 * ((rows.log_softmax(-1) / 2).exp() * targets.reshape(rows.shape)).sum(-1).mean()
     if targets.is_floating_point():
         return F.cross_entropy(rows, targets.reshape(rows.shape))
     return F.cross_entropy(rows, targets.reshape(-1))
@@ -72,7 +78,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def check_labels(labels: str | Tensor) -> None:
     """Raises ValueError where ``labels`` names nothing known."""
     if isinstance(labels, str) and labels not in LABELS:
-        raise ValueError(f'labels: expected "sampled", "true", "uniform" or a tensor, got {labels!r}')
+        raise ValueError(f'labels: expected "sampled", "true", "uniform", "rademacher" or a tensor, got {labels!r}')
 
 
 def check_targets(labels: str | Tensor, targets: Tensor | None) -> None:
@@ -93,6 +99,10 @@ def label_loss(
         source = generator.device if generator is not None else logits.device
         chosen = torch.randint(logits.shape[-1], logits.shape[:-1], generator=generator, device=source)
         chosen = chosen.to(logits.device)
+    elif labels == "rademacher":
+        key = new_key(generator, logits.device)
+        signs = reference.rademacher_signs(logits[..., 0].numel(), logits.shape[-1], key)
+        chosen = signs.view(logits.shape).to(logits.device)
     else:
         assert targets is not None
         chosen = targets

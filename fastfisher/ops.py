@@ -122,6 +122,36 @@ def batch_norm_backward(
     return namespace.batch_norm_backward(grad, x, weight, mean, variance, eps)  # type: ignore[no-any-return]
 
 
+def rademacher_cotangent(logits: Tensor, key: Tensor, scale: float) -> Tensor:
+    """See :func:`fastfisher.reference.rademacher_cotangent`."""
+    namespace = torch.ops.fastfisher if _compiled(logits.device) else reference
+    return namespace.rademacher_cotangent(logits, key, scale)  # type: ignore[no-any-return]
+
+
+def grad_sqnorm_linear(a: Tensor, d: Tensor, gram: bool) -> Tensor:
+    """See :func:`fastfisher.reference.grad_sqnorm_linear`."""
+    if _compiled(a.device):
+        return torch.ops.fastfisher.grad_sqnorm_linear(a, d, gram)  # type: ignore[no-any-return]
+    few = max(1, 2**22 // max(1, a.shape[2] * d.shape[2]))  # the reference makes the gradients themselves
+    parts = zip(torch.split(a, few), torch.split(d, few), strict=True)
+    return torch.cat([reference.grad_sqnorm_linear(x, y, gram) for x, y in parts])
+
+
+def grad_sqnorm_conv(
+    a: Tensor, d: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
+    gram: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See :func:`fastfisher.reference.grad_sqnorm_conv`."""
+    namespace = torch.ops.fastfisher if _compiled(a.device) else reference
+    return namespace.grad_sqnorm_conv(a, d, kernel, stride, padding, dilation, groups, gram)  # type: ignore[no-any-return]
+
+
+def channel_products(a: Tensor, d: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`fastfisher.reference.channel_products`."""
+    namespace = torch.ops.fastfisher if _compiled(a.device) else reference
+    return namespace.channel_products(a, d, center)  # type: ignore[no-any-return]
+
+
 # ---- fakes and derivatives of the compiled operators ------------------------------------------------------------
 
 
@@ -181,6 +211,25 @@ def _register() -> None:
     @fake("fastfisher::batch_norm_backward")
     def _(grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float) -> Any:
         return torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+
+    @fake("fastfisher::rademacher_cotangent")
+    def _(logits: Tensor, key: Tensor, scale: float) -> Tensor:
+        return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+    @fake("fastfisher::grad_sqnorm_linear")
+    def _(a: Tensor, d: Tensor, gram: bool) -> Tensor:
+        return a.new_empty(a.shape[0], dtype=torch.float64)
+
+    @fake("fastfisher::grad_sqnorm_conv")
+    def _(
+        a: Tensor, d: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int],
+        groups: int, gram: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        return a.new_empty(a.shape[0], dtype=torch.float64), a.new_empty(a.shape[0], dtype=torch.float64)
+
+    @fake("fastfisher::channel_products")
+    def _(a: Tensor, d: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+        return a.new_empty(a.shape[:2], dtype=torch.float64), a.new_empty(a.shape[:2], dtype=torch.float64)
 
     def save_sample(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         ctx.scale = inputs[2]

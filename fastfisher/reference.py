@@ -51,6 +51,17 @@ def sample_labels(logits: Tensor, key: Tensor) -> Tensor:
     return tile * TILE + _first_above(tiles[torch.arange(rows, device=tile.device), tile], u[:, 1])
 
 
+def check_softmax(logits: Tensor) -> Tensor:
+    """Which rows have a softmax; on the CPU, a row without one is a ValueError that names it."""
+    x = logits.detach()
+    largest = x.amax(1) if len(x) else x.sum(1)
+    good = largest.isfinite() & ~x.isnan().any(1)
+    if x.device.type == "cpu" and not bool(good.all()):
+        row = int((~good).int().argmax())
+        raise ValueError(f"logits: row {row} has no softmax (it holds NaN or +inf, or nothing above -inf)")
+    return good
+
+
 def sample_cross_entropy(logits: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Per row of ``logits[N, C]``: ŷ ~ softmax, −log p(ŷ), and (softmax − onehot(ŷ))·scale.
 
@@ -62,11 +73,7 @@ def sample_cross_entropy(logits: Tensor, key: Tensor, scale: float) -> tuple[Ten
             such a row has NaN loss and label −1 instead.
     """
     x = logits if logits.dtype == torch.float64 else logits.float()
-    largest = x.detach().amax(1) if len(x) else x.detach().sum(1)
-    good = largest.isfinite() & ~x.detach().isnan().any(1)
-    if logits.device.type == "cpu" and not bool(good.all()):
-        row = int((~good).int().argmax())
-        raise ValueError(f"logits: row {row} has no softmax (it holds NaN or +inf, or nothing above -inf)")
+    good = check_softmax(x)
     labels = (
         sample_labels(torch.where(good[:, None], x.detach(), 0), key) if len(x) else x.new_empty(0, dtype=torch.long)
     )
@@ -173,3 +180,69 @@ def batch_norm_backward(
     grad_x = (g - (grad_bias[:, None] + normalised * grad_weight[:, None]) / count) * inverse
     grad_x = grad_x if weight is None else grad_x * weight[:, None]
     return grad_x.to(x.dtype), grad_weight.to(x.dtype), grad_bias.to(x.dtype)
+
+
+def rademacher_signs(rows: int, columns: int, key: Tensor) -> Tensor:
+    """Random signs ε, int8[rows, columns].
+
+    That of column c in row i is −1 where bit c mod 32 is set in word (c mod 128) // 32 of
+    ``philox(key, i·⌈columns/128⌉ + c // 128)``.
+    """
+    blocks = (columns + 127) // 128
+    words = philox(key.cpu(), torch.arange(rows * blocks)).view(rows, blocks, 4, 1)
+    bits = (words >> torch.arange(32)) & 1
+    return (1 - 2 * bits).reshape(rows, -1)[:, :columns].to(torch.int8)
+
+
+def rademacher_cotangent(logits: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Per row of ``logits[N, C]``: (√p⊙ε − p⟨√p, ε⟩)·scale with p = softmax and the random signs ε of the key.
+
+    Its covariance over ε is (diag(p) − ppᵀ)·scale², that of the gradient of −log p(ŷ) over ŷ ~ p.
+
+    Returns:
+        [N, C] in the logits' dtype.
+
+    Raises:
+        ValueError: as in :func:`sample_cross_entropy`.
+    """
+    check_softmax(logits)
+    signs = rademacher_signs(logits.shape[0], logits.shape[1], key).to(logits.device)
+    p = (logits if logits.dtype == torch.float64 else logits.float()).softmax(1)
+    root = p.sqrt() * signs
+    return ((root - p * root.sum(1, keepdim=True)) * scale).to(logits.dtype)
+
+
+def grad_sqnorm_linear(a: Tensor, d: Tensor, gram: bool) -> Tensor:
+    """‖Σ_t d_t a_tᵀ‖² for each example of inputs ``a[N, T, p]`` and output gradients ``d[N, T, q]``: float64[N].
+
+    ``gram`` chooses between two ways to the same number: the gradient itself, or Σ_{t,s} (a_t·a_s)(d_t·d_s).
+    """
+    return torch.bmm(d.double().mT, a.double()).square().sum((1, 2))
+
+
+def grad_sqnorm_conv(
+    a: Tensor, d: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
+    gram: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Squared norms of each example's gradients of a convolution's weight and bias: float64[N] each.
+
+    ``a[N, C, …]`` is the input, ``d[N, O, …]`` the gradient of the output, in 1, 2 or 3 dimensions. ``gram`` as in
+    :func:`grad_sqnorm_linear`, with the patches that the kernel sees as the inputs.
+    """
+    weight = a.new_empty(d.shape[1], a.shape[1] // groups, *kernel)
+    norms = []
+    for x, y in zip(torch.split(a, 1), torch.split(d, 1), strict=True):
+        gradient = torch.ops.aten.convolution_backward(
+            y, x, weight, None, stride, padding, dilation, False, [0] * len(kernel), groups, [False, True, False]
+        )[1]
+        norms.append(gradient.double().square().sum())
+    squares = torch.stack(norms) if norms else a.new_zeros(0, dtype=torch.float64)
+    return squares, d.double().flatten(2).sum(2).square().sum(1)
+
+
+def channel_products(a: Tensor, d: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_s (a − center) d and Σ_s d for ``a, d[N, C, S]`` and ``center[C]``, float64[N, C] each.
+
+    The gradients of each example in weight (times σ) and bias of a batch norm with mean ``center``.
+    """
+    return ((a.double() - center.double()[:, None]) * d.double()).sum(2), d.double().sum(2)

@@ -82,7 +82,7 @@ class FisherPenalty:
         *,
         every: int = 10,
         start: int = 0,
-        labels: Literal["sampled", "true", "uniform"] = "sampled",
+        labels: Literal["sampled", "true", "uniform", "rademacher"] = "sampled",
         wrt: Literal["parameters", "inputs"] = "parameters",
         reduction: Literal["batch", "first"] = "batch",
         method: Method = "finite_difference",
@@ -106,7 +106,7 @@ class FisherPenalty:
         if isinstance(gates, Gates):
             raise ValueError('gates: expected "frozen" or "free"; FisherPenalty records its own')
         if isinstance(labels, Tensor):
-            raise ValueError('labels: expected "sampled", "true" or "uniform", got a tensor')
+            raise ValueError('labels: expected "sampled", "true", "uniform" or "rademacher", got a tensor')
         if examples is not None and reduction == "first":
             raise ValueError('examples: expected None with reduction="first", which is on one example')
         fits = every == 1 and method == "finite_difference" and difference == "forward" and wrt == "parameters"
@@ -139,7 +139,11 @@ class FisherPenalty:
         None before the first penalty, and where R is not of sampled labels and all parameters. Not unbiased with
         BatchNorm in train mode, which couples the examples.
         """
-        sampled = self.settings.labels == "sampled" and self.settings.wrt == "parameters" and self.params is None
+        sampled = (
+            self.settings.labels in ("sampled", "rademacher")
+            and self.settings.wrt == "parameters"
+            and self.params is None
+        )
         return self.value * self._rows if sampled and self.value is not None and self._rows is not None else None
 
     def backward(self, inputs: Inputs, targets: Tensor) -> Tensor:
@@ -230,6 +234,7 @@ class FisherPenalty:
             true = targets[: len(part)] if isinstance(targets, Tensor) else None
             check_targets(self.settings.labels, true)
             penalised, labels = label_loss(part, self.settings.labels, true, self.generator)
+            rows = part[..., 0].numel()
         alpha = self.alpha
         if self.settings.reduction == "batch":
             alpha *= len(part) / len(logits)  # Tr(F)/n over n examples, Tr(F)/B over the batch
@@ -281,7 +286,7 @@ class FisherPenalty:
             for name, g in reused.items():
                 _add(total, name, g if scale == 1.0 else g.mul_(scale), self.alpha)
         self.value = torch.tensor(value, dtype=torch.float64)
-        self._rows, self._reused = labels.numel(), reused
+        self._rows, self._reused = rows, reused
         return loss, total
 
     def _forwards(self, inputs: Inputs, trainable: dict[str, Tensor]) -> tuple[Tensor, Tensor, Inputs, bool, Gates]:

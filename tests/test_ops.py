@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import fastfisher
 from fastfisher import ops, reference
+from fastfisher.labels import cross_entropy
 
 needs_kernels = pytest.mark.skipif(ops.UNAVAILABLE is not None, reason=f"no compiled kernels: {ops.UNAVAILABLE}")
 
@@ -269,6 +270,10 @@ def test_opcheck() -> None:
         (namespace.gate_put, (x.detach(), torch.ones(5, 7, dtype=torch.int32), 9)),
         (namespace.axpy_diff, ([t.clone() for t in y], y, [2 * t for t in y], 0.5)),
         (namespace.sum_squares, (y,)),
+        (namespace.rademacher_cotangent, (x.detach(), KEY, 0.5)),
+        (namespace.grad_sqnorm_linear, (torch.randn(2, 3, 4), torch.randn(2, 3, 5), True)),
+        (namespace.grad_sqnorm_conv, (torch.randn(2, 3, 4), torch.randn(2, 5, 4), [1], [1], [0], [1], 1, False)),
+        (namespace.channel_products, (torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(3))),
     ]:
         torch.library.opcheck(operator.default, args)
 
@@ -376,3 +381,216 @@ def test_one_compilation_for_many_keys() -> None:
     for seed in range(5):
         function(torch.randn(4, 6), torch.tensor([seed, 0]))
     assert counter.frame_count == 1
+
+
+# ---- squared norms of per-example gradients, and Rademacher cotangents ----------------------------------------------
+
+# channels, outputs, input size, kernel, stride, padding, dilation, groups
+CONVOLUTIONS = [
+    (3, 5, (9, 7), (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (3, 33, (8, 8), (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (17, 16, (5, 6), (1, 1), (2, 1), (0, 0), (1, 1), 1),
+    (4, 6, (9, 10), (2, 3), (2, 3), (1, 2), (2, 1), 2),
+    (8, 8, (6, 5), (3, 3), (1, 1), (1, 1), (1, 1), 8),
+    (5, 40, (2, 2), (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (2, 3, (3, 3), (3, 3), (1, 1), (0, 0), (1, 1), 1),
+    (3, 4, (20,), (5,), (3,), (2,), (2,), 1),
+    (2, 3, (4, 5, 6), (3, 2, 1), (1, 2, 1), (1, 0, 0), (1, 1, 2), 1),
+    (1, 1, (40, 41), (7, 7), (1, 1), (3, 3), (1, 1), 1),
+]
+
+
+@pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
+def test_norms_of_convolution_gradients(shape: tuple, dtype: torch.dtype, gram: bool) -> None:
+    channels, outputs, size, *rest, groups = shape
+    kernel, stride, padding, dilation = (list(x) for x in rest)
+    torch.manual_seed(4)
+    a = torch.randn(4, channels, *size, dtype=torch.float64).to(dtype)
+    spans = zip(size, kernel, stride, padding, dilation, strict=True)
+    out = [(n + 2 * p - m * (k - 1) - 1) // s + 1 for n, k, s, p, m in spans]
+    d = torch.randn(4, outputs, *out, dtype=torch.float64).to(dtype)
+    args = (kernel, stride, padding, dilation, groups, gram)
+    found = ops.grad_sqnorm_conv(a, d, *args)
+    exact = reference.grad_sqnorm_conv(a.double(), d.double(), *args)
+    low = torch.float64 if dtype == torch.float64 else torch.float32  # what is computed in
+    pytorch = reference.grad_sqnorm_conv(a.to(low), d.to(low), *args)
+    for mine, theirs, truth, bound in zip(found, pytorch, exact, rounding(a, d, args), strict=True):
+        assert mine.dtype == torch.float64
+        allowed = 2 * (theirs / truth - 1).abs() + torch.finfo(low).eps * (bound + (GRAM_LOSS if gram else 0))
+        assert bool(((mine / truth - 1).abs() <= allowed).all())
+
+
+GRAM_LOSS = 64.0
+"""How many rounding errors the Gram form may show: a few, times the 16 of cancellation that the kernel lets pass."""
+
+
+def rounding(a: Tensor, d: Tensor, args: tuple) -> list[Tensor]:
+    """By how much an error in each product of a gradient's sums is amplified in its squared norm, twice over.
+
+    Σ |g| Σ_t |a_t d_t| / ‖g‖²: rounding errors of sums over T positions grow like √T at random.
+    """
+    kernel, stride, padding, dilation, groups, _ = args
+    weight = torch.empty(d.shape[1], a.shape[1] // groups, *kernel, dtype=torch.float64)
+    bounds = []
+    for slot in (1, 2):
+        each = []
+        for x, y in zip(a.double(), d.double(), strict=True):
+            g, magnitude = (
+                torch.ops.aten.convolution_backward(
+                    y[None], x[None], weight, [d.shape[1]], stride, padding, dilation, False, [0] * len(kernel), groups,
+                    [False, True, True],
+                )[slot]
+                for x, y in ((x, y), (x.abs(), y.abs()))
+            )  # fmt: skip
+            each.append((g.abs() * magnitude).sum() / g.square().sum())
+        bounds.append(2 * d[0, 0].numel() ** 0.5 * torch.stack(each) + 2)
+    return bounds
+
+
+@pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(1, 5, 3), (2, 1, 1), (7, 33, 17), (40, 16, 32), (130, 3, 50), (3, 200, 12)], ids=str
+)
+def test_norms_of_linear_gradients(shape: tuple[int, int, int], dtype: torch.dtype, gram: bool) -> None:
+    positions, inputs, outputs = shape
+    torch.manual_seed(5)
+    a, d = (torch.randn(6, positions, n, dtype=torch.float64).to(dtype) for n in (inputs, outputs))
+    low = torch.float64 if dtype == torch.float64 else torch.float32
+    truth = reference.grad_sqnorm_linear(a, d, gram)
+    pytorch = torch.bmm(d.to(low).mT, a.to(low)).double().square().sum((1, 2))
+    g, magnitude = (torch.bmm(y.double().mT, x.double()) for x, y in ((a, d), (a.abs(), d.abs())))
+    amplified = 2 * positions**0.5 * (g.abs() * magnitude).sum((1, 2)) / truth + 2
+    allowed = 2 * (pytorch / truth - 1).abs() + torch.finfo(low).eps * (amplified + (GRAM_LOSS if gram else 0))
+    assert bool(((ops.grad_sqnorm_linear(a, d, gram) / truth - 1).abs() <= allowed).all())
+
+
+@needs_kernels
+def test_the_gram_form_notices_that_it_cancels() -> None:
+    torch.manual_seed(0)
+    a, d = torch.randn(1, 2, 30), torch.randn(1, 2, 20)
+    a[:, 1], d[:, 1] = a[:, 0], -d[:, 0] * (1 + 1e-3)  # the two positions all but cancel
+    truth = reference.grad_sqnorm_linear(a, d, True)
+    assert float((ops.grad_sqnorm_linear(a, d, True) / truth - 1).abs()) < 1e-3
+    products = (torch.bmm(a, a.mT) * torch.bmm(d, d.mT)).sum()  # what it would have given
+    assert float((products / truth - 1).abs()) > 1e-2
+    x, y = a.mT.reshape(1, 30, 1, 2), d.mT.reshape(1, 20, 1, 2)
+    (found, _) = ops.grad_sqnorm_conv(x, y, [1, 1], [1, 1], [0, 0], [1, 1], 1, True)
+    assert float((found / truth - 1).abs()) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 15, 64, 100])
+def test_channel_products_agree_with_the_reference(width: int, dtype: torch.dtype) -> None:
+    a, d = (torch.randn(3, 5, width, dtype=torch.float64).to(dtype) for _ in range(2))
+    center = torch.randn(5).to(dtype)
+    low = torch.float64 if dtype == torch.float64 else torch.float32
+    for mine, truth in zip(ops.channel_products(a, d, center), reference.channel_products(a, d, center), strict=True):
+        torch.testing.assert_close(mine, truth, rtol=0, atol=width * 8 * torch.finfo(low).eps)
+
+
+@needs_kernels
+def test_norms_name_bad_arguments() -> None:
+    a, d, two = torch.randn(2, 4, 5, 5), torch.randn(2, 6, 5, 5), [1, 1]
+    with pytest.raises(ValueError, match="does not fit"):
+        ops.grad_sqnorm_conv(a, d, [3, 3], two, [0, 0], two, 1, False)
+    with pytest.raises(ValueError, match="groups: expected a divisor"):
+        ops.grad_sqnorm_conv(a, d, [3, 3], two, two, two, 3, False)
+    with pytest.raises(ValueError, match="expected 4 dimensions"):
+        ops.grad_sqnorm_conv(a[0], d, [3, 3], two, two, two, 1, False)
+    with pytest.raises(ValueError, match="same examples"):
+        ops.grad_sqnorm_conv(a[:1], d, [3, 3], two, two, two, 1, False)
+    with pytest.raises(ValueError, match="expected the same examples, positions"):
+        ops.grad_sqnorm_linear(torch.zeros(2, 3, 4), torch.zeros(2, 4, 4), False)
+    with pytest.raises(ValueError, match="center: expected 4 numbers"):
+        ops.channel_products(a.flatten(2), a.flatten(2), torch.zeros(3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", CLASSES)
+def test_rademacher_cotangents_agree_with_the_reference(classes: int, dtype: torch.dtype) -> None:
+    logits = logits_for(classes, dtype, rows=None if classes < 10_000 else 3)
+    logits[1, ::3] = -float("inf")
+    if classes == 1:
+        logits[1] = 0
+    truth = reference.rademacher_cotangent(logits.double(), KEY, 0.5)
+    low = torch.float64 if dtype == torch.float64 else torch.float32
+    pytorch = reference.rademacher_cotangent(logits.to(low), KEY, 0.5).to(dtype).double()
+    ulp = torch.finfo(dtype).eps * float(truth.abs().max()) + 4 * torch.finfo(low).eps
+    error = (ops.rademacher_cotangent(logits, KEY, 0.5).double() - truth).abs().max()
+    assert float(error) <= 2 * float((pytorch - truth).abs().max()) + ulp
+
+
+def test_rademacher_cotangents_have_the_covariance_of_the_score() -> None:
+    logits = torch.tensor([2.0, 0.0, -1.0, 1.0, -float("inf")], dtype=torch.float64)
+    draws = 100_000
+    c = ops.rademacher_cotangent(logits.expand(draws, 5), torch.tensor([7, 3]), 1.0)
+    p = logits.softmax(0)
+    covariance = torch.diag(p) - torch.outer(p, p)
+    products = c[:, :, None] * c[:, None, :]
+    # Every entry's z-score; 15 distinct ones, two-sided, Bonferroni at SIGNIFICANCE.
+    error = products.std(0) / draws**0.5
+    limit = scipy.stats.norm.isf(SIGNIFICANCE / 30)
+    assert bool(((products.mean(0) - covariance).abs() <= limit * error + 1e-12).all())
+    assert bool((c.mean(0).abs() <= limit * c.std(0) / draws**0.5 + 1e-12).all())
+    assert float(c[:, 4].abs().max()) == 0.0
+    torch.testing.assert_close(c.sum(1), torch.zeros(draws, dtype=torch.float64), rtol=0, atol=1e-14)
+
+
+def test_rademacher_cotangents_are_the_gradient_of_the_loss_at_signs() -> None:
+    logits = torch.randn(7, 200, dtype=torch.float64, requires_grad=True)
+    loss = cross_entropy(logits, reference.rademacher_signs(7, 200, KEY))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(gradient, ops.rademacher_cotangent(logits.detach(), KEY, 1 / 7))
+
+
+@pytest.mark.parametrize("classes", [10, 3000])
+def test_rademacher_names_a_row_without_a_softmax(classes: int) -> None:
+    logits = torch.randn(50, classes)
+    logits[17, 3] = float("nan")
+    for implementation in (ops, reference):
+        with pytest.raises(ValueError, match="logits: row 17 has no softmax"):
+            implementation.rademacher_cotangent(logits, KEY, 1.0)
+
+
+def test_norms_and_cotangents_have_the_same_bits_for_any_number_of_threads() -> None:
+    torch.manual_seed(0)
+    a, d, logits = torch.randn(9, 8, 8, 8), torch.randn(9, 40, 8, 8), torch.randn(500, 300)
+    args = ([3, 3], [1, 1], [1, 1], [1, 1], 1)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append([
+                *ops.grad_sqnorm_conv(a, d, *args, True),
+                *ops.grad_sqnorm_conv(a, d, *args, False),
+                ops.grad_sqnorm_linear(a.flatten(2), d.flatten(2)[:, :8], True),
+                *ops.channel_products(a.flatten(2), a.flatten(2), a[0, :, 0, 0]),
+                ops.rademacher_cotangent(logits, KEY, 1.0),
+            ])  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("level", ["baseline", "avx2"])
+def test_every_simd_level_has_the_same_norms(level: str) -> None:
+    program = (
+        "import torch; from fastfisher import ops, reference; torch.manual_seed(0)\n"
+        "for dtype, rtol in ((torch.float32, 1e-5), (torch.float64, 1e-12)):\n"
+        "    a, d = torch.randn(3, 7, 9, 8, dtype=dtype), torch.randn(3, 37, 9, 8, dtype=dtype)\n"
+        "    args = ([3, 3], [1, 1], [1, 1], [1, 1], 1)\n"
+        "    for gram in (False, True):\n"
+        "        found, expected = (m.grad_sqnorm_conv(a, d, *args, gram) for m in (ops, reference))\n"
+        "        for x, y in zip(found, expected):\n"
+        "            torch.testing.assert_close(x, y, rtol=rtol, atol=0)\n"
+        "    x, key = torch.randn(4, 1500, dtype=dtype), torch.tensor([1, 2])\n"
+        "    found, expected = (m.rademacher_cotangent(x, key, 1.0) for m in (ops, reference))\n"
+        "    torch.testing.assert_close(found, expected)\n"
+    )
+    environment = {**os.environ, "FASTFISHER_SIMD_LEVEL": level}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)

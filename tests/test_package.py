@@ -47,6 +47,7 @@ def test_without_kernels_the_reference_serves_and_says_so(tmp_path: Path) -> Non
     package.mkdir()
     for source in (ROOT / "fastfisher").glob("*.py"):
         shutil.copy(source, package)
+    shutil.copytree(ROOT / "fastfisher" / "layers", package / "layers")
     program = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "import torch, fastfisher\n"

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastfisher
-from fastfisher import AdaptiveStep
+from fastfisher import AdaptiveStep, reference
+from fastfisher.labels import new_key
 from fastfisher.training.networks import build_network
 from tests.networks import Hostile, SmallResNet, flat, relative_error, smooth_network
 
@@ -145,6 +146,11 @@ def test_what_each_variant_means(method: str) -> None:
     check(
         penalty(labels="uniform", generator=torch.Generator().manual_seed(3)),
         squared(F.cross_entropy(model(x), uniform), parameters),
+    )
+    signs = reference.rademacher_signs(6, 10, new_key(torch.Generator().manual_seed(3), x.device))
+    check(
+        penalty(labels="rademacher", generator=torch.Generator().manual_seed(3)),
+        squared((2 * model(x).softmax(1).sqrt() * signs).sum(1).mean(), parameters),
     )
     leaf = x.clone().requires_grad_()
     each = torch.stack([squared(F.cross_entropy(model(leaf)[i : i + 1], y[i : i + 1]), [leaf]) for i in range(6)])

@@ -36,6 +36,7 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"labels": "true"},
     {"labels": "uniform"},
+    {"labels": "rademacher"},
     {"labels": "true", "wrt": "inputs"},
     {"reduction": "first"},
     {"examples": 7},

@@ -11,7 +11,8 @@ namespace fastfisher {
   Kernels {                                                                                                   \
     #LEVEL, LEVEL::sample_cross_entropy, LEVEL::softmax_hessian_product, LEVEL::gate_relu, LEVEL::gate_apply, \
         LEVEL::gate_max_pool, LEVEL::gate_take, LEVEL::gate_put, LEVEL::axpy_diff, LEVEL::sum_squares,        \
-        LEVEL::batch_norm, LEVEL::batch_norm_backward                                                         \
+        LEVEL::batch_norm, LEVEL::batch_norm_backward, LEVEL::grad_sqnorm_conv, LEVEL::grad_sqnorm_linear,    \
+        LEVEL::channel_products, LEVEL::rademacher_cotangent                                                  \
   }
 
 static Kernels choose() {

@@ -31,6 +31,13 @@ struct BatchShape {
   int64_t examples, channels, size;
 };
 
+// A convolution in three dimensions (leading ones of size 1 for fewer), seen from one group of one example.
+struct Convolution {
+  int64_t channels, outputs, groups;  // channels and outputs of one group
+  int64_t input[3], kernel[3], stride[3], padding[3], dilation[3], output[3];
+  int64_t needed[3];  // how much of the padded input the outputs see
+};
+
 struct Kernels {
   const char* level;
 
@@ -80,28 +87,53 @@ struct Kernels {
   void (*batch_norm_backward)(Type type, const void* grad, const void* x, const BatchShape& shape, const void* weight,
                               const double* mean, const double* variance, double eps, void* grad_x, void* grad_weight,
                               void* grad_bias, int64_t begin, int64_t end);
+
+  // Per example i in [begin, end), with x[N, channels of all groups, input] and d[N, outputs, output]: the squared
+  // norms of the weight gradient and of the bias gradient. Scratch as ops.cpp sizes it.
+  void (*grad_sqnorm_conv)(Type type, const Convolution& c, bool use_gram, const void* x, const void* d, double* weight,
+                           double* bias, void* scratch, int64_t begin, int64_t end);
+
+  // The same for a[N, positions, inputs] and d[N, positions, outputs] of a linear layer.
+  void (*grad_sqnorm_linear)(Type type, int64_t positions, int64_t inputs, int64_t outputs, bool use_gram,
+                             const void* a, const void* d, double* weight, void* scratch, int64_t begin, int64_t end);
+
+  // Rows [begin, end) of a[N * channels, width] and d: the sums of (a - center[channel]) d and of d.
+  void (*channel_products)(Type type, const void* a, const void* d, const void* center, int64_t channels, int64_t width,
+                           double* products, double* sums, int64_t begin, int64_t end);
+
+  // out = (sqrt(p) * e - p (sqrt(p) . e)) * scale with p = softmax(logits) and random signs e, rows [begin, end).
+  // Rows without a softmax as in sample_cross_entropy.
+  int64_t (*rademacher_cotangent)(Type type, const void* logits, int64_t columns, Key key, double scale, void* out,
+                                  int64_t begin, int64_t end);
 };
 
 // The widest set of kernels that this processor can run.
 const Kernels& kernels();
 
 // The same functions, compiled once per SIMD level.
-#define FASTFISHER_DECLARE_LEVEL(LEVEL)                                                                            \
-  namespace LEVEL {                                                                                                \
-  int64_t sample_cross_entropy(Type, const void*, int64_t, Key, double, void*, int64_t*, void*, int64_t, int64_t); \
-  void softmax_hessian_product(Type, const void*, const int64_t*, const void*, int64_t, double, void*, int64_t,    \
-                               int64_t);                                                                           \
-  void gate_relu(Type, const void*, int64_t, void*, uint32_t*, int64_t, int64_t);                                  \
-  void gate_apply(Type, const void*, int64_t, const uint32_t*, void*, int64_t, int64_t);                           \
-  void gate_max_pool(Type, const void*, int64_t, int64_t, const Pool&, bool, void*, int32_t*, int64_t, int64_t);   \
-  void gate_take(Type, const void*, int64_t, const int32_t*, int64_t, void*, int64_t, int64_t);                    \
-  void gate_put(Type, const void*, int64_t, const int32_t*, int64_t, void*, int64_t, int64_t);                     \
-  double axpy_diff(Type, void*, const void*, const void*, double, int64_t, int64_t);                               \
-  double sum_squares(Type, const void*, int64_t, int64_t);                                                         \
-  void batch_norm(Type, const void*, const BatchShape&, const void*, const void*, double, void*, double*, double*, \
-                  int64_t, int64_t);                                                                               \
-  void batch_norm_backward(Type, const void*, const void*, const BatchShape&, const void*, const double*,          \
-                           const double*, double, void*, void*, void*, int64_t, int64_t);                          \
+#define FASTFISHER_DECLARE_LEVEL(LEVEL)                                                                             \
+  namespace LEVEL {                                                                                                 \
+  int64_t sample_cross_entropy(Type, const void*, int64_t, Key, double, void*, int64_t*, void*, int64_t, int64_t);  \
+  void softmax_hessian_product(Type, const void*, const int64_t*, const void*, int64_t, double, void*, int64_t,     \
+                               int64_t);                                                                            \
+  void gate_relu(Type, const void*, int64_t, void*, uint32_t*, int64_t, int64_t);                                   \
+  void gate_apply(Type, const void*, int64_t, const uint32_t*, void*, int64_t, int64_t);                            \
+  void gate_max_pool(Type, const void*, int64_t, int64_t, const Pool&, bool, void*, int32_t*, int64_t, int64_t);    \
+  void gate_take(Type, const void*, int64_t, const int32_t*, int64_t, void*, int64_t, int64_t);                     \
+  void gate_put(Type, const void*, int64_t, const int32_t*, int64_t, void*, int64_t, int64_t);                      \
+  double axpy_diff(Type, void*, const void*, const void*, double, int64_t, int64_t);                                \
+  double sum_squares(Type, const void*, int64_t, int64_t);                                                          \
+  void batch_norm(Type, const void*, const BatchShape&, const void*, const void*, double, void*, double*, double*,  \
+                  int64_t, int64_t);                                                                                \
+  void batch_norm_backward(Type, const void*, const void*, const BatchShape&, const void*, const double*,           \
+                           const double*, double, void*, void*, void*, int64_t, int64_t);                           \
+  void grad_sqnorm_conv(Type, const Convolution&, bool, const void*, const void*, double*, double*, void*, int64_t, \
+                        int64_t);                                                                                   \
+  void grad_sqnorm_linear(Type, int64_t, int64_t, int64_t, bool, const void*, const void*, double*, void*, int64_t, \
+                          int64_t);                                                                                 \
+  void channel_products(Type, const void*, const void*, const void*, int64_t, int64_t, double*, double*, int64_t,   \
+                        int64_t);                                                                                   \
+  int64_t rademacher_cotangent(Type, const void*, int64_t, Key, double, void*, int64_t, int64_t);                   \
   }
 FASTFISHER_DECLARE_LEVEL(baseline)
 FASTFISHER_DECLARE_LEVEL(avx2)

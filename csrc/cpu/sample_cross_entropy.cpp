@@ -20,6 +20,14 @@ constexpr int64_t kMaxTiles = kMaxColumns / kTile;
 // The search inside a tile goes by chunks of 256, whose sums cost one addition per vector to keep.
 constexpr int64_t kChunk = 256;
 
+template <class Value>
+static inline Value square_root(Value x) {
+  constexpr int lanes = sizeof(Value) / sizeof(x[0]);
+#pragma omp simd
+  for (int k = 0; k < lanes; ++k) x[k] = sizeof(x[0]) == 4 ? __builtin_sqrtf(x[k]) : __builtin_sqrt(x[k]);
+  return x;
+}
+
 template <class T>
 struct Row {
   using Storage = typename T::Storage;
@@ -241,6 +249,64 @@ struct Row {
     return true;
   }
 
+  // Writes (sqrt(p) * e - p (sqrt(p) . e)) * scale, e the signs that the key has for the row. In a first pass every
+  // tile's sums are against its own maximum, as in many_tiles; the root of an exponential scales by half the exponent.
+  bool rademacher(const Storage* x, int64_t columns, Key key, uint64_t row, Compute scale, Storage* out) {
+    const int64_t tiles = (columns + kTile - 1) / kTile;
+    const uint64_t first_block = row * static_cast<uint64_t>((columns + 127) / 128);
+    double root_sum[kMaxTiles];
+    Compute maximum = -kInfinity;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const Storage* tile = x + t * kTile;
+      tile_max[t] = maximum_of(tile, width(columns, t));
+      maximum = tile_max[t] > maximum ? tile_max[t] : maximum;
+      Value sum = {}, roots = {};
+      for_signs(key, first_block, t, width(columns, t), [&](int64_t j, Value signs) {
+        const Value value = exp_nonpositive(load(tile, j, width(columns, t)) - finite(tile_max[t]));
+        sum += value;
+        roots += square_root(value) * signs;
+      });
+      tile_sum[t] = horizontal_sum(sum);
+      root_sum[t] = horizontal_sum(roots);
+    }
+    double total = 0, dot = 0;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const double root = __builtin_exp((static_cast<double>(tile_max[t]) - static_cast<double>(maximum)) / 2);
+      total += tile_sum[t] * root * root;
+      dot += root_sum[t] * root;
+    }
+    if (!has_softmax(maximum, total)) return false;
+    const Compute factor = static_cast<Compute>(1 / total);
+    const Compute mean = static_cast<Compute>(dot / __builtin_sqrt(total));
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t stop = width(columns, t);
+      for_signs(key, first_block, t, stop, [&](int64_t j, Value signs) {
+        const Value p = exp_nonpositive(load(x + t * kTile, j, stop) - maximum) * factor;
+        const Value value = (square_root(p) * signs - p * mean) * scale;
+        Storage* target = out + t * kTile + j;
+        if (j + kLanes <= stop) return T::store(target, value);
+        for (int64_t k = 0; k < stop - j; ++k) target[k] = T::store(value[k]);
+      });
+    }
+    return true;
+  }
+
+  // Calls f(column in the tile, signs of the lanes) for each vector of a tile.
+  template <class Function>
+  static void for_signs(Key key, uint64_t first_block, int64_t tile, int64_t width, Function f) {
+    using Bits = typename Vector<Compute>::Bits;
+    Bits lane;
+    for (int64_t k = 0; k < kLanes; ++k) lane[k] = static_cast<uint32_t>(k);
+    for (int64_t block = 0; block < width; block += 128) {
+      const Words words = philox(key, first_block + static_cast<uint64_t>((tile * kTile + block) / 128));
+      for (int64_t j = block; j < block + 128 && j < width; j += kLanes) {
+        const uint32_t bits = words.w[(j - block) / 32] >> ((j - block) % 32);
+        const Bits negative = ((Bits{} + bits) >> lane) << (sizeof(Compute) * 8 - 1);
+        f(j, (Value)(negative | (Bits)(Value{} + Compute(1))));
+      }
+    }
+  }
+
   static int64_t width(int64_t columns, int64_t t) {
     const int64_t rest = columns - t * kTile;
     return rest < kTile ? rest : kTile;
@@ -257,6 +323,25 @@ struct Row {
 };
 
 }  // namespace
+
+int64_t rademacher_cotangent(Type type, const void* logits, int64_t columns, Key key, double scale, void* out,
+                             int64_t begin, int64_t end) {
+  return dispatch(type, [&](auto tag) {
+    using T = decltype(tag);
+    using Storage = typename T::Storage;
+    Row<T> row;
+    int64_t first_bad = -1;
+    for (int64_t i = begin; i < end; ++i) {
+      Storage* target = static_cast<Storage*>(out) + i * columns;
+      if (row.rademacher(static_cast<const Storage*>(logits) + i * columns, columns, key, static_cast<uint64_t>(i),
+                         static_cast<typename T::Compute>(scale), target))
+        continue;
+      for (int64_t j = 0; j < columns; ++j) target[j] = T::store(__builtin_nanf(""));
+      if (first_bad < 0) first_bad = i;
+    }
+    return first_bad;
+  });
+}
 
 int64_t sample_cross_entropy(Type type, const void* logits, int64_t columns, Key key, double scale, void* nll,
                              int64_t* labels, void* dlogits, int64_t begin, int64_t end) {

@@ -18,11 +18,12 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from fastfisher import FisherPenalty
+from fastfisher import FisherPenalty, trace_fisher
+from fastfisher.capture import eval_mode
 from fastfisher.training.config import TrainConfig, resolve
 from fastfisher.training.data import Batches, Data, load_data
 from fastfisher.training.folder import RunFolder
-from fastfisher.training.measurements import accuracies, eval_mode, trace_fisher
+from fastfisher.training.measurements import accuracies
 from fastfisher.training.networks import build_network
 
 # What each method of the paper (section 4) penalises.
@@ -229,7 +230,7 @@ class Run:
         generator = torch.Generator(self.device).manual_seed(_seed(self.config.seed, f"trace {self.epoch}"))
         order = torch.randperm(len(self.data.labels), generator=generator, device=self.device)
         chosen = order[: self.config.trace_samples]
-        return trace_fisher(self.model, self.data.inputs[chosen], generator=generator)
+        return trace_fisher(self.model, self.data.inputs[chosen], labels="sampled", generator=generator).value
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything the next steps depend on, as tensors and plain Python values."""

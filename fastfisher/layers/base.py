@@ -1,0 +1,196 @@
+"""What a formula is, and where the examples are in a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 22
+"""How many elements of per-example gradients may exist at once, where a formula has to make them."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where ``examples`` examples are in a tensor: along ``dim``, each with ``repeat`` neighbouring rows.
+
+    With ``inner`` the example is the fast index of that dimension (row = position·examples + example), as in the
+    flattened (positions, examples, features) of attention.
+    """
+
+    examples: int
+    dim: int
+    repeat: int = 1
+    inner: bool = False
+
+    def split(self, x: Tensor) -> Tensor:
+        """``x`` with its examples in front: [examples, repeat, the other dimensions], repeat left out where it is 1."""
+        if self.repeat == 1:
+            return x.movedim(self.dim, 0)
+        if self.inner:
+            return _unflatten(x, self.dim, self.repeat, self.examples).movedim(self.dim + 1, 0)
+        return _unflatten(x, self.dim, self.examples, self.repeat).movedim(self.dim, 0)
+
+    @staticmethod
+    def between(full: Tensor, part: Tensor, examples: int, few: int, leading: int) -> Layout | None:
+        """The layout of ``full``, given the same tensor ``part`` for the first ``few`` examples alone; or None."""
+        changed = [d for d in range(full.dim()) if full.shape[d] != part.shape[d]]
+        if len(changed) != 1 or changed[0] >= leading:
+            return None
+        dim = changed[0]
+        repeat = full.shape[dim] // examples
+        if full.shape[dim] != repeat * examples or part.shape[dim] != repeat * few:
+            return None
+        if repeat == 1:
+            return Layout(examples, dim)
+        full, part = full.detach(), part.detach()
+        if few > examples:  # the probe repeated an example
+            few = examples
+            outer = part.narrow(dim, 0, repeat * few)
+            inner = _unflatten(part, dim, repeat, -1).narrow(dim + 1, 0, few).flatten(dim, dim + 1)
+        else:
+            outer = inner = part
+        matches = []
+        for is_inner, expected in ((False, outer), (True, inner)):
+            if is_inner:
+                rows = _unflatten(full, dim, repeat, examples).narrow(dim + 1, 0, few).flatten(dim, dim + 1)
+            else:
+                rows = full.narrow(dim, 0, repeat * few)
+            difference = (rows.double() - expected.double()).abs().max()
+            if difference <= 1e-3 * expected.double().abs().max():
+                matches.append(is_inner)
+        return Layout(examples, dim, repeat, matches[0]) if len(matches) == 1 else None
+
+
+def _unflatten(x: Tensor, dim: int, slow: int, fast: int) -> Tensor:
+    return x.reshape(*x.shape[:dim], slow, fast, *x.shape[dim + 1 :])
+
+
+class Layer:
+    """One call that parameters take part in, with the formulas for their per-example gradients.
+
+    Attributes:
+        tensors: the parameters by their role ("weight", "bias", …), as they were passed to the call.
+        operand: the argument that holds the examples.
+        leading: how many of its dimensions, from the first on, may be the examples'.
+        pulls_back: whether the layer knows the gradient of its input itself (:meth:`pull_back`), cheaper than autograd.
+        replaces: whether the call is made as it is on one copy of the parameter per example (see expand.py).
+        layout: where the examples are; set by the capture.
+    """
+
+    replaces = False
+    pulls_back = False
+    tensors: dict[str, Tensor]
+    operand: Tensor
+    leading: int
+    layout: Layout
+
+    def __init__(self, operand: Tensor, leading: int, tensors: dict[str, Tensor]) -> None:
+        self.operand, self.leading, self.tensors = operand, leading, tensors
+        self._version = operand._version
+
+    def accepts(self, layout: Layout) -> bool:
+        """Whether the formula can work with examples that lie so."""
+        return True
+
+    def output(self) -> Tensor:
+        """The call itself, with detached parameters; what it returns is no view."""
+        raise NotImplementedError
+
+    def pull_back(self, grad: Tensor) -> Tensor:
+        """With ``pulls_back``: the gradient of the input."""
+        raise NotImplementedError
+
+    def finish(self, out: Tensor) -> Tensor:
+        """The output in the shape that the caller expects."""
+        return out
+
+    def narrow(self) -> Tensor:
+        """With ``replaces``: the part of the parameter that is copied for each example."""
+        raise NotImplementedError
+
+    def check_unchanged(self) -> None:
+        """Raises RuntimeError where the input was overwritten between forward and backward."""
+        if self.operand._version != self._version:
+            raise RuntimeError(
+                f"the input of {type(self).__name__} (shape {tuple(self.operand.shape)}) was modified in place after "
+                "it was used; per-example gradients need it as it was"
+            )
+
+    def release(self) -> None:
+        """Lets go of the input; called when no further backward comes."""
+        self.operand = self.operand.new_empty(0)
+        self._version = 0
+
+    def seen(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """The input and the gradient of the output, examples in front."""
+        return self.layout.split(self.operand.detach()), self.layout.split(grad)
+
+    def gradients(self, slot: str, a: Tensor, d: Tensor) -> Tensor:
+        """The gradient of each example, [n, *shape of the parameter], from rows of what :meth:`seen` gave."""
+        raise NotImplementedError
+
+    def squared_norms(self, slots: list[str], a: Tensor, d: Tensor) -> dict[str, Tensor]:
+        """‖gradient of example i‖², float64[n], by role: from materialised chunks, unless a layer knows better."""
+        return {slot: self.materialised_norms(slot, a, d) for slot in slots}
+
+    def materialised_norms(self, slot: str, a: Tensor, d: Tensor) -> Tensor:
+        """The same for one role, always from materialised chunks."""
+        return torch.cat([squares(self.gradients(slot, a[rows], d[rows])) for rows in self.chunks(slot, len(d))])
+
+    def total(self, slot: str, a: Tensor, d: Tensor) -> Tensor:
+        """The sum of the gradients of all examples."""
+        parts = [self.gradients(slot, a[rows], d[rows]).sum(0) for rows in self.chunks(slot, len(d))]
+        return torch.stack(parts).sum(0)
+
+    def inner_products(self, slot: str, a: Tensor, d: Tensor, other_a: Tensor, other_d: Tensor) -> Tensor:
+        """The inner product of example i's gradient with that of example i in another capture, float64[n]."""
+        parts = []
+        for rows in self.chunks(slot, len(d)):
+            mine, theirs = self.gradients(slot, a[rows], d[rows]), self.gradients(slot, other_a[rows], other_d[rows])
+            parts.append(dots(mine, theirs))
+        return torch.cat(parts)
+
+    def chunks(self, slot: str, examples: int) -> Iterator[slice]:
+        """Slices of examples whose gradients may exist at once."""
+        yield from chunks(examples, self.tensors[slot].numel())
+
+
+def depends(tensor: Tensor) -> bool:
+    """Whether a tensor met in a capture, and not followed as a parameter, depends on the examples."""
+    return tensor.requires_grad or getattr(tensor, "_fastfisher_depends", False)
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among arguments, those in lists and tuples included."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_in(value)
+
+
+def chunks(examples: int, elements: int) -> Iterator[slice]:
+    """Slices of the examples, each with at most CHUNK_ELEMENTS elements (or a single example)."""
+    step = max(1, CHUNK_ELEMENTS // max(1, elements))
+    for start in range(0, examples, step):
+        yield slice(start, min(examples, start + step))
+
+
+def squares(x: Tensor) -> Tensor:
+    """The sum of squares of each row x[i], in float64."""
+    x = computing(x).reshape(len(x), -1)
+    return x.square().sum(1, dtype=torch.float64)
+
+
+def dots(x: Tensor, y: Tensor) -> Tensor:
+    """The inner product of each x[i] with y[i], in float64."""
+    return (computing(x) * computing(y)).reshape(len(x), -1).sum(1, dtype=torch.float64)
+
+
+def computing(x: Tensor) -> Tensor:
+    """``x`` in the precision that formulas compute in: at least float32."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -1,0 +1,675 @@
+"""Per-example gradient norms, the trace of the Fisher, and inner products of gradients, none of it materialised.
+
+One forward, one backward to the outputs of the layers, and a formula per layer (``fastfisher/layers``): the cost of a
+plain forward and backward, and no array of examples x parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastfisher import ops
+from fastfisher.capture import Capture, Part, eval_mode
+from fastfisher.estimate import TraceEstimate
+from fastfisher.labels import new_key
+from fastfisher.layers import Layer, chunks, squares
+from fastfisher.penalty import (
+    Inputs,
+    chosen_names,
+    input_tensors,
+    map_inputs,
+    trainable_parameters,
+)
+from fastfisher.slow_path import warn_slow_path
+
+Labels = Literal["rademacher", "sampled", "exact", "true"]
+Loss = Callable[[Tensor, Tensor | None], Tensor]
+Pair = tuple[Inputs, Tensor | None]
+Seen = dict[int, tuple[Tensor, Tensor]]
+
+LABELS = ("rademacher", "sampled", "exact", "true")
+
+
+# ---- the public functions --------------------------------------------------------------------------------------------
+
+
+def per_example_grad_norms(
+    model: nn.Module,
+    inputs: Inputs,
+    targets: Tensor | None = None,
+    *,
+    labels: Labels | Tensor = "sampled",
+    draws: int = 1,
+    squared: bool = True,
+    params: Iterable[Tensor] | None = None,
+    loss: Loss | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """‖∇_θ ℓ(x_i, ŷ_i)‖² for each example i, with ℓ = −log p(ŷ_i | x_i) summed over the positions of an example.
+
+    About the cost of one forward and backward of the batch; each further draw costs a backward. The model is in eval
+    mode meanwhile (a batch norm in train mode couples the examples) and put back as it was.
+
+    Example:
+        >>> norms = fastfisher.per_example_grad_norms(model, x, y, labels="true", squared=False)
+
+    Args:
+        model: any module from ``inputs`` to logits (N, …, C).
+        inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments), batch first.
+        targets: class indices (N, …) or class probabilities (N, …, C), where ``labels="true"``.
+        labels: "sampled" draws ŷ ~ p(y|x); "rademacher" draws the cotangent √p⊙ε − p⟨√p, ε⟩, ε = ±1, whose squared
+            norm has the same expectation; "exact" is that expectation, E_ŷ‖∇ℓ(x_i, ŷ)‖², by C − 1 backwards for each
+            position; "true" takes the targets; a tensor is used as the targets.
+        draws: how many independent draws, with one forward in common.
+        squared: False for the norms themselves.
+        params: the parameters whose gradient is meant; all trainable ones otherwise.
+        loss: instead of the cross-entropy, a function of (logits, targets) that returns one loss per example (N,).
+            Goes with ``labels="true"``.
+        generator: where labels are drawn; torch's default generator otherwise.
+
+    Returns:
+        float64 (N,), or (draws, N) for more than one draw.
+
+    Raises:
+        ValueError: an argument is none of the above; it is named.
+    """
+    _check(labels, draws, loss, targets)
+    names = chosen_names(trainable_parameters(model), params)
+    with eval_mode(model):
+        capture = _capture(model, inputs, names)
+        cotangents = _Cotangents(capture.logits.detach(), labels, targets, loss, generator)
+        found = [sum(n.values()) for n in _draws(model, inputs, capture, cotangents, draws)]
+    norms = torch.stack([n if isinstance(n, Tensor) else _zeros(capture) for n in found])
+    norms = norms if squared else norms.sqrt()
+    return norms[0] if draws == 1 else norms
+
+
+@dataclass(frozen=True)
+class FisherTrace(TraceEstimate):
+    """An estimate of Tr(F).
+
+    Attributes:
+        minibatch: Tr(F_B) = E‖(1/B) Σ_i g_i‖² over the batches that were used, where it was asked for; else None.
+    """
+
+    minibatch: float | None = None
+
+
+def trace_fisher(
+    model: nn.Module,
+    data: Any,
+    *,
+    samples: int | None = None,
+    labels: Labels = "rademacher",
+    draws: int = 1,
+    batch_size: int = 128,
+    tolerance: float | None = None,
+    minibatch: bool = False,
+    params: Iterable[Tensor] | None = None,
+    generator: torch.Generator | None = None,
+) -> FisherTrace:
+    """Tr(F) = E_x E_ŷ ‖∇_θ ℓ(x, ŷ)‖², ŷ ~ p(y|x): the trace of the Fisher Information Matrix (eq. 2 of the paper).
+
+    One draw costs about a plain forward and backward of the data, "exact" C − 1 backwards. Memory is that of one batch.
+
+    Example:
+        >>> print(fastfisher.trace_fisher(model, loader))
+        41.3 ± 0.52 (fisher, labels=rademacher; over labels and examples, 5000 examples)
+
+    The error bar. With more than one draw, or a label that is not drawn, ``standard_error`` is that of the trace over
+    the examples given (0 for "exact" and "true"), plus, with ``samples``, that of having taken only some of the data.
+    With a single draw the noise of the labels cannot be told from the differences between examples, and the error bar
+    is that of the trace over the distribution the examples come from; ``method`` says which. It is NaN for one example.
+
+    Args:
+        model: as in :func:`per_example_grad_norms`; in eval mode meanwhile.
+        data: a tensor of inputs, a pair (inputs, targets), or an iterable of either, such as a DataLoader. Batches are
+            moved to the device of the model's parameters.
+        samples: at most so many examples: a random choice of a pair's, the first of an iterable's.
+        labels: "rademacher" has by far the smallest variance once a network has fitted its data; "sampled", "exact" as
+            in :func:`per_example_grad_norms`; "true" gives the empirical Fisher's trace, of the targets in ``data``.
+        draws: how many draws for each example.
+        batch_size: how many examples at a time, where ``data`` is no iterable.
+        tolerance: go on drawing (at least two draws in all) until standard_error ≤ tolerance·value.
+        minibatch: also Tr(F_B), for about a third more.
+        params, generator: as in :func:`per_example_grad_norms`.
+
+    Returns:
+        The estimate, split by parameter, with the parameters that took a slower way.
+
+    Raises:
+        ValueError: an argument is none of the above, or there is no example; it is named.
+    """
+    if isinstance(labels, Tensor):
+        raise ValueError(f"labels: expected one of {', '.join(LABELS)}, got a tensor")
+    _check(labels, draws, None, None, data_has_targets=True)
+    if tolerance is not None and not (math.isfinite(tolerance) and tolerance > 0):
+        raise ValueError(f"tolerance: expected a number > 0, got {tolerance!r}")
+    names = chosen_names(trainable_parameters(model), params)
+    drawn = labels in ("rademacher", "sampled")
+    sums = _Sums(names)
+    rounds = max(2, draws) if tolerance is not None and drawn else draws if drawn else 1
+    batches = _Batches(data, samples, batch_size, next(model.parameters()).device, generator)
+    with eval_mode(model):
+        while True:
+            sums.begin(rounds)
+            for inputs, targets in batches:
+                capture = _capture(model, inputs, names)
+                sums.fallbacks.update(capture.fallbacks)
+                cotangents = _Cotangents(capture.logits.detach(), labels, targets, None, generator)
+                sums.add(_draws(model, inputs, capture, cotangents, rounds, sums.means if minibatch else None))
+                del capture, cotangents  # before the next forward
+            if not sums.examples:
+                raise ValueError("data: expected at least one example, got none")
+            error = sums.standard_error(drawn, batches.fraction)
+            if tolerance is None or not drawn or error <= tolerance * sums.value():
+                break
+            rounds = sums.draws  # twice as many with each round
+    over = "labels" if sums.draws > 1 else "labels and examples"
+    if drawn and batches.fraction < 1:
+        over = "labels and examples"
+    if not drawn:
+        over = "examples" if batches.fraction < 1 else ""
+    return FisherTrace(
+        value=sums.value(),
+        standard_error=error,
+        samples=sums.examples,
+        draws=sums.draws if drawn else 0,
+        method=f"fisher, labels={labels}" + (f"; over {over}" if over else ""),
+        per_parameter=sums.per_parameter(),
+        fallbacks=sums.fallbacks,
+        minibatch=sums.minibatch() if minibatch else None,
+    )
+
+
+@dataclass(frozen=True)
+class GradInnerProducts:
+    """Inner products between the gradients of two batches.
+
+    Attributes:
+        per_example: ⟨g_i, h_i⟩ for the pairs of examples, float64 (N,); None where the batches differ in size.
+        mean: ⟨ḡ, h̄⟩ of the mean gradients.
+        cosine: ⟨ḡ, h̄⟩ / (‖ḡ‖ ‖h̄‖).
+    """
+
+    per_example: Tensor | None
+    mean: float
+    cosine: float
+
+
+def grad_inner_products(
+    model: nn.Module,
+    first: Pair,
+    second: Pair,
+    *,
+    labels: Labels = "true",
+    params: Iterable[Tensor] | None = None,
+    loss: Loss | None = None,
+    generator: torch.Generator | None = None,
+) -> GradInnerProducts:
+    """Inner products of the gradients of two batches, such as clean and mislabelled examples (figure 12).
+
+    One forward and backward of each batch, whose layer inputs and output gradients are kept until both are there.
+
+    Args:
+        model: as in :func:`per_example_grad_norms`; in eval mode meanwhile.
+        first, second: pairs (inputs, targets).
+        labels: "true", or "sampled" or "rademacher" for drawn ones (the targets may then be None).
+        params, loss, generator: as in :func:`per_example_grad_norms`.
+
+    Raises:
+        ValueError: an argument is none of the above; it is named.
+    """
+    if labels == "exact":
+        raise ValueError('labels: expected "true", "sampled" or "rademacher", got "exact"')
+    names = chosen_names(trainable_parameters(model), params)
+    sides = []
+    with eval_mode(model):
+        for inputs, targets in (first, second):
+            _check(labels, 1, loss, targets)
+            capture = _capture(model, inputs, names)
+            cotangents = _Cotangents(capture.logits.detach(), labels, targets, loss, generator)
+            (cotangent,) = cotangents.draw()
+            kept: Seen = {}
+
+            def keep(layer: Layer, grad: Tensor, kept: Seen = kept) -> None:
+                kept[id(layer)] = layer.seen(grad)
+
+            capture.backward(cotangent, keep)
+            sides.append(_Side(model, inputs, capture, cotangent, kept))
+        one, two = sides
+        pairs = one.capture.examples == two.capture.examples
+        per_example = _zeros(one.capture)
+        mean = norm_one = norm_two = 0.0
+        for name in names:
+            if pairs:
+                per_example = per_example + one.inner_products(name, two)
+            totals = [side.totals(name) for side in sides]
+            for g, h in zip(*totals, strict=True):
+                g, h = g.double() / one.capture.examples, h.double() / two.capture.examples
+                mean += float((g * h).sum())
+                norm_one += float(g.square().sum())
+                norm_two += float(h.square().sum())
+    size = math.sqrt(norm_one * norm_two)
+    return GradInnerProducts(per_example if pairs else None, mean, mean / size if size else math.nan)
+
+
+# ---- arguments and data ----------------------------------------------------------------------------------------------
+
+
+def _check(
+    labels: str | Tensor, draws: int, loss: Loss | None, targets: Tensor | None, data_has_targets: bool = False
+) -> None:
+    if isinstance(labels, str) and labels not in LABELS:
+        raise ValueError(f"labels: expected one of {', '.join(LABELS)}, got {labels!r}")
+    if not (isinstance(draws, int) and draws >= 1):
+        raise ValueError(f"draws: expected an integer >= 1, got {draws!r}")
+    if loss is not None and not (isinstance(labels, str) and labels == "true"):
+        raise ValueError(f'loss: expected None with labels={labels!r}, which are drawn; a loss goes with labels="true"')
+    if isinstance(labels, str) and labels == "true" and loss is None and targets is None and not data_has_targets:
+        raise ValueError('targets: expected the true labels with labels="true", got None')
+
+
+class _Batches:
+    """The batches of ``data`` on a device, as often as they are iterated; ``fraction`` of all data is in them."""
+
+    def __init__(
+        self, data: Any, samples: int | None, batch_size: int, device: torch.device, generator: torch.Generator | None
+    ) -> None:
+        if samples is not None and not (isinstance(samples, int) and samples >= 1):
+            raise ValueError(f"samples: expected an integer >= 1 or None, got {samples!r}")
+        if not (isinstance(batch_size, int) and batch_size >= 1):
+            raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
+        self.data, self.samples, self.batch_size, self.device = data, samples, batch_size, device
+        self.fraction = 1.0
+        self.whole = isinstance(data, Tensor | dict) or (isinstance(data, tuple) and len(data) == 2)
+        self.exhausted = False
+        if self.whole:
+            self.inputs, self.targets = _pair(data)
+            tensors = input_tensors(self.inputs)
+            if not tensors:
+                raise ValueError("data: expected at least one tensor of inputs, found none")
+            examples = len(tensors[0])
+            if self.targets is not None and len(self.targets) != examples:
+                raise ValueError(f"data: expected one target per input, got {len(self.targets)} for {examples}")
+            self.order: Tensor | None = None
+            if samples is not None and samples < examples:
+                source = generator.device if generator is not None else torch.device("cpu")
+                self.order = torch.randperm(examples, generator=generator, device=source)[:samples]
+                self.fraction = samples / examples
+            self.examples = examples if self.order is None else samples or 0
+        elif not isinstance(data, Iterable):
+            raise TypeError(f"data: expected tensors or an iterable of batches, got {type(data).__name__}")
+
+    def __iter__(self) -> Iterator[Pair]:
+        if not self.whole:
+            yield from self._stream()
+            return
+        for start in range(0, self.examples, self.batch_size):
+            rows: Any = slice(start, start + self.batch_size)
+            if self.order is not None:
+                rows = self.order[rows]
+            yield self._take(self.inputs, self.targets, rows)
+
+    def _stream(self) -> Iterator[Pair]:
+        if self.exhausted or (iter(self.data) is self.data and self.exhausted):
+            raise ValueError("data: expected an iterable that can be iterated again with tolerance=, got an iterator")
+        self.exhausted = iter(self.data) is self.data
+        left = self.samples if self.samples is not None else math.inf
+        for batch in self.data:
+            inputs, targets = _pair(batch)
+            size = len(input_tensors(inputs)[0])
+            if size:
+                yield self._take(inputs, targets, slice(0, int(min(size, left))))
+            left -= size
+            if left <= 0:
+                if self.samples is not None:
+                    self.fraction = 0.0  # of a stream whose length is not known
+                return
+
+    def _take(self, inputs: Inputs, targets: Tensor | None, rows: Any) -> Pair:
+        def take(x: Tensor) -> Tensor:
+            return (x[rows.to(x.device) if isinstance(rows, Tensor) else rows] if x.dim() else x).to(self.device)
+
+        return map_inputs(inputs, take), None if targets is None else take(targets)
+
+
+def _pair(batch: Any) -> Pair:
+    if isinstance(batch, Tensor | dict):
+        return batch, None
+    if isinstance(batch, list | tuple) and len(batch) == 2 and (batch[1] is None or isinstance(batch[1], Tensor)):
+        return (tuple(batch[0]) if isinstance(batch[0], list) else batch[0]), batch[1]
+    if isinstance(batch, list | tuple) and len(batch) == 1:
+        return batch[0], None
+    raise TypeError(f"data: expected tensors or pairs (inputs, targets), got {type(batch).__name__}")
+
+
+def _capture(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> Capture:
+    capture = Capture(model, inputs, names)
+    for reason in dict.fromkeys(capture.fallbacks.values()):
+        slow = ", ".join(name for name, why in capture.fallbacks.items() if why == reason)
+        warn_slow_path(f"per-example gradients of {slow} go by vmap(grad): {reason}")
+    logits = capture.logits
+    if logits.dim() < 2 or len(logits) != capture.examples:
+        raise ValueError(
+            f"model: expected logits (N, ..., C) for N = {capture.examples} examples, got shape {tuple(logits.shape)}"
+        )
+    return capture
+
+
+def _zeros(capture: Capture) -> Tensor:
+    return torch.zeros(capture.examples, dtype=torch.float64, device=capture.logits.device)
+
+
+# ---- the gradients of the loss in the logits -------------------------------------------------------------------------
+
+
+class _Cotangents:
+    """∂ℓ/∂logits for each draw of the labels; with "exact", several whose squared norms add up."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        labels: str | Tensor,
+        targets: Tensor | None,
+        loss: Loss | None,
+        generator: torch.Generator | None,
+    ) -> None:
+        self.logits, self.labels, self.targets, self.loss, self.generator = logits, labels, targets, loss, generator
+        if isinstance(labels, Tensor):
+            self.labels, self.targets = "true", labels
+        if self.labels == "true" and loss is None and self.targets is None:
+            raise ValueError('targets: expected the true labels with labels="true", got None')
+
+    @property
+    def count(self) -> int:
+        """How many backwards a draw takes."""
+        return max(1, self.logits[0].numel() - self.logits[0, ..., 0].numel()) if self.labels == "exact" else 1
+
+    def draw(self) -> Iterator[Tensor]:
+        """The cotangents of one draw."""
+        rows = self.logits.reshape(-1, self.logits.shape[-1])
+        if self.labels == "exact":
+            yield from self._exact()
+        elif self.labels == "true":
+            yield self._true()
+        else:
+            key = new_key(self.generator, rows.device)
+            if self.labels == "sampled":
+                yield ops.sample_cross_entropy(rows, key, 1.0)[2].view(self.logits.shape)
+            else:
+                yield ops.rademacher_cotangent(rows, key, 1.0).view(self.logits.shape)
+
+    def _true(self) -> Tensor:
+        logits = self.logits.requires_grad_()
+        with torch.enable_grad():
+            if self.loss is not None:
+                each = self.loss(logits, self.targets)
+                if each.shape != logits.shape[:1]:
+                    raise ValueError(f"loss: expected one value per example ({len(logits)},), got {tuple(each.shape)}")
+                total = each.sum()
+            else:
+                assert self.targets is not None
+                rows = logits.reshape(-1, logits.shape[-1])
+                soft = self.targets.is_floating_point()
+                total = F.cross_entropy(rows, self.targets.reshape(rows.shape if soft else -1), reduction="sum")
+            (grad,) = torch.autograd.grad(total, logits)
+        logits.requires_grad_(False)
+        return grad
+
+    def _exact(self) -> Iterator[Tensor]:
+        """Columns of a square root of diag(p) − ppᵀ = √p (I − uuᵀ) √p, u = √p.
+
+        The Householder reflection that takes u to −e_C has C − 1 further columns, which span what is orthogonal to u:
+        one backward fewer than there are classes.
+        """
+        u = self.logits.softmax(-1).sqrt()
+        shifted = u.clone()
+        shifted[..., -1] += 1
+        factor = u * shifted / shifted[..., -1:]
+        classes = u.shape[-1]
+        positions = u[0, ..., 0].numel()
+        if classes == 1:
+            yield torch.zeros_like(u)
+        for k in range(classes - 1):
+            column = -factor * u[..., k : k + 1]
+            column[..., k] += u[..., k]
+            if positions == 1:
+                yield column
+                continue
+            flat = column.reshape(len(u), positions, classes)
+            for position in range(positions):
+                one = torch.zeros_like(flat)
+                one[:, position] = flat[:, position]
+                yield one.view_as(column)
+
+
+# ---- from captures to norms ------------------------------------------------------------------------------------------
+
+
+def _draws(
+    model: nn.Module,
+    inputs: Inputs,
+    capture: Capture,
+    cotangents: _Cotangents,
+    draws: int,
+    means: list[float] | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """For each draw, the squared norms of each example's gradient by parameter, float64[N].
+
+    With ``means``, ‖mean gradient‖² of each draw is appended to it.
+    """
+    for draw in range(draws):
+        total: dict[str, Tensor] = {}
+        squared_mean = 0.0
+        for index, cotangent in enumerate(cotangents.draw()):
+            last = draw == draws - 1 and index == cotangents.count - 1
+            with_mean = means is not None and cotangents.labels != "exact"
+            norms, mean = _squared_norms(model, inputs, capture, cotangent, not last, with_mean)
+            squared_mean += mean
+            for name, values in norms.items():
+                total[name] = total[name] + values if name in total else values
+        if means is not None:
+            if cotangents.labels == "exact":  # labels are independent and their gradients have mean 0
+                squared_mean = sum(float(values.sum()) for values in total.values()) / capture.examples**2
+            means.append(squared_mean)
+        yield total
+
+
+def _squared_norms(
+    model: nn.Module, inputs: Inputs, capture: Capture, cotangent: Tensor, retain_graph: bool, with_mean: bool
+) -> tuple[dict[str, Tensor], float]:
+    """One backward: squared norms by parameter, each taken when its layer's gradient arrives; and ‖mean gradient‖²."""
+    direct: dict[int, list[tuple[str, str]]] = {}
+    for name, parts in capture.direct.items():
+        for part in parts:
+            direct.setdefault(id(part.layer), []).append((part.slot, name))
+    held = {id(part.layer) for parts in capture.joint.values() for part in parts}
+    norms = {name: _zeros(capture) for name in capture.parameters}
+    kept: Seen = {}
+    totals: list[Tensor] = []
+
+    def receive(layer: Layer, grad: Tensor) -> None:
+        if id(layer) not in direct and id(layer) not in held:
+            return
+        a, d = layer.seen(grad)
+        slots = direct.get(id(layer), [])
+        found = layer.squared_norms([slot for slot, _ in slots], a, d)
+        for slot, name in slots:
+            norms[name] += found[slot]
+            if with_mean:
+                totals.append(layer.total(slot, a, d))
+        if id(layer) in held:
+            kept[id(layer)] = (a, d)
+
+    capture.backward(cotangent, receive, retain_graph=retain_graph)
+    side = _Side(model, inputs, capture, cotangent, kept)
+    for name in [*capture.joint, *capture.fallbacks]:
+        chunked = [(squares(g), g.sum(0) if with_mean else g[:0]) for g in side.gradients(name)]
+        norms[name] = torch.cat([squared for squared, _ in chunked])
+        if with_mean:
+            totals.append(torch.stack([total for _, total in chunked]).sum(0))
+    mean = sum(float(t.double().square().sum()) for t in totals) / capture.examples**2
+    return norms, mean
+
+
+@dataclass
+class _Side:
+    """A capture with what its layers saw in one backward; gradients are made a chunk of examples at a time."""
+
+    model: nn.Module
+    inputs: Inputs
+    capture: Capture
+    cotangent: Tensor
+    seen: Seen
+
+    def inner_products(self, name: str, other: _Side) -> Tensor:
+        """⟨g_i, h_i⟩ for one parameter, float64[N]."""
+        if name in self.capture.direct and name in other.capture.direct:
+            total = _zeros(self.capture)
+            for mine, theirs in zip(self.capture.direct[name], other.capture.direct[name], strict=True):
+                if id(mine.layer) in self.seen and id(theirs.layer) in other.seen:
+                    pair = (*self.seen[id(mine.layer)], *other.seen[id(theirs.layer)])
+                    total = total + mine.layer.inner_products(mine.slot, *pair)
+            return total
+        both = zip(self.gradients(name), other.gradients(name), strict=True)
+        return torch.cat([(g.double() * h.double()).flatten(1).sum(1) for g, h in both])
+
+    def totals(self, name: str) -> list[Tensor]:
+        """The summed gradient of one parameter, in the pieces in which it is used."""
+        if name not in self.capture.direct:
+            return [torch.stack([g.sum(0) for g in self.gradients(name)]).sum(0)]
+        found = []
+        for part in self.capture.direct[name]:
+            if id(part.layer) in self.seen:
+                found.append(part.layer.total(part.slot, *self.seen[id(part.layer)]))
+            else:
+                found.append(torch.zeros_like(part.tensor, requires_grad=False))
+        return found
+
+    def gradients(self, name: str) -> Iterator[Tensor]:
+        """The gradients of one parameter, [n, *shape] for one chunk of examples after the other."""
+        leaf = self.capture.parameters[name]
+        if name in self.capture.fallbacks:
+            yield from _fallback(self.model, self.inputs, self.capture, name, self.cotangent)
+            return
+        parts = self.capture.direct.get(name) or self.capture.joint.get(name) or []
+        for rows in chunks(self.capture.examples, leaf.numel()):
+            total = torch.zeros(rows.stop - rows.start, *leaf.shape, dtype=leaf.dtype, device=leaf.device)
+            for part in parts:
+                if id(part.layer) in self.seen:
+                    a, d = self.seen[id(part.layer)]
+                    total += _pull_back(part, leaf, part.layer.gradients(part.slot, a[rows], d[rows]))
+            yield total
+
+
+def _pull_back(part: Part, leaf: Tensor, gradients: Tensor) -> Tensor:
+    """Gradients in ``part.tensor``, pulled back to the parameter that it was computed from."""
+    if part.tensor is leaf:
+        return gradients
+    pulled = []
+    for gradient in gradients.to(part.tensor.dtype):
+        (found,) = torch.autograd.grad(part.tensor, leaf, gradient, retain_graph=True, allow_unused=True)
+        pulled.append(torch.zeros_like(leaf, requires_grad=False) if found is None else found)
+    return torch.stack(pulled)
+
+
+def _fallback(model: nn.Module, inputs: Inputs, capture: Capture, name: str, cotangent: Tensor) -> Iterator[Tensor]:
+    """The gradients of one parameter by vmap(grad), the other parameters held."""
+    parameter = capture.parameters[name].detach()
+    state = {n: b.clone() for n, b in model.named_buffers()} | {n: p.detach() for n, p in model.named_parameters()}
+    tensors = [x for x in input_tensors(inputs)]
+
+    def value(parameter: Tensor, cotangent: Tensor, *example: Tensor) -> Tensor:
+        rest = iter(example)
+        one = map_inputs(inputs, lambda x: next(rest)[None] if x.dim() else next(rest))
+        args: Any = one if isinstance(one, tuple) else () if isinstance(one, dict) else (one,)
+        kwargs = one if isinstance(one, dict) else None
+        logits: Tensor = torch.func.functional_call(model, state | {name: parameter}, args, kwargs)
+        return (logits[0] * cotangent).sum()
+
+    gradient = torch.func.grad(value)
+    dims = tuple(0 if x.dim() else None for x in tensors)
+    for rows in chunks(capture.examples, 8 * max(parameter.numel(), tensors[0][0].numel())):
+        some = [x[rows] if x.dim() else x for x in tensors]
+        try:
+            yield torch.func.vmap(gradient, in_dims=(None, 0, *dims))(parameter, cotangent[rows], *some)
+        except RuntimeError:  # an operation that vmap does not know: one example at a time
+            each = [
+                gradient(parameter, cotangent[i], *(x[i] if x.dim() else x for x in tensors))
+                for i in range(rows.start, rows.stop)
+            ]
+            yield torch.stack(each)
+
+
+class _Sums:
+    """What :func:`trace_fisher` adds up: for each example the sum and the sum of squares over its draws."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.first: list[Tensor] = []
+        self.second: list[Tensor] = []
+        self.parameters = dict.fromkeys(names, 0.0)
+        self.fallbacks: dict[str, str] = {}
+        self.means: list[float] = []
+        self.draws = 0
+        self.batch = 0
+
+    def begin(self, draws: int) -> None:
+        """A pass over the data with so many draws is to come."""
+        self.draws += draws
+        self.batch = 0
+
+    def add(self, draws: Iterable[dict[str, Tensor]]) -> None:
+        """The norms of one batch."""
+        for norms in draws:
+            for name, values in norms.items():
+                self.parameters[name] += float(values.sum())
+            total = torch.stack(list(norms.values())).sum(0)
+            if self.batch == len(self.first):
+                self.first.append(torch.zeros_like(total))
+                self.second.append(torch.zeros_like(total))
+            self.first[self.batch] += total
+            self.second[self.batch] += total.square()
+        self.batch += 1
+
+    @property
+    def examples(self) -> int:
+        return sum(len(x) for x in self.first)
+
+    def value(self) -> float:
+        """Tr(F)."""
+        return float(torch.cat(self.first).sum()) / (self.draws * self.examples)
+
+    def per_parameter(self) -> dict[str, float]:
+        """Its parts."""
+        return {name: value / (self.draws * self.examples) for name, value in self.parameters.items()}
+
+    def minibatch(self) -> float:
+        """Tr(F_B); the mean over batches and draws."""
+        return sum(self.means) / len(self.means)
+
+    def standard_error(self, drawn: bool, fraction: float) -> float:
+        """Of the mean over n examples, ``fraction`` of all: √(((1 − f) s² + f w)/n).
+
+        s² is the variance between the examples' means, label noise included; w the part of it that is label noise,
+        known from two draws on; with one draw all of it may be.
+        """
+        mean = torch.cat(self.first) / self.draws
+        between = float(mean.var()) if len(mean) > 1 else math.nan
+        if not drawn:
+            within = 0.0
+        elif self.draws == 1:
+            within = between
+        else:
+            each = (torch.cat(self.second) - self.draws * mean.square()) / (self.draws - 1)
+            within = float(each.clamp(min=0).mean()) / self.draws
+        if fraction == 1.0:
+            return math.sqrt(within / len(mean))
+        return math.sqrt(((1 - fraction) * between + fraction * within) / len(mean))
