@@ -7,10 +7,10 @@
 
 namespace fastfisher {
 
-#define FASTFISHER_LEVEL(LEVEL)                                                                               \
-  Kernels {                                                                                                   \
-    #LEVEL, LEVEL::sample_cross_entropy, LEVEL::softmax_hessian_product, LEVEL::gate_pack, LEVEL::gate_apply, \
-        LEVEL::gate_take, LEVEL::gate_put, LEVEL::axpy_diff, LEVEL::sum_squares                               \
+#define FASTFISHER_LEVEL(LEVEL)                                                                                   \
+  Kernels {                                                                                                       \
+    #LEVEL, LEVEL::sample_cross_entropy, LEVEL::softmax_hessian_product, LEVEL::gate_pack, LEVEL::gate_apply,     \
+        LEVEL::gate_take, LEVEL::gate_put, LEVEL::axpy_diff, LEVEL::sum_squares, LEVEL::probe_dot, LEVEL::perturb \
   }
 
 static Kernels choose() {

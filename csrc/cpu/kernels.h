@@ -21,6 +21,8 @@ constexpr int64_t kReductionChunk = 1 << 16;
 
 enum class Type { f32, f64, bf16, f16 };
 
+enum class Distribution { gaussian, rademacher };
+
 struct Kernels {
   const char* level;
 
@@ -54,6 +56,14 @@ struct Kernels {
 
   // The sum of squares of elements [begin, end) in float64, in an order fixed by the range alone.
   double (*sum_squares)(Type type, const void* x, int64_t begin, int64_t end);
+
+  // The sum of z x over elements [begin, end), in float64, with z the probe of element first + j (see probes.cpp).
+  double (*probe_dot)(Type type, const void* x, Key key, Distribution distribution, uint64_t first, int64_t begin,
+                      int64_t end);
+
+  // out = x + eps z, or eps z where x is null, elements [begin, end).
+  void (*perturb)(Type type, void* out, const void* x, Key key, double eps, Distribution distribution, uint64_t first,
+                  int64_t begin, int64_t end);
 };
 
 // The widest set of kernels that this processor can run.
@@ -71,6 +81,8 @@ const Kernels& kernels();
   void gate_put(Type, const void*, int64_t, const int32_t*, int64_t, void*, int64_t, int64_t);                     \
   double axpy_diff(Type, void*, const void*, const void*, double, int64_t, int64_t);                               \
   double sum_squares(Type, const void*, int64_t, int64_t);                                                         \
+  double probe_dot(Type, const void*, Key, Distribution, uint64_t, int64_t, int64_t);                              \
+  void perturb(Type, void*, const void*, Key, double, Distribution, uint64_t, int64_t, int64_t);                   \
   }
 FASTFISHER_DECLARE_LEVEL(baseline)
 FASTFISHER_DECLARE_LEVEL(avx2)
