@@ -1,6 +1,8 @@
 """Penalise and measure curvature through the Fisher Information Matrix, close to the cost of a plain training step."""
 
+from fastfisher.estimate import TraceEstimate
 from fastfisher.gates import Gates, record_gates
+from fastfisher.hessian import trace_hessian
 from fastfisher.labels import sample_cross_entropy
 from fastfisher.penalty import AdaptiveStep, penalty
 from fastfisher.regularizer import FisherPenalty
@@ -11,7 +13,9 @@ __all__ = [
     "FisherPenalty",
     "Gates",
     "SlowPathWarning",
+    "TraceEstimate",
     "penalty",
     "record_gates",
     "sample_cross_entropy",
+    "trace_hessian",
 ]
