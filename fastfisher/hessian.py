@@ -38,8 +38,8 @@ DIFFERENCE_STEP = {torch.float64: 1e-7, torch.float32: 1e-4, torch.float16: 2e-3
 """ε of the central difference (g(θ + εz) − g(θ − εz))/2ε, by the precision of the parameters.
 
 In float32, on SimpleCNN, VGG-11, a ResNet and a GELU network, at initialisation and after 30 steps, the largest error
-of four probes, over their mean size, was 2e-4 to 9e-4 at 1e-5, 3e-5 to 3e-4 at 1e-4, and 7e-4 to 1e-2 at 1e-3. The error
-grows with ε² and with the rounding error over ε; the other dtypes' steps are scaled by the cube root of their precision.
+of four probes, over their mean size, was 2e-4 to 9e-4 at 1e-5, 3e-5 to 3e-4 at 1e-4, and 7e-4 to 1e-2 at 1e-3. The
+error grows with ε² and with the rounding over ε; the other steps are scaled by the cube root of their precision.
 """
 
 

@@ -554,7 +554,7 @@ def _mul(tape: Tape, func: Any, a: Any, b: Any) -> Tensor:
         x, factor = (a, b) if isinstance(a, Tensor) else (b, a)
         return tape.linear("mul", lambda t: t * factor, [x], x * factor)
     if a is b:
-        return _elementwise(tape, torch.square, a)
+        return _elementwise("square", tape, torch.square, a)
     return tape.product("mul", torch.mul, a, b)
 
 
@@ -642,11 +642,6 @@ def _matmul(tape: Tape, func: Any, a: Tensor, b: Tensor) -> Tensor:
     return tape.product(func.__name__, function, a, b)
 
 
-@_rule("__rmatmul__")
-def _rmatmul(tape: Tape, func: Any, a: Tensor, b: Tensor) -> Tensor:
-    return tape.product("matmul", torch.matmul, b, a)
-
-
 @_rule("addmm baddbmm")
 def _addmm(tape: Tape, func: Any, x: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
     with tape:
@@ -719,10 +714,10 @@ def _relu(tape: Tape, func: Any, input: Tensor, inplace: bool = False) -> Tensor
 
 
 _SLOPES: dict[str, Callable[..., Tensor]] = {
-    "leaky_relu": lambda x, negative_slope=0.01: torch.where(x > 0, 1.0, negative_slope),
+    "leaky_relu": lambda x, negative_slope=0.01: torch.where(x > 0, torch.ones_like(x), negative_slope),
     "relu6": lambda x: (x > 0) & (x < 6),
     "hardtanh": lambda x, min_val=-1.0, max_val=1.0: (x > min_val) & (x < max_val),
-    "hardsigmoid": lambda x: ((x > -3) & (x < 3)) / 6,
+    "hardsigmoid": lambda x: ((x > -3) & (x < 3)).to(x.dtype) / 6,
     "threshold": lambda x, threshold, value: x > threshold,
     "clamp": lambda x, min=None, max=None: _between(x, min, max),
     "clip": lambda x, min=None, max=None: _between(x, min, max),
@@ -744,10 +739,8 @@ def _between(x: Tensor, low: Any, high: Any) -> Tensor:
     return inside
 
 
-@_rule(*_SLOPES)
-def _piecewise(tape: Tape, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _piecewise(name: str, tape: Tape, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     rest, named, inplace = _split_inplace(args, kwargs)
-    name = _outplace(func).__name__
     if any(tape.slot(y) is not None for y in _tensors((rest, named))):
         raise NoRule(f"{name} has no rule for bounds that move")
     slope = _SLOPES[name](x.detach(), *rest, **named).to(x.dtype)
@@ -755,6 +748,10 @@ def _piecewise(tape: Tape, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> T
     if inplace:
         tape._replace(x, out)
     return out
+
+
+for _function in _SLOPES:
+    _rule(_function)(functools.partial(_piecewise, _function))
 
 
 @_rule("prelu")
@@ -897,22 +894,24 @@ _DERIVATIVES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 """First and second derivative of a function of each element, from its input, output and parameters."""
 
 
-@_rule(*_DERIVATIVES)
-def _smooth(tape: Tape, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _smooth(name: str, tape: Tape, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     rest, named, inplace = _split_inplace(args, kwargs)
     if tape.slot(input) is None or any(True for _ in _tensors((rest, named))):
         raise NoRule(f"{_name(func)} has no rule for these arguments")
-    out = _elementwise(tape, _outplace(func), input, *rest, **named)
+    out = _elementwise(name, tape, _outplace(func), input, *rest, **named)
     if inplace:
         tape._replace(input, out)
     return out
 
 
-def _elementwise(tape: Tape, function: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _elementwise(name: str, tape: Tape, function: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     value = function(x, *args, **kwargs)
-    name = function.__name__
     slope, curvature = _DERIVATIVES[name](x.detach(), value.detach(), *args, **kwargs)
     return tape.add(_Elementwise(name.strip("_"), [tape._slots[id(x)]], slope, curvature), value)
+
+
+for _function in _DERIVATIVES:
+    _rule(_function)(functools.partial(_smooth, _function))
 
 
 # ---- softmax, normalisation, attention -----------------------------------------------------------------------------
