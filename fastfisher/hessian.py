@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastfisher import ops
@@ -219,7 +220,7 @@ def _by_taylor(
 def _by_autograd(
     model: nn.Module, parameters: dict[str, Tensor], inputs: Inputs, targets: Tensor, distribution: str
 ) -> QuadraticForm:
-    with torch.enable_grad():
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         loss = cross_entropy(call_model(model, inputs), targets)
         found = torch.autograd.grad(loss, list(parameters.values()), create_graph=True, allow_unused=True)
     reached = [(p, g, i) for i, (p, g) in enumerate(zip(parameters.values(), found, strict=True)) if g is not None]
