@@ -1,4 +1,4 @@
-"""What Tr(H) to a given relative error costs, in plain steps: ``python -m bench.trace_error`` writes results/hessian.md.
+"""What Tr(H) to a given relative error costs, in plain steps: ``python -m bench.trace_error``.
 
 The cost of one probe and the fixed cost before it are timed, the spread of single probes is measured, and the number of
 probes for an error follows: (spread / (error · Tr(H)))². The rivals' spread is that of zᵀHz, which is a property of H
@@ -67,9 +67,9 @@ def rows(name: str, steps: int) -> list[str]:
         exact = seconds(lambda: trace_hessian(model, x, y, method="fisher")) / step
         trace = trace_hessian(model, x, y, method="fisher").value
 
-    ours: Callable[[str], Callable[[int], Any]] = lambda method: (
-        lambda probes: trace_hessian(model, x, y, method=method, probes=probes)
-    )
+    def ours(method: Any) -> Callable[[int], Any]:
+        return lambda probes: trace_hessian(model, x, y, method=method, probes=probes)
+
     ways: dict[str, tuple[Callable[[int], Any], tuple[str, str]]] = {
         'trace_hessian, "reduced"': (ours("reduced"), ("reduced", "gaussian")),
         'trace_hessian, "hutchinson"': (ours("hutchinson"), ("hutchinson", "gaussian")),
