@@ -23,7 +23,7 @@ from tqdm import tqdm
 from bench.conftest import RESULTS, machine
 from bench.test_hessian import by_curvlinops, by_hand, by_pyhessian, problem
 from fastfisher import trace_hessian
-from fastfisher.hessian import why_not_fisher
+from fastfisher.hessian import logits_form
 
 ERRORS = (0.1, 0.03, 0.01)
 
@@ -63,7 +63,7 @@ def rows(name: str, steps: int) -> list[str]:
         spread[method, distribution] = estimate.standard_error * math.sqrt(estimate.draws)
         estimates[method, distribution] = estimate.value
     trace, exact = estimates["reduced", "gaussian"], None
-    if why_not_fisher(model, dict(model.named_parameters()), x)[0] is None:
+    if logits_form(model, dict(model.named_parameters()), x).curved is None:
         exact = seconds(lambda: trace_hessian(model, x, y, method="fisher")) / step
         trace = trace_hessian(model, x, y, method="fisher").value
 

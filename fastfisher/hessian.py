@@ -13,22 +13,29 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastfisher import ops
 from fastfisher.estimate import TraceEstimate
 from fastfisher.gates import RandomState, record_gates
 from fastfisher.labels import cross_entropy, new_key
-from fastfisher.penalty import Inputs, call_copy, call_model, chosen_names, map_inputs, trainable_parameters
+from fastfisher.penalty import (
+    Inputs,
+    call_copy,
+    call_model,
+    chosen_names,
+    map_inputs,
+    trainable_parameters,
+)
 from fastfisher.slow_path import warn_slow_path
 from fastfisher.taylor import NoRule, Tape
 
-Method = Literal["auto", "fisher", "reduced", "hutchinson"]
+Method = Literal["auto", "fisher", "split", "reduced", "hutchinson"]
 Distribution = Literal["gaussian", "rademacher"]
 Product = Literal["taylor", "autograd", "finite_difference"]
 
@@ -57,13 +64,14 @@ def trace_hessian(
     generator: torch.Generator | None = None,
     params: Iterable[Tensor] | None = None,
     batch_size: int | None = None,
-    batch_norm: Literal["eval", "keep"] = "eval",
+    mode: Literal["eval", "keep"] = "eval",
 ) -> TraceEstimate:
     """Tr(H) of L(θ) = mean over examples of −log softmax(model(x))[y], with its standard error.
 
-    In units of a plain step (one forward and backward over the same examples): ``"fisher"`` costs 5 to 9 exactly over
-    10 classes and about 1 with Rademacher cotangents; ``"hutchinson"`` about 0.8 per probe with ``hvp="taylor"``,
-    2.9 with ``"autograd"`` and 2.2 with ``"finite_difference"``; ``"reduced"`` about 0.6 per probe.
+    In units of a plain step (one forward and backward over the same examples): ``"fisher"`` costs 5 to 9 over all
+    labels where there are 10 classes, and about 2 by Rademacher cotangents, which serve above 16 classes;
+    ``"hutchinson"`` about 0.8 per probe with ``hvp="taylor"``, 2 to 3 with ``"autograd"`` and 2 with
+    ``"finite_difference"``; ``"reduced"`` and the rest in ``"split"`` 0.5 to 0.6 per probe.
 
     Args:
         model: called as ``model(inputs)`` (a tuple's items by position, a dict's by name); gives logits (..., C).
@@ -74,8 +82,10 @@ def trace_hessian(
             parameter; a warning says where that is not certain. "hutchinson" averages zᵀHz over probes, as the paper
             does. "reduced" leaves out the terms of zᵀHz that are known to have mean 0, products of the probes of
             different layers: the mean is Tr(H) all the same, the cost lower and the spread too, often by a lot.
-            "auto" takes "fisher" where the operations of a forward of the first batch prove it exact, else "reduced"
-            ("hutchinson" with another ``hvp`` than "taylor").
+            "split" takes the Gauss-Newton part of H, whose trace is Tr(F), by that, and the rest by reduced probes.
+            "auto" takes "fisher" where the operations of a forward of the first batch prove it exact, "split" else;
+            "reduced" where one example has several rows of logits or the model is in train mode; and "hutchinson" with
+            another ``hvp`` than "taylor".
         probes: how many probes z; with ``tolerance``, how many at a time. Each batch gets fresh ones, whose mean over
             the batches varies less than that of shared ones.
         distribution: "gaussian", as in the paper, or "rademacher", whose variance is smaller (that of the diagonal
@@ -84,12 +94,13 @@ def trace_hessian(
             operation has no rule, a :class:`SlowPathWarning` names it and "autograd" serves. "autograd": z times the
             derivative of gᵀz, with the graph of the gradient g kept for all probes. "finite_difference": a central
             difference of gradients with the gates of the forward at θ replayed.
-        tolerance: go on until the standard error is at most this. (With "fisher": take all labels, whose error is 0.)
+        tolerance: go on until the standard error is at most this fraction of the value.
         generator: where the probes come from; torch's default generator otherwise.
         params: the parameters of the diagonal blocks whose trace is wanted; all trainable ones by default.
         batch_size: how many examples go through the model at once where tensors are given; all by default.
             An iterable's batches are taken as they come.
-        batch_norm: "eval" puts BatchNorm into eval mode while measuring; "keep" leaves it as it is.
+        mode: "eval" puts the model into eval mode while measuring (BatchNorm by its running statistics, no dropout);
+            "keep" leaves every module in the mode it is in, and its buffers are put back.
 
     Returns:
         The estimate. Of Hutchinson's method the standard error is that over the probes (from their spread; infinite
@@ -101,46 +112,83 @@ def trace_hessian(
     The model is as before afterwards, also after an exception: modes, buffers, gradients, ``requires_grad``, and the
     state of the random number generators but for the draw of one key.
     """
-    _check_options(method, probes, distribution, hvp, tolerance, batch_size, batch_norm)
+    _check_options(method, probes, distribution, hvp, tolerance, batch_size, mode)
     key = new_key(generator, torch.device("cpu"))
     batches = _Batches(data, targets, batch_size)
-    with _measuring(model, params, batch_norm) as parameters:
-        if method == "hutchinson":
-            return _hutchinson(model, parameters, batches, key, probes, distribution, hvp, tolerance)
-        if method == "reduced":
-            return _hutchinson(model, parameters, batches, key, probes, distribution, "reduced", tolerance)
-        inputs, _ = batches.first()
-        reason, classes = why_not_fisher(model, parameters, inputs)
-        if reason is not None and method == "auto":
-            product = "reduced" if hvp == "taylor" else hvp
-            return _hutchinson(model, parameters, batches, key, probes, distribution, product, tolerance)
-        if reason is not None:
-            warnings.warn(f'method="fisher": Tr(F) may differ from Tr(H) here, because {reason}', stacklevel=2)
-        labels = "exact" if classes <= EXACT_CLASSES or tolerance is not None else "rademacher"
-        return _fisher(model, batches, labels, generator)
+    with _measuring(model, params, mode) as parameters:
+        product: str = "reduced" if method == "reduced" else hvp
+        fisher = None
+        if method in ("auto", "fisher", "split"):
+            form = logits_form(model, parameters, batches.first()[0])
+            exact = form.curved is None and form.coupled is None
+            if method == "fisher" and not exact:
+                reason = form.coupled or form.curved
+                warnings.warn(f'method="fisher": Tr(F) may differ from Tr(H) here, because {reason}', stacklevel=2)
+            if method == "split" and (form.coupled or form.unknown):
+                reason = form.coupled or form.curved
+                raise ValueError(f'method: "split" does not serve here, because {reason}; use "auto"')
+            if method == "fisher" or (method == "auto" and exact):
+                return _fisher(model, batches, form.classes, tolerance, generator)
+            if method == "split" or (hvp == "taylor" and not form.coupled and not form.unknown):
+                share = None if tolerance is None else tolerance / math.sqrt(2)
+                fisher, product = _fisher(model, batches, form.classes, share, generator), "split"
+            elif hvp == "taylor" and not form.unknown:
+                product = "reduced"
+        return _hutchinson(model, parameters, batches, key, probes, distribution, product, tolerance, fisher)
 
 
-def why_not_fisher(model: nn.Module, parameters: dict[str, Tensor], inputs: Inputs) -> tuple[str | None, int]:
-    """Why Tr(H) = Tr(F) is not proven for this network (None where it is), and the number of classes.
+@dataclass(frozen=True)
+class LogitsForm:
+    """What a forward shows of how the logits depend on the parameters.
 
-    Looks at the operations that a forward really runs; see :meth:`fastfisher.taylor.Tape.why_not_multilinear`.
+    Attributes:
+        classes: how many classes there are.
+        curved: why they may not be piecewise linear in every single parameter; None where they are.
+        coupled: why the trace of the Gauss-Newton part may not be Tr(F), as it is for one row of logits an example, in
+            eval mode; None where it is.
+        unknown: whether an operation has no rule in :mod:`fastfisher.taylor`.
     """
-    tape = Tape(parameters)
+
+    classes: int
+    curved: str | None
+    coupled: str | None
+    unknown: bool
+
+
+def logits_form(model: nn.Module, parameters: dict[str, Tensor], inputs: Inputs) -> LogitsForm:
+    """Looks at the operations that a forward really runs; see :meth:`fastfisher.taylor.Tape.why_not_multilinear`."""
+    tape, unknown = Tape(parameters), False
     try:
         with torch.enable_grad(), tape:
             logits = call_model(model, inputs)
+        curved = tape.why_not_multilinear(logits)
     except NoRule as error:
+        curved, unknown = str(error), True
         with torch.no_grad():
-            return str(error), call_model(model, inputs).shape[-1]
+            logits = call_model(model, inputs)
+    coupled = None
     if logits.dim() != 2:
-        return f"the model gives logits of shape {tuple(logits.shape)}, not one row for each example", logits.shape[-1]
-    return tape.why_not_multilinear(logits), logits.shape[-1]
+        coupled = f"the model gives logits of shape {tuple(logits.shape)}, not one row for each example"
+    elif any(module.training for module in model.modules()):
+        coupled = "the model is in train mode, and Tr(F) is taken in eval mode"
+    return LogitsForm(logits.shape[-1], curved, coupled, unknown)
 
 
-def _fisher(model: nn.Module, batches: _Batches, labels: str, generator: torch.Generator | None) -> TraceEstimate:
+def _fisher(
+    model: nn.Module,
+    batches: _Batches,
+    classes: int,
+    tolerance: float | None,
+    generator: torch.Generator | None,
+) -> TraceEstimate:
+    """Tr(F), over all labels where there are few; by two Rademacher cotangents, whose spread is the error bar, else."""
     from fastfisher.traces import trace_fisher  # type: ignore[import-not-found, unused-ignore]
 
-    estimate: TraceEstimate = trace_fisher(model, batches, labels=labels, generator=generator)
+    few = classes <= EXACT_CLASSES
+    labels, draws = ("exact", 1) if few else ("rademacher", 2)
+    estimate: TraceEstimate = trace_fisher(
+        model, batches.labelled(), labels=labels, draws=draws, tolerance=tolerance, generator=generator
+    )
     return estimate
 
 
@@ -156,7 +204,9 @@ def _hutchinson(
     distribution: str,
     hvp: str,
     tolerance: float | None,
+    fisher: TraceEstimate | None,
 ) -> TraceEstimate:
+    """The mean of zᵀHz over probes, or of what ``hvp`` leaves of it, beside Tr(F) where that is given."""
     values: list[float] = []
     used = 0
     fallbacks: dict[str, str] = {}
@@ -167,10 +217,12 @@ def _hutchinson(
             if count == 0:
                 continue
             quadratic_form = None
-            if hvp in ("taylor", "reduced"):
+            if hvp in ("taylor", "reduced", "split"):
                 try:
-                    quadratic_form = _by_taylor(model, parameters, inputs, targets, distribution, hvp == "reduced")
+                    quadratic_form = _by_taylor(model, parameters, inputs, targets, distribution, hvp)
                 except NoRule as reason:
+                    if hvp == "split":
+                        raise
                     warn_slow_path(f'hvp="taylor": {reason}; hvp="autograd" serves, at three times the cost or more')
                     fallbacks, hvp = {"hvp": str(reason)}, "autograd"
             if quadratic_form is None:
@@ -184,11 +236,19 @@ def _hutchinson(
             raise ValueError("data: expected at least one example, got none")
         values += [value / rows for value in sums]
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-        if tolerance is None or error <= tolerance:
+        mean = statistics.fmean(values)
+        if fisher is not None:
+            mean, error = mean + fisher.value, math.hypot(error, fisher.standard_error)
+        if tolerance is None or error <= tolerance * abs(mean):
             break
-    how = "reduced hutchinson" if hvp == "reduced" else "hutchinson"
-    name = f"{how}, {distribution} probes" + ("" if hvp == "reduced" else f", hvp={hvp}")
-    return TraceEstimate(statistics.fmean(values), error, samples, len(values), name, fallbacks=fallbacks)
+    if fisher is not None:
+        name = f"{fisher.method} + reduced hutchinson, {distribution} probes"
+        fallbacks = dict(fisher.fallbacks)
+    elif hvp == "reduced":
+        name = f"reduced hutchinson, {distribution} probes"
+    else:
+        name = f"hutchinson, {distribution} probes, hvp={hvp}"
+    return TraceEstimate(mean, error, samples, len(values), name, fallbacks=fallbacks)
 
 
 QuadraticForm = Callable[[Tensor], Tensor]
@@ -201,13 +261,15 @@ def _by_taylor(
     inputs: Inputs,
     targets: Tensor,
     distribution: str,
-    reduced: bool = False,
+    terms: str = "taylor",
 ) -> QuadraticForm:
+    """All of zᵀHz ("taylor"), without what has mean 0 ("reduced"), and without the Gauss-Newton term too ("split")."""
     tape = Tape(parameters)
     with torch.enable_grad():
         with tape:
-            loss = cross_entropy(call_model(model, inputs), targets)
-        tape.finish(loss, reduced=reduced)
+            logits = call_model(model, inputs)
+            loss = cross_entropy(logits, targets)
+        tape.finish(loss, reduced=terms != "taylor", until=logits if terms == "split" else None)
     z = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters.values()]
 
     def quadratic_form(key: Tensor) -> Tensor:
@@ -242,7 +304,7 @@ def _by_autograd(
 def _by_difference(
     model: nn.Module, parameters: dict[str, Tensor], inputs: Inputs, targets: Tensor, distribution: str
 ) -> QuadraticForm:
-    with torch.no_grad(), record_gates(model) as gates:
+    with torch.enable_grad(), record_gates(model) as gates:  # as in the replays: without, some modules take other paths
         call_model(model, inputs)
     shifted = {name: torch.empty_like(p, memory_format=torch.contiguous_format) for name, p in parameters.items()}
     coarsest = max((p.dtype for p in parameters.values()), key=lambda dtype: torch.finfo(dtype).eps)
@@ -286,6 +348,10 @@ class _Batches:
             part = slice(start, start + size)
             yield map_inputs(self.data, lambda x, part=part: x[part]), self.targets[part]  # type: ignore[misc]
 
+    def labelled(self) -> _Labelled:
+        """The same without the examples whose target is −100."""
+        return _Labelled(self)
+
     def first(self) -> tuple[Inputs, Tensor]:
         """The first batch.
 
@@ -298,24 +364,39 @@ class _Batches:
         raise ValueError("data: expected at least one example, got none")
 
 
+class _Labelled:
+    """The examples of batches that the loss counts."""
+
+    def __init__(self, batches: _Batches) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
+        for inputs, targets in self.batches:
+            kept = torch.ones(len(targets), dtype=torch.bool) if targets.dim() != 1 else targets != -100
+            if kept.all():
+                yield inputs, targets
+            elif kept.any():
+                yield map_inputs(inputs, lambda x, kept=kept: x[kept]), targets[kept]  # type: ignore[misc]
+
+
 @contextmanager
-def _measuring(model: nn.Module, params: Iterable[Tensor] | None, batch_norm: str) -> Iterator[dict[str, Tensor]]:
-    """The wanted parameters, alone in requiring a gradient; BatchNorm in eval mode; all put back afterwards."""
+def _measuring(model: nn.Module, params: Iterable[Tensor] | None, mode: str) -> Iterator[dict[str, Tensor]]:
+    """The wanted parameters, alone in requiring a gradient; the model in the wanted mode; all put back afterwards."""
     trainable = trainable_parameters(model)
     chosen = chosen_names(trainable, params)
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and batch_norm == "eval"]
+    modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = frozenset(p.device.index for p in trainable.values() if p.device.type == "cuda")
     random = RandomState.current(devices)
     try:
-        for norm in norms:
-            norm.training = False
+        if mode == "eval":
+            model.eval()
         for name, parameter in trainable.items():
             parameter.requires_grad_(name in chosen)
         yield {name: parameter for name, parameter in trainable.items() if name in chosen}
     finally:
-        for norm in norms:
-            norm.training = True
+        for module, training in modes:
+            module.training = training
         for parameter in trainable.values():
             parameter.requires_grad_(True)
         with torch.no_grad():
@@ -331,20 +412,20 @@ def _check_options(
     hvp: str,
     tolerance: float | None,
     batch_size: int | None,
-    batch_norm: str,
+    mode: str,
 ) -> None:
     allowed: Sequence[tuple[str, str, tuple[str, ...]]] = (
-        ("method", method, ("auto", "fisher", "reduced", "hutchinson")),
+        ("method", method, ("auto", "fisher", "split", "reduced", "hutchinson")),
         ("distribution", distribution, ("gaussian", "rademacher")),
         ("hvp", hvp, ("taylor", "autograd", "finite_difference")),
-        ("batch_norm", batch_norm, ("eval", "keep")),
+        ("mode", mode, ("eval", "keep")),
     )
     for name, value, values in allowed:
         if value not in values:
             expected = " or ".join(f'"{v}"' for v in values)
             raise ValueError(f"{name}: expected {expected}, got {value!r}")
-    if method == "reduced" and hvp != "taylor":
-        raise ValueError(f'hvp: expected "taylor" with method="reduced", got {hvp!r}')
+    if method in ("split", "reduced") and hvp != "taylor":
+        raise ValueError(f'hvp: expected "taylor" with method="{method}", got {hvp!r}')
     for name, number in (("probes", probes), ("batch_size", batch_size)):
         if number is not None and (not isinstance(number, int) or number < 1):
             raise ValueError(f"{name}: expected a positive integer, got {number!r}")

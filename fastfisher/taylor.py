@@ -353,7 +353,7 @@ class Tape(TorchFunctionMode):
             reached[node.output] = functools.reduce(int.__or__, (reached[slot] for slot in node.inputs))
         return reached
 
-    def finish(self, loss: Tensor, *, reduced: bool = False) -> None:
+    def finish(self, loss: Tensor, *, reduced: bool = False, until: Tensor | None = None) -> None:
         """Takes δ of every operation that wants it, by one backward, and lets go of the graph.
 
         Args:
@@ -362,9 +362,11 @@ class Tape(TorchFunctionMode):
                 random z of independent elements of mean 0, a′ and b′ are then independent and of mean 0, and so is the
                 source: what remains has the mean of zᵀHz, Tr(H), costs a convolution less for each convolution, and
                 varies less, because the sources left out are most of the noise of zᵀHz.
+            until: leave out the sources of what comes after this value. After the logits, that is the Gauss-Newton
+                term of the loss, y′ᵀ∇²ℓ y′, the trace of which is that of the Fisher matrix.
 
         Raises:
-            NoRule: ``loss`` does not come from recorded operations.
+            NoRule: ``loss`` or ``until`` does not come from recorded operations.
         """
         if self.slot(loss) is None:
             raise NoRule("the loss does not come from recorded operations")
@@ -373,6 +375,12 @@ class Tape(TorchFunctionMode):
             for node in self.nodes:
                 if isinstance(node, _Product) and not _common(node, reached):
                     node.wants_weight = False
+        if until is not None:
+            last = self.slot(self._current.get(id(until), until))
+            if last is None:
+                raise NoRule("the logits do not come from recorded operations")
+            for node in self.nodes:
+                node.wants_weight = node.wants_weight and node.output <= last
         wanting = [(node, y) for node, y in zip(self.nodes, self._outputs, strict=True) if node.wants_weight]
         weights = torch.autograd.grad(loss, [y for _, y in wanting], allow_unused=True) if wanting else ()
         for (node, _), weight in zip(wanting, weights, strict=True):
