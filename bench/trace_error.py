@@ -81,7 +81,7 @@ def rows(name: str, steps: int) -> list[str]:
     lines = []
     for way, (function, kind) in ways.items():
         few, many = seconds(lambda f=function: f(1)) / step, seconds(lambda f=function: f(5)) / step
-        probe = (many - few) / 4
+        probe = max(0.0, (many - few) / 4)
         fixed = max(0.0, few - probe)
         counts = [max(1.0, (spread[kind] / (error * trace)) ** 2) for error in ERRORS]
         costs = " ".join(f"{fixed + count * probe:.3g} |" for count in counts)
@@ -95,6 +95,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     lines = [
         f"Measured on {machine()} by `python -m bench.trace_error`, in processor time.",
+        "Costs are in plain steps: a probe and what comes before it are timed, the number of probes for an error follows",
+        "from the measured spread of one.",
         "",
         "| network, 128 images | way | a probe | before it | spread of a probe / Tr(H) | to 10 % | to 3 % | to 1 % |",
         "|---|---|---|---|---|---|---|---|",
