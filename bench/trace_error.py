@@ -95,8 +95,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     lines = [
         f"Measured on {machine()} by `python -m bench.trace_error`, in processor time.",
-        "Costs are in plain steps: a probe and what comes before it are timed, the number of probes for an error follows",
-        "from the measured spread of one.",
+        "Costs are in plain steps: a probe and what comes before it are timed, the number of probes for an error",
+        "follows from the measured spread of one.",
         "",
         "| network, 128 images | way | a probe | before it | spread of a probe / Tr(H) | to 10 % | to 3 % | to 1 % |",
         "|---|---|---|---|---|---|---|---|",
