@@ -32,6 +32,15 @@ def small_resnet() -> nn.Module:
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
+def gelu_cnn() -> nn.Module:
+    """SimpleCNN with GELU for ReLU: not piecewise linear, so that Tr(H) is not Tr(F)."""
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.GELU(), nn.Conv2d(32, 32, 3), nn.GELU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1), nn.GELU(), nn.Conv2d(64, 64, 3), nn.GELU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(2304, 128), nn.GELU(), nn.Linear(128, 10),
+    )  # fmt: skip
+
+
 def network(name: str) -> nn.Module:
     """SimpleCNN, VGG-11 or the small ResNet, for 3x32x32 images and 10 classes."""
     if name == "ResNet + BN":

@@ -10,6 +10,7 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -487,6 +488,65 @@ std::tuple<Tensor, Tensor> channel_products(const Tensor& a, const Tensor& d, co
   return {products, sums};
 }
 
+fastfisher::Distribution distribution_of(const std::string& name) {
+  check(name == "gaussian" || name == "rademacher", "distribution: expected \"gaussian\" or \"rademacher\", got \"",
+        name, "\"");
+  return name == "gaussian" ? fastfisher::Distribution::gaussian : fastfisher::Distribution::rademacher;
+}
+
+// The index over the whole list of each tensor's first element.
+std::vector<uint64_t> offsets_of(const std::vector<Tensor>& tensors, int64_t first) {
+  check(first >= 0, "first: expected 0 or more, got ", first);
+  std::vector<uint64_t> offsets;
+  uint64_t next = static_cast<uint64_t>(first);
+  for (const auto& tensor : tensors) {
+    offsets.push_back(next);
+    next += static_cast<uint64_t>(tensor.numel());
+  }
+  return offsets;
+}
+
+Tensor probe_dot(const std::vector<Tensor>& tensors, const Tensor& key, std::string distribution, int64_t first) {
+  const auto kind = distribution_of(distribution);
+  const Key seed = key_of(key);
+  const auto offsets = offsets_of(tensors, first);
+  std::vector<Tensor> parts;
+  for (const auto& tensor : tensors) {
+    type_of(tensor, "tensors");
+    parts.push_back(dense(tensor));
+  }
+  return reduce(pieces_of(parts), [&](const Piece& piece) {
+    const auto& [i, begin, end] = piece;
+    return kernels().probe_dot(type_of(parts[i], "tensors"), parts[i].const_data_ptr(), seed, kind, offsets[i], begin,
+                               end);
+  });
+}
+
+void perturb(const std::vector<Tensor>& out, const std::vector<Tensor>& tensors, const Tensor& key, double eps,
+             std::string distribution, int64_t first) {
+  const auto kind = distribution_of(distribution);
+  const Key seed = key_of(key);
+  check(tensors.empty() || tensors.size() == out.size(), "out and tensors: expected lists of one length, got ",
+        out.size(), " and ", tensors.size());
+  for (size_t i = 0; i < out.size(); ++i) {  // everything is checked before anything is written
+    type_of(out[i], "out");
+    check(out[i].is_contiguous(), "out: expected contiguous tensors, tensor ", i, " is not");
+    if (tensors.empty()) continue;
+    check_same(out[i], "out", tensors[i], "tensors");
+    check(tensors[i].is_contiguous(), "tensors: expected contiguous tensors, tensor ", i, " is not");
+  }
+  const auto offsets = offsets_of(out, first);
+  const auto pieces = pieces_of(out);
+  torch::stable::parallel_for(0, pieces.size(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const auto& [i, from, to] = pieces[p];
+      const void* source = tensors.empty() ? nullptr : tensors[i].const_data_ptr();
+      kernels().perturb(type_of(out[i], "out"), out[i].mutable_data_ptr(), source, seed, eps, kind, offsets[i], from,
+                        to);
+    }
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fastfisher, m) {
@@ -514,6 +574,8 @@ STABLE_TORCH_LIBRARY(fastfisher, m) {
       "grad_sqnorm_conv(Tensor a, Tensor d, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, "
       "bool gram) -> (Tensor weight, Tensor bias)");
   m.def("channel_products(Tensor a, Tensor d, Tensor center) -> (Tensor products, Tensor sums)");
+  m.def("probe_dot(Tensor[] tensors, Tensor key, str distribution, int first=0) -> Tensor");
+  m.def("perturb(Tensor(a!)[] out, Tensor[] tensors, Tensor key, float eps, str distribution, int first=0) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastfisher, CPU, m) {
@@ -533,4 +595,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastfisher, CPU, m) {
   m.impl("grad_sqnorm_linear", TORCH_BOX(&grad_sqnorm_linear));
   m.impl("grad_sqnorm_conv", TORCH_BOX(&grad_sqnorm_conv));
   m.impl("channel_products", TORCH_BOX(&channel_products));
+  m.impl("probe_dot", TORCH_BOX(&probe_dot));
+  m.impl("perturb", TORCH_BOX(&perturb));
 }

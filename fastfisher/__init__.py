@@ -2,6 +2,7 @@
 
 from fastfisher.estimate import TraceEstimate
 from fastfisher.gates import Gates, record_gates
+from fastfisher.hessian import trace_hessian
 from fastfisher.labels import sample_cross_entropy
 from fastfisher.penalty import AdaptiveStep, penalty
 from fastfisher.regularizer import FisherPenalty
@@ -22,4 +23,5 @@ __all__ = [
     "record_gates",
     "sample_cross_entropy",
     "trace_fisher",
+    "trace_hessian",
 ]

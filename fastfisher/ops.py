@@ -152,6 +152,21 @@ def channel_products(a: Tensor, d: Tensor, center: Tensor) -> tuple[Tensor, Tens
     return namespace.channel_products(a, d, center)  # type: ignore[no-any-return]
 
 
+def probe_dot(tensors: list[Tensor], key: Tensor, distribution: str, first: int = 0) -> Tensor:
+    """See :func:`fastfisher.reference.probe_dot`."""
+    namespace = torch.ops.fastfisher if _compiled(tensors[0].device) else reference
+    return namespace.probe_dot(tensors, key, distribution, first)  # type: ignore[no-any-return]
+
+
+def perturb(
+    out: list[Tensor], tensors: list[Tensor], key: Tensor, eps: float, distribution: str, first: int = 0
+) -> None:
+    """See :func:`fastfisher.reference.perturb`."""
+    dense = all(x.is_contiguous() for x in (*out, *tensors))
+    namespace = torch.ops.fastfisher if _compiled(out[0].device) and dense else reference
+    namespace.perturb(out, tensors, key, eps, distribution, first)
+
+
 # ---- fakes and derivatives of the compiled operators ------------------------------------------------------------
 
 
@@ -230,6 +245,14 @@ def _register() -> None:
     @fake("fastfisher::channel_products")
     def _(a: Tensor, d: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
         return a.new_empty(a.shape[:2], dtype=torch.float64), a.new_empty(a.shape[:2], dtype=torch.float64)
+
+    @fake("fastfisher::probe_dot")
+    def _(tensors: list[Tensor], key: Tensor, distribution: str, first: int = 0) -> Tensor:
+        return key.new_empty((), dtype=torch.float64)
+
+    @fake("fastfisher::perturb")
+    def _(out: list[Tensor], tensors: list[Tensor], key: Tensor, eps: float, distribution: str, first: int = 0) -> None:
+        return None
 
     def save_sample(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         ctx.scale = inputs[2]

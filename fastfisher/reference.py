@@ -6,6 +6,8 @@ PyTorch's own autograd.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -246,3 +248,52 @@ def channel_products(a: Tensor, d: Tensor, center: Tensor) -> tuple[Tensor, Tens
     The gradients of each example in weight (times σ) and bias of a batch norm with mean ``center``.
     """
     return ((a.double() - center.double()[:, None]) * d.double()).sum(2), d.double().sum(2)
+
+
+def probe(numel: int, key: Tensor, distribution: str, first: int = 0) -> Tensor:
+    """The probe's elements ``first`` … ``first + numel``: Rademacher signs or standard normal numbers, in float64.
+
+    Sixteen Philox calls serve a group of 2,048 signs (128 bits each) or of 64 normal numbers (two Box–Muller pairs
+    each); element e of the group belongs to call e % 16 and is there the (e // 16)-th.
+
+    Raises:
+        ValueError: an unknown distribution.
+    """
+    if distribution not in ("gaussian", "rademacher"):
+        raise ValueError(f'distribution: expected "gaussian" or "rademacher", got "{distribution}"')
+    per_call = 4 if distribution == "gaussian" else 128
+    e = torch.arange(first, first + numel)
+    words = philox(key.cpu(), e // (16 * per_call) * 16 + e % 16)
+    k = e // 16 % per_call
+    if distribution == "rademacher":
+        word = words.gather(-1, (k // 32)[:, None]).squeeze(-1)
+        return 1.0 - 2.0 * ((word >> k % 32) & 1).double()
+    pair = words.view(-1, 2, 2).gather(1, (k // 2)[:, None, None].expand(-1, 1, 2)).squeeze(1).double()
+    radius = (-2 * ((pair[:, 0] + 0.5) * 2.0**-32).log()).sqrt()
+    angle = pair[:, 1] * (2 * math.pi * 2.0**-32)
+    return radius * torch.where(k % 2 == 0, angle.cos(), angle.sin())
+
+
+def probe_dot(tensors: list[Tensor], key: Tensor, distribution: str, first: int = 0) -> Tensor:
+    """Σ z x over all elements of all tensors with the probe z (see :func:`probe`), in float64: a float64 scalar.
+
+    The index of an element counts over the whole list, the first element having ``first``.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
+    for x in tensors:
+        total = total + (x.double().flatten() * probe(x.numel(), key, distribution, first).to(x.device)).sum()
+        first += x.numel()
+    return total
+
+
+def perturb(
+    out: list[Tensor], tensors: list[Tensor], key: Tensor, eps: float, distribution: str, first: int = 0
+) -> None:
+    """Writes ``x + eps z`` into ``out`` for each x of ``tensors``, or ``eps z`` where ``tensors`` is empty.
+
+    z is the probe that :func:`probe_dot` uses with the same key and ``first``; ``tensors`` is only read.
+    """
+    for i, target in enumerate(out):
+        z = (eps * probe(target.numel(), key, distribution, first)).view(target.shape).to(target.device)
+        target.copy_(z + tensors[i].double() if tensors else z)
+        first += target.numel()

@@ -12,7 +12,7 @@ namespace fastfisher {
     #LEVEL, LEVEL::sample_cross_entropy, LEVEL::softmax_hessian_product, LEVEL::gate_relu, LEVEL::gate_apply, \
         LEVEL::gate_max_pool, LEVEL::gate_take, LEVEL::gate_put, LEVEL::axpy_diff, LEVEL::sum_squares,        \
         LEVEL::batch_norm, LEVEL::batch_norm_backward, LEVEL::grad_sqnorm_conv, LEVEL::grad_sqnorm_linear,    \
-        LEVEL::channel_products, LEVEL::rademacher_cotangent                                                  \
+        LEVEL::channel_products, LEVEL::rademacher_cotangent, LEVEL::probe_dot, LEVEL::perturb                \
   }
 
 static Kernels choose() {

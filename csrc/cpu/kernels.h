@@ -21,6 +21,8 @@ constexpr int64_t kReductionChunk = 1 << 16;
 
 enum class Type { f32, f64, bf16, f16 };
 
+enum class Distribution { gaussian, rademacher };
+
 // The window of a max-pool, without padding or dilation.
 struct Pool {
   int64_t height, width, stride_height, stride_width;
@@ -105,6 +107,14 @@ struct Kernels {
   // Rows without a softmax as in sample_cross_entropy.
   int64_t (*rademacher_cotangent)(Type type, const void* logits, int64_t columns, Key key, double scale, void* out,
                                   int64_t begin, int64_t end);
+
+  // The sum of z x over elements [begin, end), in float64, with z the probe of element first + j (see probes.cpp).
+  double (*probe_dot)(Type type, const void* x, Key key, Distribution distribution, uint64_t first, int64_t begin,
+                      int64_t end);
+
+  // out = x + eps z, or eps z where x is null, elements [begin, end).
+  void (*perturb)(Type type, void* out, const void* x, Key key, double eps, Distribution distribution, uint64_t first,
+                  int64_t begin, int64_t end);
 };
 
 // The widest set of kernels that this processor can run.
@@ -134,6 +144,8 @@ const Kernels& kernels();
   void channel_products(Type, const void*, const void*, const void*, int64_t, int64_t, double*, double*, int64_t,   \
                         int64_t);                                                                                   \
   int64_t rademacher_cotangent(Type, const void*, int64_t, Key, double, void*, int64_t, int64_t);                   \
+  double probe_dot(Type, const void*, Key, Distribution, uint64_t, int64_t, int64_t);                               \
+  void perturb(Type, void*, const void*, Key, double, Distribution, uint64_t, int64_t, int64_t);                    \
   }
 FASTFISHER_DECLARE_LEVEL(baseline)
 FASTFISHER_DECLARE_LEVEL(avx2)

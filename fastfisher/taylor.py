@@ -1,0 +1,1178 @@
+"""zᵀHz of a loss for many directions z: the second derivative of the loss along z, without a backward per direction.
+
+Let every operation y = f(x) of the forward carry, besides its value, its derivatives y′ and y″ along θ + tz. The loss's
+second derivative is zᵀHz. Second derivatives obey y″ = f′(x)·x″ + f″(x)[x′, x′]: linear in x″, with a source term. So
+the loss's second derivative is the sum over operations of the source, weighted by how the loss answers to it, and that
+is the gradient δ = ∂loss/∂y, which does not depend on z:
+
+    zᵀHz = Σ over operations ⟨δ, f″(x)[x′, x′]⟩.
+
+One forward and one backward (of data gradients alone) give x and δ, for all directions; a direction then costs one
+sweep of first derivatives. Operations that are linear in what moves have no source; a product y = a·b, such as a
+convolution with its weight, has 2 a′·b′, so a convolution costs three: a′·b + a·b′ for the derivative, a′·b′ for the
+source. That is 3 F, in units of the forward F, where forward and backward together cost 3 F; the first layer, whose
+input does not move, costs one convolution.
+
+A piecewise linear function (ReLU, max-pool) has the derivatives that autograd gives it: those of the side it is on.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from fastfisher import ops
+
+
+class NoRule(RuntimeError):
+    """An operation of the forward that has no rule here; the message names it."""
+
+
+# ---- what the tape holds -------------------------------------------------------------------------------------------
+
+
+class _Node:
+    """An operation some of whose inputs move; ``weight`` is δ, the gradient of the loss at its output.
+
+    Attributes:
+        name: the operation, for messages.
+        inputs: the slots of what moves, in the order in which the methods take the derivatives.
+    """
+
+    curved = False
+    """Whether the operation is neither linear in its inputs nor a product of two of them."""
+
+    wants_weight = False
+
+    def __init__(self, name: str, inputs: Sequence[int]) -> None:
+        self.name, self.inputs = name, tuple(inputs)
+        self.output = -1
+        self.weight: Tensor | None = None
+
+    def first(self, *moving: Tensor) -> Tensor:
+        """The derivative of the output."""
+        raise NotImplementedError
+
+    def source(self, moving: tuple[Tensor, ...], first: Tensor) -> Tensor:
+        """⟨δ, f″[x′, x′]⟩; called where ``wants_weight`` and δ is not zero."""
+        raise NotImplementedError
+
+    def weigh(self, weight: Tensor) -> None:
+        """Takes δ, and prepares what is the same for every direction."""
+        self.weight = weight
+
+
+class _Linear(_Node):
+    """An operation that is linear (or piecewise linear) in all that moves, jointly."""
+
+    def __init__(self, name: str, inputs: Sequence[int], function: Callable[..., Tensor]) -> None:
+        super().__init__(name, inputs)
+        self.first = function  # type: ignore[method-assign]
+
+
+class _Product(_Node):
+    """y = a·b + c for a bilinear product; c may be absent, or not move."""
+
+    wants_weight = True
+
+    def __init__(self, name: str, inputs: Sequence[int], product: Callable[..., Tensor], a: Tensor, b: Tensor) -> None:
+        super().__init__(name, inputs)
+        self.product, self.a, self.b = product, a, b
+
+    def first(self, *moving: Tensor) -> Tensor:
+        a, b, *shift = moving
+        return self.product(self.a, b, *shift).add_(self.product(a, self.b))
+
+    def source(self, moving: tuple[Tensor, ...], first: Tensor) -> Tensor:
+        assert self.weight is not None
+        return 2 * _inner(self.weight, self.product(moving[0], moving[1]))
+
+
+class _Elementwise(_Node):
+    """A smooth function of each element, by its two derivatives."""
+
+    curved = wants_weight = True
+
+    def __init__(self, name: str, inputs: Sequence[int], slope: Tensor, curvature: Tensor) -> None:
+        super().__init__(name, inputs)
+        self.slope, self.curvature = slope, curvature
+
+    def first(self, *moving: Tensor) -> Tensor:
+        return moving[0] * self.slope
+
+    def weigh(self, weight: Tensor) -> None:
+        self.weight = self.curvature.mul_(weight)
+
+    def source(self, moving: tuple[Tensor, ...], first: Tensor) -> Tensor:
+        return _inner(self.curvature * moving[0], moving[0])
+
+
+class _Softmax(_Node):
+    """p = softmax(x): p′ = p⊙u with u = x′ − ⟨p, x′⟩, and p″ = p⊙(u² − ⟨p, u²⟩)."""
+
+    curved = wants_weight = True
+
+    def __init__(self, name: str, inputs: Sequence[int], p: Tensor, dim: int) -> None:
+        super().__init__(name, inputs)
+        self.p, self.dim = p, dim
+
+    def first(self, *moving: Tensor) -> Tensor:
+        x = moving[0]
+        return self.p * (x - (self.p * x).sum(self.dim, keepdim=True))
+
+    def weigh(self, weight: Tensor) -> None:
+        self.weight = self.p * (weight - (self.p * weight).sum(self.dim, keepdim=True))
+
+    def source(self, moving: tuple[Tensor, ...], first: Tensor) -> Tensor:
+        assert self.weight is not None
+        u = moving[0] - (self.p * moving[0]).sum(self.dim, keepdim=True)
+        return _inner(self.weight * u, u)
+
+
+class _LogSumExp(_Node):
+    """y = scale·x − shift·log Σ exp x, elementwise or reduced: y″ = −shift·Var_p(x′) in each output of the row.
+
+    Log-softmax has scale 1 and shift 1; logsumexp scale 0 and shift −1.
+    """
+
+    curved = wants_weight = True
+
+    def __init__(self, name: str, inputs: Sequence[int], p: Tensor, dim: int, *, log_softmax: bool, keepdim: bool):
+        super().__init__(name, inputs)
+        self.p, self.dim, self.log_softmax, self.keepdim = p, dim, log_softmax, keepdim
+
+    def _mean(self, x: Tensor) -> Tensor:
+        return (self.p * x).sum(self.dim, keepdim=True)
+
+    def first(self, *moving: Tensor) -> Tensor:
+        mean = self._mean(moving[0])
+        if self.log_softmax:
+            return moving[0] - mean
+        return mean if self.keepdim else mean.squeeze(self.dim)
+
+    def weigh(self, weight: Tensor) -> None:
+        if self.log_softmax:
+            self.weight = -weight.sum(self.dim, keepdim=True)
+        else:
+            self.weight = weight if self.keepdim else weight.unsqueeze(self.dim)
+
+    def source(self, moving: tuple[Tensor, ...], first: Tensor) -> Tensor:
+        assert self.weight is not None
+        u = moving[0] - self._mean(moving[0])
+        return (self.weight * self._mean(u * u)).sum()
+
+
+class _Normalise(_Node):
+    """n = (x − mean x)/σ with σ² = mean (x − mean x)² + eps over ``dims``; or, uncentred, n = x/σ.
+
+    With v = x′ (centred) and a = ⟨n, v⟩/size = σ′:  n′ = (v − a n)/σ,  σ″ = (mean v² − a²)/σ,
+    n″ = −(σ″ n + 2 a n′)/σ.
+    """
+
+    curved = wants_weight = True
+
+    def __init__(self, name: str, inputs: Sequence[int], n: Tensor, rstd: Tensor, dims: list[int], centred: bool):
+        super().__init__(name, inputs)
+        self.n, self.rstd, self.dims, self.centred = n, rstd, dims, centred
+
+    def _mean(self, x: Tensor) -> Tensor:
+        return x.mean(self.dims, keepdim=True)
+
+    def _centre(self, x: Tensor) -> Tensor:
+        return x - self._mean(x) if self.centred else x
+
+    def first(self, *moving: Tensor) -> Tensor:
+        v = self._centre(moving[0])
+        return (v - self._mean(self.n * v) * self.n) * self.rstd
+
+    def weigh(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.along = (weight * self.n).sum(self.dims, keepdim=True)
+
+    def source(self, moving: tuple[Tensor, ...], first: Tensor) -> Tensor:
+        assert self.weight is not None
+        v = self._centre(moving[0])
+        a = self._mean(self.n * v)
+        spread = (self._mean(v * v) - a * a) * self.rstd
+        turned = (self.weight * first).sum(self.dims, keepdim=True)
+        return -((spread * self.along + 2 * a * turned) * self.rstd).sum()
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ of two tensors of one shape."""
+    if a.stride() == b.stride() and a.is_contiguous():
+        return torch.dot(a.view(-1), b.view(-1))
+    return (a * b).sum()
+
+
+# ---- the recording -------------------------------------------------------------------------------------------------
+
+
+class Tape(TorchFunctionMode):
+    """The operations of one forward that depend on some parameters, each with a rule for its derivatives.
+
+    Example:
+        >>> tape = Tape(parameters)
+        >>> with tape:
+        ...     loss = F.cross_entropy(model(inputs), targets)
+        >>> tape.finish(loss)
+        >>> tape.curvature(directions)  # zᵀHz, for as many z as wanted
+
+    Args:
+        parameters: what moves, by name. Every tensor of the forward that requires a gradient must come from these.
+
+    Raises:
+        NoRule: in the forward or in :meth:`finish`: an operation has no rule, or hides from PyTorch's function modes
+            (a custom ``autograd.Function``).
+    """
+
+    def __init__(self, parameters: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.names = list(parameters)
+        self.nodes: list[_Node] = []
+        self._slots: dict[int, int] = {}
+        self._kept: list[Tensor] = []  # alive, so that an id stands for one tensor
+        self._outputs: list[Tensor] = []
+        self._current: dict[int, Tensor] = {}  # of a tensor changed in place: what it is now
+        self._changed: set[int] = set()  # the storages of those
+        for parameter in parameters.values():
+            self._new_slot(parameter)
+
+    def _new_slot(self, value: Tensor) -> int:
+        self._kept.append(value)
+        self._slots[id(value)] = len(self._slots)
+        return len(self._slots) - 1
+
+    def slot(self, value: Any) -> int | None:
+        """The slot of a tensor that moves; None for everything else."""
+        return self._slots.get(id(value)) if isinstance(value, Tensor) else None
+
+    def add(self, node: _Node, value: Tensor) -> Tensor:
+        """Appends an operation whose output is ``value``, which must be a tensor of its own."""
+        if id(value) in self._slots:
+            value = value.view_as(value)
+        node.output = self._new_slot(value)
+        self.nodes.append(node)
+        self._outputs.append(value)
+        return value
+
+    def linear(self, name: str, function: Callable[..., Tensor], moving: Sequence[Tensor], value: Tensor) -> Tensor:
+        """Appends an operation that is linear in ``moving``, whose derivatives ``function`` takes."""
+        slots = [self._slots[id(x)] for x in moving]
+        return self.add(_Linear(name, slots, function), value)
+
+    def product(
+        self, name: str, function: Callable[..., Tensor], a: Tensor, b: Tensor, shift: Tensor | None = None
+    ) -> Tensor:
+        """Appends y = function(a, b, shift) = a·b + shift for a bilinear product, whichever of the three moves."""
+        value = function(a, b, shift) if shift is not None else function(a, b)
+        slots = [self._slots[id(x)] for x in (a, b, shift) if self.slot(x) is not None]
+        a_moves, b_moves = self.slot(a) is not None, self.slot(b) is not None
+        fixed_a, fixed_b = a.detach(), b.detach()
+        if a_moves and b_moves:
+            return self.add(_Product(name, slots, function, fixed_a, fixed_b), value)
+
+        def derivative(*moving: Tensor) -> Tensor:
+            if a_moves:
+                return function(moving[0], fixed_b, *moving[1:])
+            if b_moves:
+                return function(fixed_a, *moving)
+            return function(torch.zeros_like(fixed_a), fixed_b, *moving)
+
+        return self.add(_Linear(name, slots, derivative), value)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not torch.is_grad_enabled():
+            return func(*_map(self._now, args), **_map(self._now, kwargs))
+        args, kwargs = _map(self._now, args), _map(self._now, kwargs)
+        moving = any(id(x) in self._slots for x in _tensors((args, kwargs)))
+        if not moving:
+            return func(*args, **kwargs)
+        found = _RULES.get(func)
+        if found is None:
+            out = func(*args, **kwargs)
+            if any(x.requires_grad for x in _tensors(out)):
+                raise NoRule(f"{_name(func)} has no rule")
+            return out
+        rule, inplace = found
+        out = rule(self, func, *args, **kwargs)
+        if inplace:
+            self._replace(args[0], out)
+        return out
+
+    def _replace(self, old: Tensor, new: Tensor) -> None:
+        """From here on, ``old`` (which the caller wanted changed in place) means ``new``."""
+        self._kept.append(old)
+        self._current[id(old)] = new
+        for known, replaced in list(self._current.items()):
+            if replaced is old:
+                self._current[known] = new
+        self._changed.add(old.untyped_storage().data_ptr())
+
+    def _now(self, x: Tensor) -> Tensor:
+        x = self._current.get(id(x), x)
+        if x.requires_grad and id(x) not in self._slots:
+            raise NoRule("a tensor came from an operation that cannot be seen (a custom autograd.Function?)")
+        if self._changed and id(x) in self._slots and x.untyped_storage().data_ptr() in self._changed:
+            raise NoRule("a view of a tensor that was changed in place is used afterwards")
+        return x
+
+    def why_not_multilinear(self, logits: Tensor) -> str | None:
+        """Why ``logits`` may not be piecewise linear in every single parameter; None where they are.
+
+        Sufficient: every operation is piecewise linear in all of its inputs jointly, or a product of two of which no
+        parameter reaches both. By induction each value is then piecewise linear in each single parameter.
+        """
+        end = self.slot(self._current.get(id(logits), logits))
+        if end is None:
+            return "the logits do not come from recorded operations"
+        reached = self._reached()
+        for node in self.nodes:
+            if node.output > end:
+                break
+            if node.curved:
+                return f"{node.name} is not piecewise linear"
+            both = _common(node, reached)
+            if both:
+                names = [name for i, name in enumerate(self.names) if both >> i & 1]
+                return f"{names[0]} reaches both factors of a {node.name}"
+        return None
+
+    def _reached(self) -> dict[int, int]:
+        """By slot, the parameters on which it depends, as a set of bits."""
+        reached = {slot: 1 << slot for slot in range(len(self.names))}
+        for node in self.nodes:
+            reached[node.output] = functools.reduce(int.__or__, (reached[slot] for slot in node.inputs))
+        return reached
+
+    def finish(self, loss: Tensor, *, reduced: bool = False, until: Tensor | None = None) -> None:
+        """Takes δ of every operation that wants it, by one backward, and lets go of the graph.
+
+        Args:
+            loss: the scalar whose second derivatives are wanted.
+            reduced: leave out the sources 2 ⟨δ, a′·b′⟩ of products that no parameter reaches on both sides. For a
+                random z of independent elements of mean 0, a′ and b′ are then independent and of mean 0, and so is the
+                source: what remains has the mean of zᵀHz, Tr(H), costs a convolution less for each convolution, and
+                varies less, because the sources left out are most of the noise of zᵀHz.
+            until: leave out the sources of what comes after this value. After the logits, that is the Gauss-Newton
+                term of the loss, y′ᵀ∇²ℓ y′, the trace of which is that of the Fisher matrix.
+
+        Raises:
+            NoRule: ``loss`` or ``until`` does not come from recorded operations.
+        """
+        if self.slot(loss) is None:
+            raise NoRule("the loss does not come from recorded operations")
+        if reduced:
+            reached = self._reached()
+            for node in self.nodes:
+                if isinstance(node, _Product) and not _common(node, reached):
+                    node.wants_weight = False
+        if until is not None:
+            last = self.slot(self._current.get(id(until), until))
+            if last is None:
+                raise NoRule("the logits do not come from recorded operations")
+            for node in self.nodes:
+                node.wants_weight = node.wants_weight and node.output <= last
+        wanting = [(node, y) for node, y in zip(self.nodes, self._outputs, strict=True) if node.wants_weight]
+        weights = torch.autograd.grad(loss, [y for _, y in wanting], allow_unused=True) if wanting else ()
+        for (node, _), weight in zip(wanting, weights, strict=True):
+            if weight is None:
+                node.wants_weight = False
+            else:
+                with torch.no_grad():
+                    node.weigh(weight)
+        self._loss = self._slots[id(loss)]
+        last_use = {slot: i for i, node in enumerate(self.nodes) for slot in node.inputs}
+        self._dead: list[list[int]] = [[] for _ in self.nodes]
+        for slot, i in last_use.items():
+            self._dead[i].append(slot)
+        self._outputs.clear()
+        self._kept.clear()
+        self._slots.clear()
+        self._current.clear()
+
+    @torch.no_grad()
+    def curvature(self, directions: Sequence[Tensor]) -> Tensor:
+        """zᵀHz of the loss, or what :meth:`finish` left of it; a float64 scalar.
+
+        Args:
+            directions: z, one tensor for each parameter, in their order and shapes.
+        """
+        moving: dict[int, Tensor] = dict(enumerate(directions))
+        sources: list[Tensor] = []
+        for node, dead in zip(self.nodes, self._dead, strict=True):
+            inputs = tuple(moving[slot] for slot in node.inputs)
+            first = node.first(*inputs)
+            if node.wants_weight:
+                sources.append(node.source(inputs, first).double())
+            moving[node.output] = first
+            for slot in dead:
+                del moving[slot]
+        return torch.stack(sources).sum() if sources else torch.zeros((), dtype=torch.float64)
+
+
+def _common(node: _Node, reached: dict[int, int]) -> int:
+    """The parameters that reach both factors of a product, as a set of bits; of another operation, none."""
+    return reached[node.inputs[0]] & reached[node.inputs[1]] if isinstance(node, _Product) else 0
+
+
+def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Applies a function to the tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if type(value) in (tuple, list):
+        return type(value)(_map(function, x) for x in value)
+    if type(value) is dict:
+        return {name: _map(function, x) for name, x in value.items()}
+    return value
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for x in value:
+            yield from _tensors(x)
+    elif isinstance(value, dict):
+        for x in value.values():
+            yield from _tensors(x)
+
+
+def _name(function: Any) -> str:
+    return str(resolve_name(function) or getattr(function, "__name__", repr(function)))
+
+
+# ---- rules: each takes the tape, the function as called, and its arguments ---------------------------------------
+
+_RULES: dict[Any, tuple[Callable[..., Any], bool]] = {}
+"""By function: the rule, and whether the function works in place."""
+
+
+def _rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a rule for functions of these names in torch, Tensor and torch.nn.functional, and their x_ forms."""
+
+    def register(rule: Callable[..., Any]) -> Callable[..., Any]:
+        for name in " ".join(names).split():
+            dunder = name.startswith("__")
+            inplace_name = f"__i{name[2:]}" if dunder else f"{name}_"
+            for place in (torch, Tensor, F, torch._C._nn, torch.special):
+                if hasattr(place, name):
+                    _RULES[getattr(place, name)] = (rule, False)
+                if hasattr(place, inplace_name):
+                    _RULES[getattr(place, inplace_name)] = (rule, True)
+        return rule
+
+    return register
+
+
+def _outplace(function: Any) -> Any:
+    """The function that returns what ``function`` would write into its first argument."""
+    name = getattr(function, "__name__", "")
+    if name.startswith("__i") and name.endswith("__") and hasattr(Tensor, f"__{name[3:]}"):
+        return getattr(Tensor, f"__{name[3:]}")
+    if name.endswith("_") and not name.endswith("__"):
+        for place in (torch, F, Tensor):
+            if hasattr(place, name[:-1]):
+                return getattr(place, name[:-1])
+    return function
+
+
+@_rule(
+    "view reshape flatten unflatten permute transpose t swapaxes swapdims movedim moveaxis squeeze unsqueeze expand",
+    "expand_as view_as contiguous clone narrow select index_select gather take_along_dim __getitem__ chunk split",
+    "tensor_split unbind sum mean cumsum roll flip avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d",
+    "adaptive_avg_pool2d adaptive_avg_pool3d interpolate upsample tril triu diagonal repeat repeat_interleave tile",
+    "neg negative __neg__ pixel_shuffle pixel_unshuffle channel_shuffle unfold fold to float double half bfloat16 type",
+    "nll_loss broadcast_to adjoint diff trace rot90",
+)
+def _linear_in_first(tape: Tape, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    if "input" in kwargs or tape.slot(x) is None or any(tape.slot(y) is not None for y in _tensors((args, kwargs))):
+        raise NoRule(f"{_name(func)} has no rule for these arguments")
+    kwargs.pop("out", None)
+    function = _outplace(func)
+    value = function(x, *args, **kwargs)
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            return value
+        return tape.linear(_name(func), lambda t: function(t, *args, **kwargs), [x], value)
+    return type(value)(
+        tape.linear(_name(func), lambda t, i=i: function(t, *args, **kwargs)[i], [x], part)
+        for i, part in enumerate(value)
+    )
+
+
+for _attribute in ("T", "mT", "H", "mH"):
+    _RULES[getattr(Tensor, _attribute).__get__] = (_linear_in_first, False)
+
+
+@_rule("masked_fill")
+def _masked_fill(tape: Tape, func: Any, x: Tensor, mask: Tensor, value: Any) -> Tensor:
+    if tape.slot(value) is not None or tape.slot(x) is None:
+        raise NoRule("masked_fill has no rule for a value that moves")
+    return tape.linear("masked_fill", lambda t: t.masked_fill(mask, 0), [x], x.masked_fill(mask, value))
+
+
+@_rule("pad")
+def _pad(tape: Tape, func: Any, input: Tensor, pad: Any, mode: str = "constant", value: Any = None) -> Tensor:
+    derivative = lambda t: F.pad(t, pad, mode) if mode == "constant" else F.pad(t, pad, mode, value)  # noqa: E731
+    return tape.linear("pad", derivative, [input], F.pad(input, pad, mode, value))
+
+
+@_rule("cat concat concatenate stack hstack vstack dstack")
+def _join(tape: Tape, func: Any, tensors: Any, *args: Any, **kwargs: Any) -> Tensor:
+    moves = [tape.slot(x) is not None for x in tensors]
+    zeros = [None if move else torch.zeros_like(x) for x, move in zip(tensors, moves, strict=True)]
+
+    def derivative(*moving: Tensor) -> Tensor:
+        queue = iter(moving)
+        return func([next(queue) if zero is None else zero for zero in zeros], *args, **kwargs)  # type: ignore[no-any-return]
+
+    moving = [x for x, move in zip(tensors, moves, strict=True) if move]
+    return tape.linear(_name(func), derivative, moving, func(tensors, *args, **kwargs))
+
+
+@_rule("add __add__ __radd__ sub subtract __sub__ rsub __rsub__")
+def _add(tape: Tape, func: Any, a: Any, b: Any, *, alpha: Any = 1) -> Tensor:
+    name = func.__name__
+    sign_a, sign_b = (-1, 1) if "rsub" in name else (1, -1) if "sub" in name else (1, 1)
+    value = sign_a * a + (sign_b * alpha) * b if (sign_a, sign_b, alpha) != (1, 1, 1) else a + b
+    factors = [(x, s) for x, s in ((a, sign_a), (b, sign_b * alpha)) if tape.slot(x) is not None]
+    shape = value.shape
+
+    def derivative(*moving: Tensor) -> Tensor:
+        parts = [t if s == 1 else s * t for t, (_, s) in zip(moving, factors, strict=True)]
+        total = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        return total if total.shape == shape else total.expand(shape)
+
+    return tape.linear(name, derivative, [x for x, _ in factors], value)
+
+
+@_rule("mul multiply __mul__ __rmul__")
+def _mul(tape: Tape, func: Any, a: Any, b: Any) -> Tensor:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        x, factor = (a, b) if isinstance(a, Tensor) else (b, a)
+        return tape.linear("mul", lambda t: t * factor, [x], x * factor)
+    if a is b:
+        return _elementwise("square", tape, torch.square, a)
+    return tape.product("mul", torch.mul, a, b)
+
+
+@_rule("div divide true_divide __truediv__")
+def _div(tape: Tape, func: Any, a: Any, b: Any, *, rounding_mode: str | None = None) -> Tensor:
+    if rounding_mode is not None:
+        raise NoRule("div with a rounding mode has no rule")
+    if tape.slot(b) is None:
+        return tape.linear("div", lambda t: t / b, [a], a / b)
+    with tape:
+        return a * torch.reciprocal(b)  # type: ignore[no-any-return]
+
+
+@_rule("__rtruediv__ __rdiv__")
+def _rdiv(tape: Tape, func: Any, a: Tensor, b: Any) -> Tensor:
+    with tape:
+        return torch.reciprocal(a) * b  # type: ignore[no-any-return]
+
+
+@_rule("addcmul")
+def _addcmul(tape: Tape, func: Any, x: Tensor, a: Tensor, b: Tensor, *, value: Any = 1) -> Tensor:
+    with tape:
+        return x + value * (a * b)  # type: ignore[no-any-return]
+
+
+@_rule("where")
+def _where(tape: Tape, func: Any, condition: Tensor, a: Any = None, b: Any = None) -> Tensor:
+    if func is Tensor.where:  # x.where(condition, other)
+        condition, a = a, condition
+    value = torch.where(condition, a, b)
+    moves = [tape.slot(a) is not None, tape.slot(b) is not None]
+
+    def derivative(*moving: Tensor) -> Tensor:
+        return torch.where(condition, moving[0] if moves[0] else 0.0, moving[-1] if moves[1] else 0.0).expand(
+            value.shape
+        )
+
+    return tape.linear("where", derivative, [x for x, move in zip((a, b), moves, strict=True) if move], value)
+
+
+# ---- products ------------------------------------------------------------------------------------------------------
+
+
+@_rule("linear")
+def _linear_layer(tape: Tape, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return tape.product("linear", F.linear, input, weight, bias)
+
+
+@_rule("conv1d conv2d conv3d")
+def _conv(
+    tape: Tape,
+    func: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    function = lambda a, b, c=None: func(a, b, c, stride, padding, dilation, groups)  # noqa: E731
+    return tape.product(func.__name__, function, input, weight, bias)
+
+
+@_rule("conv_transpose1d conv_transpose2d conv_transpose3d")
+def _conv_transpose(
+    tape: Tape,
+    func: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Tensor:
+    rest = (stride, padding, output_padding, groups, dilation)
+    return tape.product(func.__name__, lambda a, b, c=None: func(a, b, c, *rest), input, weight, bias)
+
+
+@_rule("matmul __matmul__ mm bmm mv dot inner outer")
+def _matmul(tape: Tape, func: Any, a: Tensor, b: Tensor) -> Tensor:
+    function = torch.matmul if func.__name__ == "__matmul__" else func
+    return tape.product(func.__name__, function, a, b)
+
+
+@_rule("addmm baddbmm")
+def _addmm(tape: Tape, func: Any, x: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    with tape:
+        return beta * x + alpha * (a @ b)  # type: ignore[no-any-return]
+
+
+@_rule("einsum")
+def _einsum(tape: Tape, func: Any, equation: str, *operands: Any) -> Tensor:
+    tensors = list(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else list(operands)
+    places = [i for i, x in enumerate(tensors) if tape.slot(x) is not None]
+    fixed = [x.detach() for x in tensors]
+
+    def at(*given: Tensor) -> Tensor:
+        filled = list(fixed)
+        for place, x in zip(places, given, strict=True):
+            filled[place] = x
+        return torch.einsum(equation, *filled)
+
+    if len(places) == 1:
+        return tape.linear("einsum", at, [tensors[places[0]]], at(tensors[places[0]]))
+    if len(places) > 2:
+        raise NoRule("einsum has no rule for more than two operands that move")
+    return tape.product("einsum", at, tensors[places[0]], tensors[places[1]])
+
+
+@_rule("embedding")
+def _embedding(
+    tape: Tape,
+    func: Any,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    if max_norm is not None or scale_grad_by_freq or func is torch.embedding:
+        raise NoRule("embedding has no rule for max_norm or scale_grad_by_freq")
+    kept = None if padding_idx is None else (input != padding_idx % len(weight)).unsqueeze(-1)
+
+    def derivative(t: Tensor) -> Tensor:  # the padding row gets no gradient, so it does not move
+        y = F.embedding(input, t)
+        return y if kept is None else y * kept
+
+    return tape.linear("embedding", derivative, [weight], F.embedding(input, weight, padding_idx))
+
+
+# ---- piecewise linear functions --------------------------------------------------------------------------------------
+
+
+def _split_inplace(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
+    """Arguments without ``inplace``, the only boolean that these functions take, and its value."""
+    kwargs = dict(kwargs)
+    inplace = bool(kwargs.pop("inplace", False))
+    if args and isinstance(args[-1], bool):
+        args, inplace = args[:-1], args[-1]
+    return args, kwargs, inplace
+
+
+@_rule("relu")
+def _relu(tape: Tape, func: Any, input: Tensor, inplace: bool = False) -> Tensor:
+    value = torch.relu(input)
+    kept = value.detach()
+    derivative = lambda t: torch.ops.aten.threshold_backward(t, kept, 0)  # noqa: E731
+    out = tape.linear("relu", derivative, [input], value)
+    if inplace:
+        tape._replace(input, out)
+    return out
+
+
+_SLOPES: dict[str, Callable[..., Tensor]] = {
+    "leaky_relu": lambda x, negative_slope=0.01: torch.where(x > 0, torch.ones_like(x), negative_slope),
+    "relu6": lambda x: (x > 0) & (x < 6),
+    "hardtanh": lambda x, min_val=-1.0, max_val=1.0: (x > min_val) & (x < max_val),
+    "hardsigmoid": lambda x: ((x > -3) & (x < 3)).to(x.dtype) / 6,
+    "threshold": lambda x, threshold, value: x > threshold,
+    "clamp": lambda x, min=None, max=None: _between(x, min, max),
+    "clip": lambda x, min=None, max=None: _between(x, min, max),
+    "clamp_min": lambda x, min: _between(x, min, None),
+    "clamp_max": lambda x, max: _between(x, None, max),
+    "abs": torch.sign,
+    "absolute": torch.sign,
+    "__abs__": torch.sign,
+}
+"""The slopes of piecewise linear functions, as autograd has them on and between the kinks."""
+
+
+def _between(x: Tensor, low: Any, high: Any) -> Tensor:
+    inside = torch.ones_like(x, dtype=torch.bool)
+    if low is not None:
+        inside &= x >= low
+    if high is not None:
+        inside &= x <= high
+    return inside
+
+
+def _piecewise(name: str, tape: Tape, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    rest, named, inplace = _split_inplace(args, kwargs)
+    if any(tape.slot(y) is not None for y in _tensors((rest, named))):
+        raise NoRule(f"{name} has no rule for bounds that move")
+    slope = _SLOPES[name](x.detach(), *rest, **named).to(x.dtype)
+    out = tape.linear(name, lambda t: t * slope, [x], _outplace(func)(x, *rest, **named))
+    if inplace:
+        tape._replace(x, out)
+    return out
+
+
+for _function in _SLOPES:
+    _rule(_function)(functools.partial(_piecewise, _function))
+
+
+@_rule("prelu")
+def _prelu(tape: Tape, func: Any, input: Tensor, weight: Tensor) -> Tensor:
+    with tape:
+        slope = weight.view(-1, *[1] * (input.dim() - 2)) if weight.numel() > 1 else weight
+        positive = input.relu()
+        return positive + slope * (input - positive)
+
+
+@_rule("maximum minimum")
+def _maximum(tape: Tape, func: Any, a: Tensor, b: Tensor) -> Tensor:
+    value = func(a, b)
+    share = (0.5 * ((value == a).to(a.dtype) - (value == b).to(a.dtype)) + 0.5).detach()  # equal elements share
+    parts = [(x, s) for x, s in ((a, share), (b, 1 - share)) if tape.slot(x) is not None]
+    derivative = lambda *moving: sum(t * s for t, (_, s) in zip(moving, parts, strict=True))  # noqa: E731
+    return tape.linear(func.__name__, derivative, [x for x, _ in parts], value)
+
+
+@_rule("max min")
+def _max(tape: Tape, func: Any, x: Tensor, dim: Any = None, keepdim: bool = False) -> Any:
+    name = func.__name__
+    if isinstance(dim, Tensor):
+        return _maximum(tape, torch.maximum if name == "max" else torch.minimum, x, dim)
+    if dim is None:
+        raise NoRule(f"{name} over all elements has no rule")
+    value, indices = func(x, dim, keepdim)
+    full = indices if keepdim else indices.unsqueeze(dim)
+
+    def derivative(t: Tensor) -> Tensor:
+        taken = t.gather(dim, full)
+        return taken if keepdim else taken.squeeze(dim)
+
+    return getattr(torch.return_types, name)((tape.linear(name, derivative, [x], value), indices))
+
+
+def _pool(tape: Tape, dims: int, name: str, with_indices: Any, args: Any, kwargs: Any) -> Any:
+    kwargs = dict(kwargs)
+    wants_indices = kwargs.pop("return_indices", False) or name.endswith("indices")
+    x, *rest = (kwargs.pop("input"), *args) if "input" in kwargs else args
+    value, indices = with_indices(x, *rest, **kwargs)
+    planes, shape = indices.flatten(-dims).flatten(0, -2).int().contiguous(), value.shape
+
+    def derivative(t: Tensor) -> Tensor:
+        return ops.gate_take(t.reshape(len(planes), -1).contiguous(), planes).view(shape)
+
+    out = tape.linear(name, derivative, [x], value)
+    return (out, indices) if wants_indices else out
+
+
+def _register_pools() -> None:
+    for dims in (1, 2, 3):
+        for name in (f"max_pool{dims}d", f"adaptive_max_pool{dims}d"):
+            with_indices = getattr(F, f"{name}_with_indices")
+
+            def rule(tape: Tape, func: Any, *args: Any, dims: int = dims, name: str = name, **kwargs: Any) -> Any:
+                return _pool(tape, dims, name, getattr(F, f"{name}_with_indices"), args, kwargs)
+
+            _rule(name)(rule)
+            _RULES[with_indices] = (rule, False)
+
+
+_register_pools()
+
+
+@_rule("dropout dropout1d dropout2d dropout3d feature_dropout")
+def _dropout(tape: Tape, func: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    if not training or p == 0:
+        return input
+    mask = func(torch.ones_like(input), p, True)  # the same for every direction
+    out = tape.linear("dropout", lambda t: t * mask, [input], input * mask)
+    if inplace:
+        tape._replace(input, out)
+    return out
+
+
+# ---- smooth functions of each element ------------------------------------------------------------------------------
+
+
+def _gelu(x: Tensor, y: Tensor, approximate: str = "none") -> tuple[Tensor, Tensor]:
+    if approximate == "none":
+        density = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+        return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * density, density * (2 - x * x)
+    k, c = math.sqrt(2 / math.pi), 0.044715
+    t = torch.tanh(k * (x + c * x**3))
+    u1, u2 = k * (1 + 3 * c * x * x), 6 * c * k * x
+    t1 = (1 - t * t) * u1
+    t2 = (1 - t * t) * u2 - 2 * t * t1 * u1
+    return 0.5 * (1 + t) + 0.5 * x * t1, t1 + 0.5 * x * t2
+
+
+def _softplus(x: Tensor, y: Tensor, beta: float = 1, threshold: float = 20) -> tuple[Tensor, Tensor]:
+    slope, straight = torch.sigmoid(beta * x), beta * x > threshold
+    return torch.where(straight, 1, slope), torch.where(straight, 0, beta * slope * (1 - slope))
+
+
+def _silu(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    s = torch.sigmoid(x)
+    return s + x * s * (1 - s), s * (1 - s) * (2 + x * (1 - 2 * s))
+
+
+def _pow(x: Tensor, y: Tensor, p: Any) -> tuple[Tensor, Tensor]:
+    zero = torch.zeros_like(x)
+    return p * x ** (p - 1) if p != 0 else zero, p * (p - 1) * x ** (p - 2) if p not in (0, 1) else zero
+
+
+def _elu(x: Tensor, y: Tensor, alpha: float = 1.0) -> tuple[Tensor, Tensor]:
+    return torch.where(x > 0, 1, y + alpha), torch.where(x > 0, 0, y + alpha)
+
+
+_DERIVATIVES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "tanh": lambda x, y: (1 - y * y, -2 * y * (1 - y * y)),
+    "sigmoid": lambda x, y: (y * (1 - y), y * (1 - y) * (1 - 2 * y)),
+    "logsigmoid": lambda x, y: (torch.sigmoid(-x), -torch.sigmoid(x) * torch.sigmoid(-x)),
+    "exp": lambda x, y: (y, y.clone()),
+    "expm1": lambda x, y: (y + 1, y + 1),
+    "log": lambda x, y: (1 / x, -1 / (x * x)),
+    "log1p": lambda x, y: (1 / (1 + x), -1 / (1 + x) ** 2),
+    "sqrt": lambda x, y: (0.5 / y, -0.25 / (y * x)),
+    "rsqrt": lambda x, y: (-0.5 * y**3, 0.75 * y**5),
+    "reciprocal": lambda x, y: (-y * y, 2 * y**3),
+    "square": lambda x, y: (2 * x, torch.full_like(x, 2)),
+    "pow": _pow,
+    "__pow__": _pow,
+    "sin": lambda x, y: (torch.cos(x), -y),
+    "cos": lambda x, y: (-torch.sin(x), -y),
+    "erf": lambda x, y: (
+        2 / math.sqrt(math.pi) * torch.exp(-x * x),
+        -4 / math.sqrt(math.pi) * x * torch.exp(-x * x),
+    ),
+    "softplus": _softplus,
+    "gelu": _gelu,
+    "silu": _silu,
+    "elu": _elu,
+    "hardswish": lambda x, y: (
+        torch.where(x <= -3, 0, torch.where(x < 3, x / 3 + 0.5, 1)),
+        ((x > -3) & (x < 3)).to(x.dtype) / 3,
+    ),
+}
+"""First and second derivative of a function of each element, from its input, output and parameters."""
+
+
+def _smooth(name: str, tape: Tape, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    rest, named, inplace = _split_inplace(args, kwargs)
+    if tape.slot(input) is None or any(True for _ in _tensors((rest, named))):
+        raise NoRule(f"{_name(func)} has no rule for these arguments")
+    out = _elementwise(name, tape, _outplace(func), input, *rest, **named)
+    if inplace:
+        tape._replace(input, out)
+    return out
+
+
+def _elementwise(name: str, tape: Tape, function: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    value = function(x, *args, **kwargs)
+    slope, curvature = _DERIVATIVES[name](x.detach(), value.detach(), *args, **kwargs)
+    return tape.add(_Elementwise(name.strip("_"), [tape._slots[id(x)]], slope, curvature), value)
+
+
+for _function in _DERIVATIVES:
+    _rule(_function)(functools.partial(_smooth, _function))
+
+
+# ---- softmax, normalisation, attention -----------------------------------------------------------------------------
+
+
+def _dim_of(dim: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: Any) -> int:
+    if not isinstance(dim, int) or dtype is not None:
+        raise NoRule("softmax has no rule for an implicit dimension or another dtype")
+    return dim
+
+
+@_rule("softmax log_softmax")
+def _softmax(tape: Tape, func: Any, input: Tensor, dim: Any = None, *args: Any, dtype: Any = None, **_: Any) -> Tensor:
+    dim = _dim_of(dim, args, {}, dtype)
+    slots = [tape._slots[id(input)]]
+    if func.__name__ == "softmax":
+        value = torch.softmax(input, dim)
+        return tape.add(_Softmax("softmax", slots, value.detach(), dim), value)
+    value = torch.log_softmax(input, dim)
+    p = value.detach().exp()
+    return tape.add(_LogSumExp("log_softmax", slots, p, dim, log_softmax=True, keepdim=True), value)
+
+
+@_rule("logsumexp")
+def _logsumexp(tape: Tape, func: Any, input: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
+    dim = _dim_of(dim, (), {}, None)
+    p = torch.softmax(input.detach(), dim)
+    node = _LogSumExp("logsumexp", [tape._slots[id(input)]], p, dim, log_softmax=False, keepdim=keepdim)
+    return tape.add(node, torch.logsumexp(input, dim, keepdim))
+
+
+@_rule("cross_entropy")
+def _cross_entropy(
+    tape: Tape,
+    func: Any,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    dim = 0 if input.dim() == 1 else 1
+    soft = target.is_floating_point()
+    if label_smoothing or (soft and (weight is not None or reduction != "mean")):
+        raise NoRule("cross_entropy has no rule for label smoothing, or for weighted or unreduced soft targets")
+    with tape:
+        log_p = torch.log_softmax(input, dim)
+        if soft:
+            return (log_p * target).sum() / (-log_p.numel() / log_p.shape[dim])
+        return F.nll_loss(log_p, target, weight, ignore_index=ignore_index, reduction=reduction)
+
+
+def _normalise(tape: Tape, name: str, x: Tensor, dims: list[int], eps: float, centred: bool = True) -> Tensor:
+    if tape.slot(x) is None:  # the input of the network: nothing moves yet
+        v = x - x.mean(dims, keepdim=True) if centred else x
+        return v * (v.square().mean(dims, keepdim=True) + eps).rsqrt()
+    v = x - x.mean(dims, keepdim=True) if centred else x
+    rstd = (v.square().mean(dims, keepdim=True) + eps).rsqrt()
+    n = v * rstd
+    return tape.add(_Normalise(name, [tape._slots[id(x)]], n.detach(), rstd.detach(), dims, centred), n)
+
+
+def _affine(tape: Tape, name: str, n: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Any) -> Tensor:
+    """n·weight + bias, both viewed as ``shape``."""
+    if weight is None and bias is None:
+        return n
+    if weight is None or (tape.slot(weight) is None and tape.slot(n) is None):
+        with tape:
+            n = n if weight is None else n * weight.view(shape)
+            return n if bias is None else n + bias.view(shape)
+
+    def scale(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
+        return a * b.view(shape) if c is None else torch.addcmul(c.view(shape), a, b.view(shape))
+
+    return tape.product(name, scale, n, weight, bias)
+
+
+@_rule("batch_norm")
+def _batch_norm(
+    tape: Tape,
+    func: Any,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if func is torch.batch_norm:
+        raise NoRule("torch.batch_norm has no rule (torch.nn.functional.batch_norm has)")
+    shape = (-1, *[1] * (input.dim() - 2))
+    if training:
+        dims = [d for d in range(input.dim()) if d != 1]
+        with torch.no_grad():  # the running statistics move as they would
+            F.batch_norm(input.detach(), running_mean, running_var, None, None, True, momentum, eps)
+        n = _normalise(tape, "batch_norm in train mode", input, dims, eps)
+    else:
+        assert running_mean is not None and running_var is not None
+        scale = (running_var + eps).rsqrt().view(shape)
+        if tape.slot(input) is None:
+            n = (input - running_mean.view(shape)) * scale
+        else:
+            n = tape.linear("batch_norm", lambda t: t * scale, [input], (input - running_mean.view(shape)) * scale)
+    return _affine(tape, "batch_norm", n, weight, bias, shape)
+
+
+@_rule("layer_norm")
+def _layer_norm(
+    tape: Tape,
+    func: Any,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    dims = list(range(-len(normalized_shape), 0))
+    n = _normalise(tape, "layer_norm", input, dims, eps)
+    return _affine(tape, "layer_norm", n, weight, bias, tuple(normalized_shape))
+
+
+@_rule("rms_norm")
+def _rms_norm(
+    tape: Tape, func: Any, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    n = _normalise(tape, "rms_norm", input, list(range(-len(normalized_shape), 0)), eps, centred=False)
+    return _affine(tape, "rms_norm", n, weight, None, tuple(normalized_shape))
+
+
+@_rule("group_norm")
+def _group_norm(
+    tape: Tape,
+    func: Any,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    with tape:
+        grouped = input.reshape(len(input), num_groups, -1)
+    n = _normalise(tape, "group_norm", grouped, [-1], eps)
+    with tape:
+        n = n.view(input.shape)
+    return _affine(tape, "group_norm", n, weight, bias, (-1, *[1] * (input.dim() - 2)))
+
+
+@_rule("instance_norm")
+def _instance_norm(
+    tape: Tape,
+    func: Any,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not use_input_stats or running_mean is not None or func is torch.instance_norm:
+        raise NoRule("instance_norm with running statistics has no rule")
+    n = _normalise(tape, "instance_norm", input, list(range(2, input.dim())), eps)
+    return _affine(tape, "instance_norm", n, weight, bias, (-1, *[1] * (input.dim() - 2)))
+
+
+@_rule("scaled_dot_product_attention")
+def _attention(
+    tape: Tape,
+    func: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    with tape:
+        if enable_gqa:
+            key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+            value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+        scores = (query * (scale if scale is not None else query.shape[-1] ** -0.5)) @ key.transpose(-2, -1)
+        if is_causal:
+            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, -math.inf)
+        elif attn_mask is not None:
+            scores = scores + attn_mask
+        return F.dropout(torch.softmax(scores, -1), dropout_p) @ value
+
+
+@_rule("multi_head_attention_forward")
+def _multi_head_attention(
+    tape: Tape,
+    func: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
+    static_k: Tensor | None = None,
+    static_v: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, None]:
+    if bias_k is not None or bias_v is not None or add_zero_attn or static_k is not None or static_v is not None:
+        raise NoRule("multi_head_attention_forward has no rule for bias_k, add_zero_attn or static keys")
+    if query.dim() != 3 or (is_causal and attn_mask is None):
+        raise NoRule("multi_head_attention_forward has a rule for batched inputs and given masks only")
+    with tape:
+        if use_separate_proj_weight:
+            weights = [q_proj_weight, k_proj_weight, v_proj_weight]
+        else:
+            assert in_proj_weight is not None
+            weights = list(in_proj_weight.chunk(3))
+        biases = list(in_proj_bias.chunk(3)) if in_proj_bias is not None else [None] * 3
+        # (tokens, batch, features) -> (batch, heads, tokens, features of a head)
+        q, k, v = (
+            F.linear(x, w, b).view(*x.shape[:2], num_heads, -1).permute(1, 2, 0, 3)  # type: ignore[arg-type]
+            for x, w, b in zip((query, key, value), weights, biases, strict=True)
+        )
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        masks = [attn_mask if attn_mask is None or attn_mask.dim() == 2 else attn_mask.view(scores.shape)]
+        masks.append(None if key_padding_mask is None else key_padding_mask[:, None, None, :])
+        for mask in masks:
+            if mask is not None:
+                scores = scores.masked_fill(mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+        p = F.dropout(torch.softmax(scores, -1), dropout_p, training)
+        out = (p @ v).permute(2, 0, 1, 3).flatten(2)
+        return F.linear(out, out_proj_weight, out_proj_bias), None

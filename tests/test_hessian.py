@@ -1,0 +1,468 @@
+"""trace_hessian against the explicit Hessian of small networks; when Tr(H) = Tr(F); error bars; what is put back."""
+
+from __future__ import annotations
+
+import math
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import scipy.stats
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastfisher
+from fastfisher import SlowPathWarning, TraceEstimate, trace_hessian
+from fastfisher.hessian import logits_form
+from tests.networks import Hostile
+
+SIGNIFICANCE = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks as small as these only wait for the threads of a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+IMAGES = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+LABELS = torch.tensor([0, 3, 2, 2, 1, 0])
+
+
+class SkipInit(nn.Module):
+    """Residual branches scaled by a gain of their own, no normalisation (De and Smith, 2020)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.second = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.gain = nn.Parameter(torch.tensor(0.5))
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = x + self.gain * self.second(self.first(x).relu())
+        return self.head(x.relu().mean((2, 3)))
+
+
+class Fixup(nn.Module):
+    """Scalar biases around each convolution and a scalar multiplier in the branch (Zhang et al., 2019)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.second = (nn.Conv2d(3, 3, 3, padding=1, bias=False) for _ in range(3))
+        self.biases = nn.ParameterList([nn.Parameter(0.1 * torch.randn(1)) for _ in range(4)])
+        self.scale = nn.Parameter(torch.tensor([0.7]))
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c, d = self.biases
+        x = self.stem(x).relu()
+        y = self.second((self.first(x + a) + b).relu() + c) * self.scale + d
+        x = (y + x).relu()
+        return self.head(x.mean((2, 3)))
+
+
+class Residual(nn.Module):
+    """BatchNorm as in a ResNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.norm, self.head = nn.BatchNorm2d(4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = F.relu(self.norm(self.first(x)) + x, inplace=True)
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def simple_cnn(activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), activation(), nn.Conv2d(4, 4, 3), activation(), nn.MaxPool2d(2), nn.Dropout(0.0),
+        nn.Flatten(), nn.Linear(36, 6), activation(), nn.Linear(6, 4),
+    )  # fmt: skip
+
+
+def vgg() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(True), nn.MaxPool2d(2), nn.Conv2d(4, 5, 3, padding=1), nn.ReLU(True),
+        nn.Conv2d(5, 5, 3, padding=1), nn.LeakyReLU(0.1), nn.MaxPool2d(2), nn.AvgPool2d(2), nn.Flatten(),
+        nn.Linear(5, 4),
+    )  # fmt: skip
+
+
+class Shared(nn.Module):
+    """One layer applied twice: the logits are quadratic in its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.layer, self.head = nn.Linear(192, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.layer(self.stem(x.flatten(1))).relu()))
+
+
+class Gated(nn.Module):
+    """A product of two branches with a common parameter below them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left, self.right = nn.Linear(192, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x.flatten(1))
+        return self.left(h).relu() * self.right(h)
+
+
+PIECEWISE_LINEAR = {
+    "SimpleCNN": simple_cnn,
+    "VGG": vgg,
+    "SkipInit": SkipInit,
+    "Fixup": Fixup,
+    "eval BatchNorm": Residual,
+}
+CURVED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "tanh": (lambda: simple_cnn(nn.Tanh), "tanh is not piecewise linear"),
+    "GELU": (lambda: simple_cnn(nn.GELU), "gelu is not piecewise linear"),
+    "softplus": (lambda: simple_cnn(nn.Softplus), "softplus is not piecewise linear"),
+    "shared weights": (Shared, "layer.weight reaches both factors of a linear"),
+    "product of branches": (Gated, "stem.weight reaches both factors of a mul"),
+    "LayerNorm": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.LayerNorm(4), nn.Linear(4, 4)),
+                  "layer_norm is not piecewise linear"),
+    "softmax": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Softmax(1)),
+                "softmax is not piecewise linear"),
+    "unknown": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Mish()),
+                "torch.nn.functional.mish has no rule"),
+}  # fmt: skip
+
+
+def build(make: Callable[[], nn.Module]) -> nn.Module:
+    """A network in float64 whose BatchNorm has statistics, and which is away from its initialisation."""
+    torch.manual_seed(2)
+    model = make().double()
+    with torch.no_grad():
+        for _ in range(3):
+            model(IMAGES)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(model(IMAGES), LABELS).backward()
+        optimizer.step()
+    return model
+
+
+def explicit_trace(model: nn.Module, parameters: list[Tensor] | None = None) -> float:
+    """The trace of the Hessian of the mean loss, row by row."""
+    parameters = parameters if parameters is not None else list(model.parameters())
+    gradients = torch.autograd.grad(F.cross_entropy(model(IMAGES), LABELS), parameters, create_graph=True)
+    total = 0.0
+    for g, p in zip(gradients, parameters, strict=True):
+        for i, element in enumerate(g.flatten()):
+            (row,) = torch.autograd.grad(element, p, retain_graph=True, materialize_grads=True)
+            total += float(row.flatten()[i])
+    return total
+
+
+def exact_fisher(model: nn.Module, data: Any, **options: Any) -> TraceEstimate:
+    """Tr(F) over all labels from per-example gradients: mean over x of Σ_y p(y) ‖∇ log p(y)‖²."""
+    state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def log_p(state: dict[str, Tensor], x: Tensor, y: int) -> Tensor:
+        return torch.func.functional_call(model, state, (x[None],)).log_softmax(1)[0, y]
+
+    total, samples = 0.0, 0
+    for inputs, _ in data:
+        p = model(inputs).detach().softmax(1)
+        for y in range(p.shape[1]):
+            gradients = torch.func.vmap(torch.func.grad(log_p), (None, 0, None))(state, inputs, y)
+            norms = sum(g.reshape(len(g), -1).square().sum(1) for g in gradients.values())
+            total += float((p[:, y] * norms).sum())
+        samples += len(inputs)
+    return TraceEstimate(total / samples, 0.0, samples, 0, f"fisher, labels={options['labels']}")
+
+
+@pytest.fixture
+def reference_fisher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The trace of the Fisher matrix from vmap(grad), so that this file tests the identity and not trace_fisher."""
+    module = types.ModuleType("fastfisher.traces")
+    module.trace_fisher = exact_fisher  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fastfisher.traces", module)
+    yield
+
+
+# ---- Tr(H) = Tr(F) -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PIECEWISE_LINEAR)
+@pytest.mark.usefixtures("reference_fisher")
+def test_trace_is_that_of_the_fisher_matrix(name: str) -> None:
+    model = build(PIECEWISE_LINEAR[name])
+    estimate = trace_hessian(model, IMAGES, LABELS, batch_size=4)
+    model.eval()
+    assert estimate.value == pytest.approx(explicit_trace(model), rel=1e-10)
+    assert estimate.method == "fisher, labels=exact" and estimate.standard_error == 0 and estimate.samples == 6
+
+
+@pytest.mark.parametrize("name", CURVED)
+def test_a_network_that_is_not_piecewise_linear_is_not_sent_there(name: str) -> None:
+    make, reason = CURVED[name]
+    model = build(make).eval()
+    form = logits_form(model, dict(model.named_parameters()), IMAGES)
+    assert form.curved == reason and form.coupled is None and form.classes == 4
+    assert form.unknown == (name == "unknown")
+    truth, fisher = explicit_trace(model), exact_fisher(model, [(IMAGES, LABELS)], labels="exact").value
+    assert abs(fisher - truth) > 1e-3 * abs(truth), "the identity holds here: the test shows nothing"
+
+
+@pytest.mark.usefixtures("reference_fisher")
+def test_batch_norm_in_train_mode_is_not_sent_there() -> None:
+    model = build(Residual).train()
+    form = logits_form(model, dict(model.named_parameters()), IMAGES)
+    assert form.curved == "batch_norm in train mode is not piecewise linear" and "train mode" in str(form.coupled)
+    kept = trace_hessian(model, IMAGES, LABELS, mode="keep", probes=400)
+    assert kept.method == "reduced hutchinson, gaussian probes"
+    assert within(kept, explicit_trace(model))
+    assert trace_hessian(model, IMAGES, LABELS).method == "fisher, labels=exact"
+
+
+@pytest.mark.usefixtures("reference_fisher")
+def test_fisher_where_it_is_not_exact_warns() -> None:
+    model = build(lambda: simple_cnn(nn.Tanh))
+    with pytest.warns(UserWarning, match="may differ from Tr.H. here, because tanh is not piecewise linear"):
+        assert trace_hessian(model, IMAGES, LABELS, method="fisher").method == "fisher, labels=exact"
+
+
+@pytest.mark.usefixtures("reference_fisher")
+def test_logits_of_more_than_one_row_an_example_are_not_sent_there() -> None:
+    model, x = nn.Linear(3, 4), torch.randn(2, 5, 3)
+    form = logits_form(model.eval(), dict(model.named_parameters()), x)
+    assert form.coupled is not None and "not one row for each example" in form.coupled
+    with pytest.raises(ValueError, match='"split" does not serve here'):
+        trace_hessian(model, x, torch.randint(4, (2, 5)), method="split")
+    estimate = trace_hessian(model, x, torch.randint(4, (2, 5)), probes=200)
+    p = model(x).detach().softmax(-1)  # of a linear model the Hessian is the mean of S ⊗ (x, 1)(x, 1)ᵀ
+    exact = float(((1 - p.square().sum(-1)) * (x.square().sum(-1) + 1)).mean())
+    assert abs(estimate.value - exact) < 5 * estimate.standard_error
+
+
+@pytest.mark.parametrize(("classes", "expected"), [(16, ("exact", 1)), (17, ("rademacher", 2))])
+def test_labels_by_the_number_of_classes(
+    classes: int, expected: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = types.ModuleType("fastfisher.traces")
+    module.trace_fisher = lambda model, data, **options: (options["labels"], options["draws"])  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fastfisher.traces", module)
+    assert trace_hessian(nn.Linear(3, classes), torch.randn(2, 3), torch.zeros(2).long()) == expected
+
+
+@pytest.mark.usefixtures("reference_fisher")
+def test_ignored_examples_count_nowhere() -> None:
+    model = build(simple_cnn)
+    ignored = torch.where(torch.arange(6) % 3 == 1, -100, LABELS)
+    kept = ignored != -100
+    found = trace_hessian(model, IMAGES, ignored, batch_size=2)
+    expected = trace_hessian(model, IMAGES[kept], LABELS[kept])
+    assert found.value == pytest.approx(expected.value, rel=1e-12) and found.samples == 4
+
+
+# ---- Hutchinson ------------------------------------------------------------------------------------------------------
+
+
+def within(estimate: TraceEstimate, truth: float) -> bool:
+    """Student's t test at the stated significance; where nothing is left to the probes, equality."""
+    if estimate.standard_error < 1e-10:
+        return abs(estimate.value - truth) < 1e-9
+    t = (estimate.value - truth) / estimate.standard_error
+    return 2 * scipy.stats.t.sf(abs(t), estimate.draws - 1) > SIGNIFICANCE
+
+
+@pytest.mark.usefixtures("reference_fisher")
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("method", ["hutchinson", "reduced", "split"])
+@pytest.mark.parametrize("name", ["SimpleCNN", "eval BatchNorm", "GELU", "shared weights", "LayerNorm"])
+def test_unbiased(name: str, method: Any, distribution: Any) -> None:
+    model = build(PIECEWISE_LINEAR.get(name) or CURVED[name][0]).eval()
+    generator = torch.Generator().manual_seed(11)
+    options = {"method": method, "distribution": distribution, "generator": generator, "probes": 200}
+    estimate = trace_hessian(model, IMAGES, LABELS, batch_size=4, **options)
+    assert within(estimate, explicit_trace(model))
+    assert estimate.draws == 200 and estimate.samples == 6
+
+
+@pytest.mark.parametrize("name", ["SimpleCNN", "eval BatchNorm", "tanh", "shared weights"])
+def test_the_ways_to_the_quadratic_form_agree(name: str) -> None:
+    model = build(PIECEWISE_LINEAR.get(name) or CURVED[name][0]).eval()
+
+    def estimate(hvp: Any) -> TraceEstimate:
+        generator = torch.Generator().manual_seed(5)
+        return trace_hessian(
+            model, IMAGES, LABELS, method="hutchinson", hvp=hvp, probes=4, generator=generator, batch_size=4
+        )
+
+    taylor, autograd, difference = estimate("taylor"), estimate("autograd"), estimate("finite_difference")
+    assert taylor.value == pytest.approx(autograd.value, rel=1e-10)
+    # truncation and rounding balance where both are the precision to the power 2/3
+    assert difference.value == pytest.approx(taylor.value, rel=1e-7)
+    assert taylor.standard_error == pytest.approx(autograd.standard_error, rel=1e-9)
+    assert (taylor.method, autograd.method) == (
+        "hutchinson, gaussian probes, hvp=taylor",
+        "hutchinson, gaussian probes, hvp=autograd",
+    )
+
+
+@pytest.mark.usefixtures("reference_fisher")
+@pytest.mark.parametrize("method", ["hutchinson", "reduced", "split"])
+def test_the_standard_error_is_calibrated(method: Any) -> None:
+    model = build(lambda: simple_cnn(nn.GELU)).eval()
+    truth = explicit_trace(model)
+    covered = 0
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        estimate = trace_hessian(model, IMAGES, LABELS, method=method, generator=generator)
+        covered += abs(estimate.value - truth) <= 1.96 * estimate.standard_error
+    assert 180 <= covered <= 198
+
+
+@pytest.mark.usefixtures("reference_fisher")
+def test_what_is_left_to_the_probes_varies_less() -> None:
+    model = build(lambda: simple_cnn(nn.GELU))
+    full, reduced, split = (
+        trace_hessian(model, IMAGES, LABELS, method=method, probes=200).standard_error
+        for method in ("hutchinson", "reduced", "auto")
+    )
+    assert reduced < 0.8 * full and split < reduced
+
+
+def test_tolerance_is_kept() -> None:
+    model = build(lambda: simple_cnn(nn.GELU))
+    rough = trace_hessian(model, IMAGES, LABELS, method="hutchinson", probes=20)
+    tolerance = rough.standard_error / abs(rough.value) / 3
+    fine = trace_hessian(model, iter([(IMAGES, LABELS)]), method="hutchinson", probes=20, tolerance=tolerance)
+    assert fine.standard_error <= tolerance * abs(fine.value) and fine.draws > 20 and fine.draws % 20 == 0
+
+
+def test_a_single_probe_has_no_error_bar() -> None:
+    assert trace_hessian(build(simple_cnn), IMAGES, LABELS, method="reduced", probes=1).standard_error == math.inf
+
+
+def test_some_parameters_only() -> None:
+    model = build(lambda: simple_cnn(nn.GELU)).eval()
+    chosen = [model[2].weight, model[9].bias]  # type: ignore[index]
+    for method in ("hutchinson", "reduced"):
+        estimate = trace_hessian(model, IMAGES, LABELS, method=method, params=chosen, probes=400)
+        assert within(estimate, explicit_trace(model, chosen))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_data_in_all_its_forms() -> None:
+    model = build(lambda: simple_cnn(nn.GELU)).eval()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(IMAGES, LABELS), batch_size=4)
+
+    def value(*data: Any, **options: Any) -> float:
+        generator = torch.Generator().manual_seed(5)
+        return trace_hessian(model, *data, method="hutchinson", probes=3, generator=generator, **options).value
+
+    whole = value(IMAGES, LABELS)
+    assert value((IMAGES, LABELS)) == whole
+    assert value([(IMAGES, LABELS)]) == whole
+    assert value({"input": IMAGES}, LABELS) == whole
+    assert value(IMAGES, F.one_hot(LABELS, 4).double()) == pytest.approx(whole, rel=1e-12)
+    in_batches = value(IMAGES, LABELS, batch_size=4)
+    assert value(loader) == in_batches and value(iter(loader)) == in_batches
+    ignored = torch.cat([LABELS, torch.tensor([-100, -100])])
+    assert value(torch.cat([IMAGES, IMAGES[:2]]), ignored) == pytest.approx(whole, rel=1e-12)
+
+
+def test_the_same_seed_gives_the_same_bits() -> None:
+    model = build(lambda: simple_cnn(nn.GELU)).float().eval()
+    values = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        values.append(trace_hessian(model, IMAGES.float(), LABELS, method="reduced", probes=3).value)
+    assert values[0] == values[1]
+    assert trace_hessian(model, IMAGES.float(), LABELS, method="reduced", probes=3).value != values[0]
+
+
+# ---- what is said, and what is put back ------------------------------------------------------------------------------
+
+
+def test_an_operation_without_a_rule_is_named() -> None:
+    model = build(lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Mish()))
+    for method in ("auto", "hutchinson", "reduced"):
+        with pytest.warns(SlowPathWarning, match="mish has no rule"):
+            estimate = trace_hessian(model, IMAGES, LABELS, method=method, probes=3)
+        assert estimate.method == "hutchinson, gaussian probes, hvp=autograd"
+        assert "mish has no rule" in estimate.fallbacks["hvp"]
+
+
+def snapshot(model: nn.Module) -> list[Any]:
+    tensors = [t for p in model.parameters() for t in (p.detach().clone(), p.grad.clone())]  # type: ignore[union-attr]
+    tensors += [b.clone() for b in model.buffers()]
+    flags = [p.requires_grad for p in model.parameters()] + [m.training for m in model.modules()]
+    return [*tensors, torch.get_rng_state(), torch.tensor(flags)]
+
+
+@pytest.mark.parametrize("hvp", ["taylor", "autograd", "finite_difference"])
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt(), ValueError("in the model")])
+def test_everything_is_put_back(error: BaseException | None, hvp: Any) -> None:
+    inner = build(Residual).train()
+    next(inner.parameters()).requires_grad_(True)
+    inner.head.bias.requires_grad_(False)
+    model = nn.Sequential(inner, nn.Dropout(0.3))
+    subject = model if error is None else Hostile(model, error)
+    before = snapshot(subject)
+    generator = torch.Generator().manual_seed(1)
+    call = lambda: trace_hessian(  # noqa: E731
+        subject, IMAGES, LABELS, method="hutchinson", hvp=hvp, probes=2, batch_size=3, generator=generator
+    )
+    if error is None:
+        call()
+    else:
+        with pytest.raises(type(error)):
+            call()
+    after = snapshot(subject)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"method": "exact"},
+            'method: expected "auto" or "fisher" or "split" or "reduced" or "hutchinson", got \'exact\'',
+        ),
+        ({"distribution": "uniform"}, "distribution: expected"),
+        ({"hvp": "jvp"}, "hvp: expected"),
+        ({"hvp": "autograd", "method": "reduced"}, 'hvp: expected "taylor" with method="reduced"'),
+        ({"probes": 0}, "probes: expected a positive integer, got 0"),
+        ({"batch_size": 1.5}, "batch_size: expected a positive integer, got 1.5"),
+        ({"tolerance": 0.0}, "tolerance: expected a positive number, got 0.0"),
+        ({"mode": "train"}, "mode: expected"),
+        ({"params": [torch.zeros(2)]}, "params: item 0"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trace_hessian(nn.Linear(3, 4), torch.randn(2, 3), torch.zeros(2).long(), **options)
+
+
+def test_no_data_is_an_error() -> None:
+    model = nn.Linear(3, 4)
+    for method in ("auto", "hutchinson"):
+        with pytest.raises(ValueError, match="data: expected at least one example"):
+            trace_hessian(model, torch.randn(0, 3), torch.zeros(0).long(), method=method)
+    with pytest.raises(ValueError, match="targets: expected labels beside a tensor of inputs"):
+        trace_hessian(model, torch.randn(2, 3))
+
+
+def test_it_is_public() -> None:
+    assert fastfisher.trace_hessian is trace_hessian

@@ -1,0 +1,431 @@
+"""The second derivative along z against autograd's zᵀHz: every rule, whole networks, and what has no rule."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.networks import network
+from fastfisher import taylor
+from fastfisher.taylor import NoRule, Tape
+from tests.networks import SmallResNet
+
+TOLERANCE = 1e-10
+DOUBLE = torch.float64
+
+
+def by_autograd(function: Callable[[], Tensor], parameters: list[Tensor], z: list[Tensor]) -> float:
+    """zᵀHz by differentiating gᵀz."""
+    with sdpa_kernel(SDPBackend.MATH):  # the fused one has no second derivative
+        loss = function()
+    g = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+    slope = sum((a * b).sum() for a, b in zip(g, z, strict=True))
+    h = torch.autograd.grad(slope, parameters, materialize_grads=True)
+    return sum(float((a * b).sum()) for a, b in zip(h, z, strict=True))
+
+
+def tape_of(function: Callable[[], Tensor], parameters: dict[str, Tensor], reduced: bool = False) -> Tape:
+    tape = Tape(parameters)
+    with tape:
+        loss = function()
+    tape.finish(loss, reduced=reduced)
+    return tape
+
+
+def check(
+    function: Callable[[], Tensor], parameters: dict[str, Tensor], oracle: Callable[[], Tensor] | None = None
+) -> None:
+    """Compares two directions on one tape with autograd, on a loss that really curves."""
+    generator = torch.Generator().manual_seed(7)
+    tape = tape_of(function, parameters)
+    for _ in range(2):
+        z = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters.values()]
+        expected = by_autograd(oracle or function, list(parameters.values()), z)
+        assert abs(expected) > 1e-6
+        assert abs(float(tape.curvature(z)) - expected) <= TOLERANCE * abs(expected)
+
+
+# ---- every rule: h, of shape (3, 4, 6, 6), and w, of shape (4, 4), both move -----------------------------------------
+
+C = torch.linspace(-1, 1, 3 * 4 * 36, dtype=DOUBLE).view(3, 4, 6, 6)  # does not move
+MASK = C.sin() > 0.1
+POSITIVE = lambda h: h.square() + 0.5  # noqa: E731
+LABELS = torch.tensor([1, 0, 3])
+
+CASES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    # views, and what is linear in one input
+    "view": lambda h, w: h.view(3, -1),
+    "reshape": lambda h, w: h.reshape(-1, 6),
+    "flatten": lambda h, w: torch.flatten(h, 1),
+    "unflatten": lambda h, w: h.flatten(1).unflatten(1, (4, 36)),
+    "permute": lambda h, w: h.permute(0, 2, 3, 1) @ w,
+    "transpose": lambda h, w: h.transpose(1, 3).contiguous(),
+    "T": lambda h, w: w.T @ h.flatten(2),
+    "mT": lambda h, w: h.mT,
+    "squeeze": lambda h, w: h.unsqueeze(1).squeeze(1),
+    "expand": lambda h, w: w.expand(3, 4, 4),
+    "narrow": lambda h, w: h.narrow(2, 1, 3),
+    "getitem": lambda h, w: h[:, 1:, ::2] * h[..., :1, :][:, 1:],
+    "index_select": lambda h, w: h.index_select(1, torch.tensor([0, 2])),
+    "gather": lambda h, w: h.gather(3, torch.zeros(3, 4, 6, 2, dtype=torch.long)),
+    "chunk": lambda h, w: h.chunk(2, 1)[0] * h.chunk(2, 1)[1],
+    "split": lambda h, w: torch.cat([part.tanh() for part in torch.split(h, 2, 2)], 2),
+    "unbind": lambda h, w: h.unbind(1)[1] * h.unbind(1)[2],
+    "sum": lambda h, w: h.sum((2, 3)),
+    "mean": lambda h, w: h.mean(1, keepdim=True) * h,
+    "cumsum": lambda h, w: h.cumsum(2),
+    "roll": lambda h, w: h.roll(1, 2) * h,
+    "flip": lambda h, w: h.flip(2) * h,
+    "tril": lambda h, w: h.tril(),
+    "neg": lambda h, w: -h,
+    "repeat": lambda h, w: h.repeat(1, 2, 1, 1),
+    "to": lambda h, w: h.float().double() if False else h.to(DOUBLE).clone(),
+    "avg_pool2d": lambda h, w: F.avg_pool2d(h, 2),
+    "adaptive_avg_pool2d": lambda h, w: F.adaptive_avg_pool2d(h, 2),
+    "interpolate": lambda h, w: F.interpolate(h, scale_factor=2, mode="bilinear"),
+    "pixel_shuffle": lambda h, w: F.pixel_shuffle(h, 2),
+    "unfold": lambda h, w: F.unfold(h, 3),
+    "pad": lambda h, w: F.pad(h, (1, 1), value=2.0),
+    "pad circular": lambda h, w: F.pad(h, (1, 1, 1, 1), mode="circular"),
+    "masked_fill": lambda h, w: h.masked_fill(MASK, 3.0),
+    "cat": lambda h, w: torch.cat([h, C, h.tanh()], 1),
+    "stack": lambda h, w: torch.stack([h, h * h, C]),
+    "where": lambda h, w: torch.where(MASK, h, h * h),
+    "where constant": lambda h, w: torch.where(MASK, h, 1.0),
+    "detach": lambda h, w: h * h.detach(),
+    "no_grad": lambda h, w: h * frozen(h),
+    # sums and products
+    "add": lambda h, w: torch.add(h, w.sum(), alpha=2.0),
+    "add constant": lambda h, w: 1 + h + C,
+    "sub": lambda h, w: h - w[0, 0],
+    "rsub": lambda h, w: 2 - h * h,
+    "mul": lambda h, w: h * w[:, 0].view(4, 1, 1),
+    "mul constant": lambda h, w: 2 * h * C,
+    "square": lambda h, w: h * h,
+    "div": lambda h, w: h / (2 + w[0, 0] * w[0, 0]),
+    "div constant": lambda h, w: h / 3,
+    "rdiv": lambda h, w: 2 / POSITIVE(h),
+    "addcmul": lambda h, w: torch.addcmul(C, h, h.flip(2), value=0.5),
+    "linear": lambda h, w: F.linear(h.transpose(1, 3), w, w[0]),
+    "linear, input fixed": lambda h, w: F.linear(C.transpose(1, 3), w, w[0]) * h[:, :, :1, :4].mean(),
+    "linear, weight fixed": lambda h, w: F.linear(h, C[0, 0], w[0].repeat(2)[:6]),
+    "conv1d": lambda h, w: F.conv1d(h.flatten(2), w.unsqueeze(2).expand(4, 4, 3), w[0], 2, 1),
+    "conv2d": lambda h, w: F.conv2d(h, w[:, :, None, None].expand(4, 4, 3, 3), w[1], padding="same"),
+    "conv2d grouped": lambda h, w: F.conv2d(h, w[:, :2, None, None].expand(4, 2, 3, 3), None, 1, 2, 2, 2),
+    "conv3d": lambda h, w: F.conv3d(h[:, :, None], w[:, :, None, None, None].expand(4, 4, 1, 3, 3)),
+    "conv_transpose2d": lambda h, w: F.conv_transpose2d(h, w[:, :, None, None].expand(4, 4, 3, 3), w[0], 2),
+    "conv_transpose1d": lambda h, w: F.conv_transpose1d(h.flatten(2), w[:, :, None].expand(4, 4, 3)),
+    "matmul": lambda h, w: h.transpose(1, 3) @ w,
+    "matmul, left fixed": lambda h, w: C.transpose(1, 3) @ (w @ w),
+    "bmm": lambda h, w: torch.bmm(h.flatten(2), h.flatten(2).transpose(1, 2)),
+    "addmm": lambda h, w: torch.addmm(w[0], h[:, :, 0, 0], w, beta=0.5, alpha=2.0),
+    "einsum": lambda h, w: torch.einsum("ncij,cd->ndij", h, w),
+    "einsum, one moves": lambda h, w: torch.einsum("ncij,ncij->ncj", h, C),
+    "embedding": lambda h, w: F.embedding(torch.tensor([[1, 0], [3, 1]]), w, padding_idx=0),
+    # piecewise linear
+    "relu": lambda h, w: h.relu(),
+    "relu in place": lambda h, w: F.relu(h * 1.0, inplace=True),
+    "leaky_relu": lambda h, w: F.leaky_relu(h, 0.1),
+    "relu6": lambda h, w: F.relu6(4 * h),
+    "hardtanh": lambda h, w: F.hardtanh(h, -0.2, 0.3),
+    "hardsigmoid": lambda h, w: F.hardsigmoid(4 * h),
+    "threshold": lambda h, w: F.threshold(h, 0.1, 2.0),
+    "clamp": lambda h, w: h.clamp(-0.1, max=0.4),
+    "clamp_min": lambda h, w: h.clamp_min(0.1),
+    "clamp_max": lambda h, w: h.clamp_max(0.1),
+    "abs": lambda h, w: h.abs() + h * torch.abs(h),
+    "prelu": lambda h, w: F.prelu(h, w[0]),
+    "maximum": lambda h, w: torch.maximum(h, h.flip(2)) + torch.minimum(h, C),
+    "max": lambda h, w: h.max(1).values + h.min(2, keepdim=True)[0].sum(1),
+    "max_pool1d": lambda h, w: F.max_pool1d(h.flatten(2), 3, 2),
+    "max_pool2d": lambda h, w: F.max_pool2d(h, 3, stride=2, padding=1),
+    "max_pool2d with indices": lambda h, w: F.max_pool2d(h, 2, return_indices=True)[0],
+    "max_pool3d": lambda h, w: F.max_pool3d(h, 2),
+    "adaptive_max_pool2d": lambda h, w: F.adaptive_max_pool2d(h, 2),
+    "adaptive_max_pool1d": lambda h, w: F.adaptive_max_pool1d(h.flatten(2), 5),
+    "adaptive_max_pool3d": lambda h, w: F.adaptive_max_pool3d(h, 3),
+    "dropout": lambda h, w: seeded(lambda: F.dropout(h, 0.4)),
+    "dropout2d": lambda h, w: seeded(lambda: F.dropout2d(h, 0.4)),
+    "dropout off": lambda h, w: F.dropout(h, 0.4, training=False),
+    # smooth
+    "tanh": lambda h, w: h.tanh(),
+    "sigmoid": lambda h, w: torch.sigmoid(h),
+    "logsigmoid": lambda h, w: F.logsigmoid(h),
+    "exp": lambda h, w: h.exp(),
+    "expm1": lambda h, w: h.expm1(),
+    "log": lambda h, w: POSITIVE(h).log(),
+    "log1p": lambda h, w: POSITIVE(h).log1p(),
+    "sqrt": lambda h, w: POSITIVE(h).sqrt(),
+    "rsqrt": lambda h, w: POSITIVE(h).rsqrt(),
+    "reciprocal": lambda h, w: POSITIVE(h).reciprocal(),
+    "pow": lambda h, w: POSITIVE(h) ** 1.7 + h.pow(3) + h**2,
+    "sin": lambda h, w: h.sin() + h.cos(),
+    "erf": lambda h, w: h.erf(),
+    "softplus": lambda h, w: F.softplus(h, 2.0, 0.5),
+    "gelu": lambda h, w: F.gelu(h),
+    "gelu tanh": lambda h, w: F.gelu(h, approximate="tanh"),
+    "silu": lambda h, w: F.silu(h),
+    "silu in place": lambda h, w: F.silu(h * 1.0, inplace=True),
+    "elu": lambda h, w: F.elu(h, 1.3),
+    "hardswish": lambda h, w: F.hardswish(4 * h),
+    # softmax and normalisation
+    "softmax": lambda h, w: torch.softmax(h, 1),
+    "log_softmax": lambda h, w: F.log_softmax(h, dim=-1),
+    "logsumexp": lambda h, w: h.logsumexp(1),
+    "logsumexp keepdim": lambda h, w: torch.logsumexp(h, 2, keepdim=True),
+    "cross_entropy inside": lambda h, w: F.cross_entropy(h[:, :, 0, 0], LABELS, reduction="none"),
+    "batch_norm eval": lambda h, w: F.batch_norm(h, w[0].detach(), w[1].detach().exp(), w[2], w[3]),
+    "batch_norm train": lambda h, w: F.batch_norm(h, None, None, w[2], w[3], training=True),
+    "batch_norm of the data": lambda h, w: F.batch_norm(C, None, None, w[2], w[3], training=True) * h.mean(),
+    "layer_norm": lambda h, w: F.layer_norm(h.transpose(1, 3), (4,), w[0], w[1]),
+    "layer_norm plain": lambda h, w: F.layer_norm(h, (6, 6)),
+    "rms_norm": lambda h, w: F.rms_norm(h.transpose(1, 3), (4,), w[0], 1e-3),
+    "group_norm": lambda h, w: F.group_norm(h, 2, w[0], w[1]),
+    "instance_norm": lambda h, w: F.instance_norm(h, weight=w[0], bias=w[1]),
+    "attention": lambda h, w: F.scaled_dot_product_attention(h, h.flip(2), h @ h),
+    "attention causal": lambda h, w: F.scaled_dot_product_attention(h, 2 * h, h.tanh(), is_causal=True),
+    "attention masked": lambda h, w: F.scaled_dot_product_attention(
+        h, h, h, attn_mask=torch.eye(6) + torch.ones(6, 6).tril(2) > 0
+    ),
+    "attention biased": lambda h, w: F.scaled_dot_product_attention(h, h, h, attn_mask=C[0, 0], scale=0.3),
+    # in place on an intermediate value
+    "iadd": lambda h, w: in_place(h * 1.0, lambda x: x.__iadd__(h.tanh())),
+    "imul": lambda h, w: in_place(h * 1.0, lambda x: x.mul_(h)),
+    "relu_ unused result": lambda h, w: in_place(h * 1.0, lambda x: x.relu_()),
+    "three in place": lambda h, w: in_place(h * 1.0, lambda x: (x.mul_(2), x.add_(C), x.tanh_())),
+}
+
+
+def frozen(h: Tensor) -> Tensor:
+    with torch.no_grad():
+        return h.tanh() * 2
+
+
+def seeded(function: Callable[[], Tensor]) -> Tensor:
+    torch.manual_seed(5)
+    return function()
+
+
+def in_place(x: Tensor, change: Callable[[Tensor], Any]) -> Tensor:
+    change(x)
+    return x * x.sum()
+
+
+_met: set[Any] = set()
+
+
+class _Meeting(Tape):
+    """Notes which rules are used."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_function__(func, types, args, kwargs)
+        _met.add(taylor._RULES[func][0]) if func in taylor._RULES and torch.is_grad_enabled() else None
+        return out
+
+
+def loss_of(
+    case: Callable[[Tensor, Tensor], Tensor], parameters: dict[str, Tensor] | None = None
+) -> tuple[Callable[[], Tensor], dict[str, Tensor]]:
+    """A cross-entropy behind ``case``, and parameters before, in and after it."""
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=DOUBLE)  # noqa: E731
+    x = draw(3, 4, 6, 6)
+    parameters = parameters or {"before": draw(4, 6, 6), "in": draw(4, 4), "after": draw(3, 97)}
+    for p in parameters.values():
+        p.requires_grad_()
+
+    def loss() -> Tensor:
+        h = 0.5 * x * parameters["before"]
+        out = case(h, parameters["in"]).reshape(-1)
+        features = F.pad(out, (0, -out.numel() % 97)).view(-1, 97).tanh()
+        return F.cross_entropy(features @ parameters["after"].T + h.mean(), torch.arange(len(features)) % 3)
+
+    return loss, parameters
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rule(case: str) -> None:
+    loss, parameters = loss_of(CASES[case])
+    # autograd has no second derivative of hardsigmoid
+    other = loss_of(lambda h, w: F.relu6(4 * h + 3) / 6, parameters)[0] if case == "hardsigmoid" else None
+    check(loss, parameters, other)
+
+
+def test_every_rule_has_a_case() -> None:
+    for case in CASES.values():
+        loss, parameters = loss_of(case)
+        with _Meeting(parameters):
+            loss()
+    with _Meeting(dict((model := MultiHead()).named_parameters())):
+        model(torch.randn(2, 5, 8))
+    missing = {rule for rule, _ in taylor._RULES.values()} - _met
+    aliases = {"clip", "absolute", "__abs__", "__pow__"}
+    assert not {rule for rule in missing if not (isinstance(rule, functools.partial) and rule.args[0] in aliases)}
+
+
+# ---- whole networks --------------------------------------------------------------------------------------------------
+
+
+class Transformer(nn.Module):
+    """A GPT-like network: tied embedding, causal attention, GELU, LayerNorm before each part."""
+
+    def __init__(self, words: int = 11, width: int = 8, tokens: int = 5) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(words, width)
+        self.position = nn.Parameter(0.1 * torch.randn(tokens, width))
+        self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(3)])
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.head = nn.Linear(width, words, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens) + self.position
+        q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.qkv(self.norms[0](x)).chunk(3, -1))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        x = x + self.down(F.gelu(self.up(self.norms[1](x)), approximate="tanh"))
+        return self.head(self.norms[2](x))
+
+
+class MultiHead(nn.Module):
+    """PyTorch's own encoder layer, in train mode without dropout, where it takes no fused path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, "gelu", batch_first=True)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x, src_key_padding_mask=torch.arange(5) > torch.tensor([[4], [2]])))
+
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Tensor, Tensor]] = {
+    "SimpleCNN": (lambda: network("SimpleCNN"), IMAGES, torch.tensor([3, 8])),
+    "VGG-11": (lambda: network("VGG-11"), IMAGES, torch.tensor([3, 8])),
+    "ResNet": (lambda: network("ResNet + BN").eval(), IMAGES, torch.tensor([3, 8])),
+    "SmallResNet, train mode": (SmallResNet, IMAGES, torch.tensor([3, 8])),
+    "soft targets": (SmallResNet, IMAGES, torch.eye(10, dtype=DOUBLE)[:2] * 0.5 + 0.05),
+    "transformer": (Transformer, torch.arange(10).view(2, 5), torch.tensor([[3, 1, 2, 0, -100], [1, 7, 9, 4, 4]])),
+    "encoder layer": (MultiHead, IMAGES[:, 0, :5, :8].contiguous(), torch.tensor([[0, 1, 2, 3, 0]] * 2)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network(name: str) -> None:
+    build, inputs, targets = NETWORKS[name]
+    torch.manual_seed(0)
+    model = build().to(DOUBLE)
+
+    def loss() -> Tensor:
+        logits = model(inputs)
+        return F.cross_entropy(logits.flatten(0, -2), targets if targets.is_floating_point() else targets.flatten())
+
+    check(loss, dict(model.named_parameters()))
+
+
+def test_float32_errs_like_autograd() -> None:
+    torch.manual_seed(0)
+    model = network("SimpleCNN")
+    images, labels = torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
+    z = [torch.randn_like(p) for p in model.parameters()]
+
+    def both(dtype: torch.dtype) -> tuple[float, float]:
+        model.to(dtype)
+        loss = lambda: F.cross_entropy(model(images.to(dtype)), labels)  # noqa: E731
+        directions = [x.to(dtype) for x in z]
+        tape = tape_of(loss, dict(model.named_parameters()))
+        return float(tape.curvature(directions)), by_autograd(loss, list(model.parameters()), directions)
+
+    found, usual = both(torch.float32)
+    exact, _ = both(DOUBLE)
+    # Kinks may fall to the other side in float32, for both alike.
+    assert abs(found - exact) <= 2 * abs(usual - exact) + 1e-5 * abs(exact)
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu", "shared"])
+def test_reduced_form_has_the_diagonal_of_the_hessian(name: str) -> None:
+    torch.manual_seed(1)
+    first, second, x = nn.Linear(3, 3).double(), nn.Linear(3, 4).double(), torch.randn(5, 3, dtype=DOUBLE)
+    activation = F.gelu if name == "gelu" else F.relu
+    inner = first if name == "shared" else nn.Linear(3, 3).double()
+    model = nn.ModuleList([first, inner, second])
+    parameters = dict(model.named_parameters())
+
+    def loss() -> Tensor:
+        return F.cross_entropy(second(activation(inner(activation(first(x))))), torch.tensor([0, 1, 2, 3, 0]))
+
+    full, reduced = (tape_of(loss, parameters, reduced) for reduced in (False, True))
+    sizes = [p.numel() for p in parameters.values()]
+    for i in range(sum(sizes)):
+        z = [part.view(p.shape) for part, p in zip(F.one_hot(torch.tensor(i), sum(sizes)).double().split(sizes),
+                                                   parameters.values(), strict=True)]  # fmt: skip
+        expected = by_autograd(loss, list(parameters.values()), z)
+        assert abs(float(full.curvature(z)) - expected) <= TOLERANCE * max(abs(expected), 1e-3)
+        assert abs(float(reduced.curvature(z)) - expected) <= TOLERANCE * max(abs(expected), 1e-3)
+    z = [torch.randn_like(p) for p in parameters.values()]
+    assert float(full.curvature(z)) != pytest.approx(float(reduced.curvature(z)))  # something was left out
+
+
+# ---- what has no rule ------------------------------------------------------------------------------------------------
+
+
+class _Hidden(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (lambda h, w: torch.linalg.det(w) * h, "det has no rule"),
+        (lambda h, w: F.mish(h), "mish has no rule"),
+        (lambda h, w: h.norm(), "norm has no rule"),
+        (lambda h, w: _Hidden.apply(h).tanh(), "cannot be seen"),
+        (lambda h, w: view_of_changed(h * 1.0), "view of a tensor that was changed in place"),
+        (lambda h, w: torch.where(MASK, h, 0.0).index_put_((torch.tensor([0]),), h[0]), "index_put_? has no rule"),
+        (lambda h, w: F.cross_entropy(h[:, :, 0, 0], LABELS, label_smoothing=0.1), "label smoothing"),
+        (lambda h, w: h.clamp(min=w[0, 0]), "bounds that move"),
+        (lambda h, w: F.embedding(torch.tensor([1, 0]), w, max_norm=1.0), "max_norm"),
+    ],
+)
+def test_what_has_no_rule_is_named(case: Callable[[Tensor, Tensor], Tensor], message: str) -> None:
+    loss, parameters = loss_of(case)
+    with pytest.raises(NoRule, match=message):
+        tape_of(loss, parameters)
+
+
+def view_of_changed(x: Tensor) -> Tensor:
+    view = x.view(-1)
+    x.relu_()
+    return view.tanh()
+
+
+def test_a_loss_that_was_not_recorded_is_an_error() -> None:
+    parameter = torch.ones(2, requires_grad=True)
+    with Tape({"p": parameter}) as tape:
+        pass
+    with pytest.raises(NoRule, match="loss does not come from recorded operations"):
+        tape.finish(parameter.square().sum())
+
+
+def test_a_sweep_needs_no_memory_beyond_its_own() -> None:
+    parameter = torch.randn(4, dtype=DOUBLE, requires_grad=True)
+    tape = tape_of(lambda: (parameter.tanh().exp() * math.pi).sum(), {"p": parameter})
+    z = torch.randn(4, dtype=DOUBLE)
+    before = z.clone()
+    assert float(tape.curvature([z])) == float(tape.curvature([z]))
+    assert torch.equal(z, before)
