@@ -43,10 +43,7 @@ struct Row {
 
   // The vector of a tile at column j, with -inf beyond the tile's width.
   static Value load(const Storage* x, int64_t j, int64_t width) {
-    if (j + kLanes <= width) return T::load(x + j);
-    Value result = Value{} - kInfinity;
-    for (int64_t k = 0; k < width - j; ++k) result[k] = T::load(x[j + k]);
-    return result;
+    return j + kLanes <= width ? Value(T::load(x + j)) : Value(load_some<T>(x + j, width - j));
   }
 
   static Compute maximum_of(const Storage* x, int64_t width) {
@@ -85,7 +82,7 @@ struct Row {
     inline void write(int64_t j) const { T::store(gradient + j, *(const Value*)(e + j) * factor); }
     // What is left from column j on, and the label.
     inline void finish(int64_t j) const {
-      for (; j < columns; ++j) gradient[j] = T::store(e[j] * factor);
+      if (j < columns) store_some<T>(gradient + j, *(const Value*)(e + j) * factor, columns - j);
       gradient[drawn] = T::store(e[drawn] * factor - scale);
     }
   };
@@ -158,6 +155,7 @@ struct Row {
     }
     if (chunk == chunks) return last_positive(width);
     const int64_t start = chunk * kChunk, stop = width < start + kChunk ? width : start + kChunk;
+    if (stop - start <= kLanes) return element_of(start, target, before);
     alignas(64) Compute sums[kChunk / kLanes] = {};
     for (int64_t j = start; j < stop; j += kLanes)
       sums[(j - start) / kLanes] = static_cast<Compute>(horizontal_sum(*(const Value*)(e + j)));
@@ -165,7 +163,11 @@ struct Row {
     for (; vector < kChunk / kLanes && lane == kLanes; vector += lane)
       lane = locate(*(const Value*)(sums + vector), target, before);
     const int64_t first = start + vector * kLanes;
-    if (lane == kLanes || first >= stop) return last_positive(stop);
+    return lane == kLanes || first >= stop ? last_positive(stop) : element_of(first, target, before);
+  }
+
+  // The element drawn from the vector that begins at `first`.
+  int64_t element_of(int64_t first, double target, double before) const {
     const int64_t element = locate(*(const Value*)(e + first), target, before);
     return element == kLanes ? last_positive(first + kLanes) : first + element;
   }

@@ -268,6 +268,31 @@ struct F16 {
   static inline void store(uint16_t* target, Floats x) { store_halves<F16>(target, x); }
 };
 
+// The first n lanes from memory, -infinity beyond, and the first n lanes to memory.
+template <class T>
+static inline auto load_some(const typename T::Storage* x, int64_t n) {
+  using Lanes = Vector<typename T::Compute>;
+  typename Lanes::Value result = typename Lanes::Value{} - kInfinity;
+  for (int64_t k = 0; k < n; ++k) result[k] = T::load(x[k]);
+  return result;
+}
+
+template <class T>
+static inline void store_some(typename T::Storage* target, typename Vector<typename T::Compute>::Value x, int64_t n) {
+  for (int64_t k = 0; k < n; ++k) target[k] = T::store(x[k]);
+}
+
+#ifdef __AVX512F__
+template <>
+inline auto load_some<F32>(const float* x, int64_t n) {
+  return (Floats)_mm512_mask_loadu_ps(_mm512_set1_ps(-kInfinity), static_cast<__mmask16>((1u << n) - 1), x);
+}
+template <>
+inline void store_some<F32>(float* target, Floats x, int64_t n) {
+  _mm512_mask_storeu_ps(target, static_cast<__mmask16>((1u << n) - 1), (__m512)x);
+}
+#endif
+
 // Calls f with the tag of `type`.
 template <class Function>
 static inline auto dispatch(Type type, Function f) {
