@@ -26,8 +26,12 @@ format: $(VENV)/built-test ## put the sources into the form that lint wants
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter csrc/%,$(SOURCES))
 
+# glibc gives freed memory back to the system and faults it in again, page by page: 0 to 20 % of a step, at random. Kept,
+# what is measured is the work.
+KEEP_MEMORY := MALLOC_TRIM_THRESHOLD_=10000000000 MALLOC_MMAP_THRESHOLD_=10000000000
+
 bench: $(VENV)/built-test ## every figure of the README; writes bench/results/
-	$(BIN)/python -m pytest bench --benchmark-disable-gc --benchmark-columns=median,iqr,rounds
+	$(KEEP_MEMORY) $(BIN)/python -m pytest bench --benchmark-disable-gc --benchmark-columns=median,iqr,rounds
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.readme
 

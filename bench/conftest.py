@@ -7,6 +7,7 @@ within single rounds. The table of all ratios is printed at the end and written 
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import time
@@ -118,7 +119,9 @@ def machine() -> str:
             line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
         ]
         model = names[0] if names else model
-    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+    kept = ", freed memory kept by the allocator" if "MALLOC_TRIM_THRESHOLD_" in os.environ else ""
+    threads = f"{torch.get_num_threads()} threads"
+    return f"{model}, {threads}, torch {torch.__version__}, Python {platform.python_version()}{kept}"
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

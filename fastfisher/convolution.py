@@ -1,9 +1,10 @@
 """Convolutions that go through a large batch in pieces: the same result with less memory, and in less time.
 
 PyTorch's CPU convolution reorders its operands into blocked copies as large as they are: a backward holds two
-activations' worth beside the one that it makes, in freshly mapped pages whose first touch costs more than much of the
-arithmetic (128 images of 32x32x32, 32 channels out: 75 ms in one piece, 46 in eight; the first convolution of
-VGG-11: 70 and 32). In pieces of a few MiB the copies are small, and are reused while they are still in the cache.
+activations' worth beside the one that it makes. Under glibc's malloc these are freshly mapped pages, whose first touch
+costs as much as a good part of the arithmetic (backward of 128 images of 32x32x32 to 32 channels: 75 ms in one piece,
+46 in eight; the first convolution of VGG-11: 70 and 32). In pieces of a few MiB the copies are small and are reused.
+Under an allocator that keeps freed memory only the memory is saved, and pieces cost up to 5 % of the time.
 
 A piece is a range of examples; the weights' gradient is the sum over the pieces, in order, so it differs from
 PyTorch's by rounding alone.
@@ -23,7 +24,7 @@ PIECE_BYTES = 2 << 20
 """The input or output of one piece takes at most this many bytes."""
 
 LARGE_BYTES = 12 << 20
-"""Above this, pieces save time. Above two pieces they save memory, at up to 5 % of the time."""
+"""Above this, pieces save time (see above) and are always taken; from two pieces on, where memory has to be saved."""
 
 _saving: ContextVar[bool] = ContextVar("saving", default=False)
 

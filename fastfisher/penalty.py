@@ -35,6 +35,8 @@ Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
 Method = Literal["double_backprop", "finite_difference"]
 Difference = Literal["forward", "central"]
 
+_LARGE = 1 << 16
+"""A parameter of so many elements is worth a call of its own."""
 
 # ---- the step ------------------------------------------------------------------------------------------------------
 
@@ -332,24 +334,34 @@ class FiniteDifference:
     def _accumulate(self, out: dict[str, Tensor], rho: float, scale: float) -> float:
         """out += scale·(∇ℓ(θ + ρd) − ∇ℓ(θ)); returns ‖∇ℓ(θ + ρd) − ∇ℓ(θ)‖².
 
-        Each parameter's difference is added as soon as the backward has made it, so that the shifted gradient never
-        exists as a whole: one copy of the parameters less at the peak.
+        A large parameter's difference is added as soon as the backward has made it, so that the shifted gradient never
+        exists as a whole: one copy of the parameters less at the peak. The small ones are added in one call.
         """
         loss, leaves = self.shifted_loss(rho)
-        squares: dict[str, Tensor] = {}
+        squares: list[Tensor] = []
 
-        def add(name: str, leaf: Tensor) -> None:
-            assert leaf.grad is not None
-            squares[name] = ops.axpy_diff([out[name]], [leaf.grad], [self.gradient[name]], scale)
-            leaf.grad = None
+        def add(names: list[str]) -> None:
+            gradients = []
+            for name in names:
+                leaf = leaves[name]  # with free gates the shifted forward may not need a parameter
+                gradients.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+                leaf.grad = None
+            if names:
+                out_list, here = [out[n] for n in names], [self.gradient[n] for n in names]
+                squares.append(ops.axpy_diff(out_list, gradients, here, scale))
+
+        made: set[str] = set()
+
+        def add_at_once(name: str, _: Tensor) -> None:
+            made.add(name)
+            add([name])
 
         for name, leaf in leaves.items():
-            leaf.register_post_accumulate_grad_hook(functools.partial(add, name))  # type: ignore[no-untyped-call]
+            if leaf.numel() >= _LARGE:
+                leaf.register_post_accumulate_grad_hook(functools.partial(add_at_once, name))  # type: ignore[no-untyped-call]
         loss.backward()  # type: ignore[no-untyped-call]
-        for name in leaves.keys() - squares.keys():  # with free gates the shifted forward may not need a parameter
-            leaves[name].grad = torch.zeros_like(leaves[name])
-            add(name, leaves[name])
-        return float(torch.stack([squares[name] for name in leaves]).sum())
+        add([name for name in leaves if name not in made])
+        return float(torch.stack(squares).sum()) if squares else 0.0
 
     def _judge(self, change: float, rho: float) -> None:
         """Adapts the step, and warns where it was too short to measure anything."""
