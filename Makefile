@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
+# time.process_time: processor seconds on one thread, for a machine that is shared
+TIMER ?= time.perf_counter
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 NATIVE := $(SOURCES) CMakeLists.txt setup.py pyproject.toml
 
@@ -30,8 +32,10 @@ format: $(VENV)/built-test ## put the sources into the form that lint wants
 # what is measured is the work.
 KEEP_MEMORY := MALLOC_TRIM_THRESHOLD_=10000000000 MALLOC_MMAP_THRESHOLD_=10000000000
 
-bench: $(VENV)/built-test ## every figure of the README; writes bench/results/
-	$(KEEP_MEMORY) $(BIN)/python -m pytest bench --benchmark-disable-gc --benchmark-columns=median,iqr,rounds
+bench: $(VENV)/peers ## every figure of the README; writes bench/results/
+	$(KEEP_MEMORY) $(BIN)/python -m pytest bench --benchmark-disable-gc --benchmark-columns=median,iqr,rounds \
+	  --benchmark-timer=$(TIMER)
+	$(KEEP_MEMORY) $(BIN)/python -m bench.trace_error
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.readme
 
@@ -53,5 +57,11 @@ $(VENV)/built-%: $(VENV)/torch $(NATIVE)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation \
 	  --editable ".[train$(if $(filter test,$*),$(comma)test$(comma)lint)]"
 	touch $@ $(VENV)/built-train
+
+# See the extra in pyproject.toml.
+$(VENV)/peers: $(VENV)/built-test
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $$($(BIN)/python -c "from importlib.metadata import \
+	  requires; print(*[r.split(';')[0] for r in requires('fastfisher') if r.endswith('\"peers\"')])")
+	touch $@
 
 comma := ,

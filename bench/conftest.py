@@ -1,8 +1,10 @@
 """How a promise is measured: in one process, interleaved with what it is compared to, as a ratio of medians.
 
-The clock is wall time, on all threads. Every round of the benchmark first times each rival once and then the candidate,
-so that a change in the machine's load hits all of them. A ratio's spread is the interquartile range of the ratios
-within single rounds. The table of all ratios is printed at the end and written to ``bench/results/cpu.md``.
+The clock is wall time, on all threads; ``--benchmark-timer=time.process_time`` makes it processor time on one thread,
+for a machine that others use meanwhile. Every round of the benchmark first times each rival once and then the
+candidate, so that a change in the machine's load hits all of them. A ratio's spread is the interquartile range of the
+ratios within single rounds. The tables of all ratios are printed at the end, and written to ``bench/results`` where no
+test was left out.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import pytest
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+# Which groups a file of results holds, by how their names begin. It is written when there are rows of each.
+FILES = {"cpu": ("sample_cross_entropy", "one training step"), "traces": ("Tr(F)",), "hessian": ("Tr(H)",)}
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,19 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """A rival that does not do what is measured, and why."""
+
+    group: str
+    name: str
+    reason: str
+
+    def line(self) -> str:
+        """The row in Markdown."""
+        return f"| {self.name} |  | {self.reason} |  |  |  |  |"
+
+
+@dataclass(frozen=True)
 class Bar:
     """A promise about a ratio: "rival/candidate ≥ value" (a speed-up) or "candidate/rival ≤ value" (a cost)."""
 
@@ -53,20 +70,28 @@ class Bar:
     speedup: bool
 
 
-ROWS: list[Row] = []
+ROWS: list[Row | Refusal] = []
 
 
-def timed(function: Callable[[], Any], repeat: int) -> float:
-    """Seconds per call, over ``repeat`` calls."""
-    start = time.perf_counter()
-    for _ in range(repeat):
-        function()
-    return (time.perf_counter() - start) / repeat
+def in_processor_time(config: pytest.Config) -> bool:
+    """Whether the clock is processor time."""
+    return config.getoption("benchmark_timer").target is time.process_time
 
 
 @pytest.fixture
-def compare(benchmark: Any) -> Iterator[Callable[..., None]]:
+def compare(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
     """Measures a candidate against rivals and notes the ratios (see the module)."""
+    clock = time.process_time if in_processor_time(request.config) else time.perf_counter
+    threads = torch.get_num_threads()
+    if clock is time.process_time:
+        torch.set_num_threads(1)
+
+    def timed(function: Callable[[], Any], repeat: int) -> float:
+        """Seconds per call, over ``repeat`` calls."""
+        start = clock()
+        for _ in range(repeat):
+            function()
+        return (clock() - start) / repeat
 
     def run(
         group: str,
@@ -76,10 +101,11 @@ def compare(benchmark: Any) -> Iterator[Callable[..., None]]:
         *,
         rounds: int = 11,
         repeat: int = 1,
+        warmup: int = 2,
     ) -> None:
         seconds: dict[str, list[float]] = {rival: [] for rival in rivals}
         for function in (candidate, *(function for function, _ in rivals.values())):
-            timed(function, max(2, repeat // 10))
+            timed(function, max(warmup, repeat // 10))
 
         def time_rivals() -> None:
             for rival, (function, _) in rivals.items():
@@ -108,10 +134,11 @@ def compare(benchmark: Any) -> Iterator[Callable[..., None]]:
             )
 
     yield run
+    torch.set_num_threads(threads)
 
 
-def machine() -> str:
-    """Processor, cores, threads and versions, as they belong beside a figure."""
+def machine(threads: int | None = None) -> str:
+    """Processor, threads and versions, as they belong beside a figure."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -119,26 +146,39 @@ def machine() -> str:
             line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
         ]
         model = names[0] if names else model
+    count = threads or torch.get_num_threads()
     kept = ", freed memory kept by the allocator" if "MALLOC_TRIM_THRESHOLD_" in os.environ else ""
-    threads = f"{torch.get_num_threads()} threads"
-    return f"{model}, {threads}, torch {torch.__version__}, Python {platform.python_version()}{kept}"
+    used = f"{count} thread{'s' * (count > 1)}"
+    return f"{model}, {used}, torch {torch.__version__}, Python {platform.python_version()}{kept}"
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Prints the table and writes it."""
-    if not ROWS:
-        return
-    lines = [f"Measured on {machine()} by `make bench`, in wall time.", ""]
-    for group in dict.fromkeys(row.group for row in ROWS):
+def table(rows: list[Row | Refusal]) -> str:
+    """The rows in Markdown, a table for each group."""
+    lines = []
+    for group in dict.fromkeys(row.group for row in rows):
         lines += [
             f"### {group}",
             "",
             "| what | ms | ratio | median | quartiles | bar | met |",
             "|---|---|---|---|---|---|---|",
         ]
-        lines += [row.line() for row in ROWS if row.group == group] + [""]
-    text = "\n".join(lines)
-    terminalreporter.write_line("\n" + text)
-    if {row.group for row in ROWS} >= {"sample_cross_entropy", "one training step"}:  # a part would replace the whole
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "cpu.md").write_text(text)
+        lines += [row.line() for row in rows if row.group == group] + [""]
+    return "\n".join(lines)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Prints the tables and writes them."""
+    if not ROWS:
+        return
+    if in_processor_time(config):
+        head = f"Measured on {machine(1)} by `make bench TIMER=time.process_time`, in processor time on one thread.\n\n"
+    else:
+        head = f"Measured on {machine()} by `make bench`, in wall time.\n\n"
+    terminalreporter.write_line("\n" + head + table(ROWS))
+    if config.option.keyword or any("::" in argument for argument in config.args):
+        return  # a part would replace the whole
+    for file, beginnings in FILES.items():
+        rows = [row for row in ROWS if row.group.startswith(beginnings)]
+        if all(any(row.group.startswith(beginning) for row in rows) for beginning in beginnings):
+            RESULTS.mkdir(exist_ok=True)
+            (RESULTS / f"{file}.md").write_text(head + table(rows))

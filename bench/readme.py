@@ -12,6 +12,8 @@ ROOT = Path(__file__).parent.parent
 SOURCES = {
     "noisy_digits": ROOT / "results" / "noisy_digits" / "report.md",
     "bench": ROOT / "bench" / "results" / "cpu.md",
+    "traces": ROOT / "bench" / "results" / "traces.md",
+    "hessian": ROOT / "bench" / "results" / "hessian.md",
     "memory": ROOT / "bench" / "results" / "memory.md",
     "training": ROOT / "bench" / "results" / "training.md",
 }

@@ -3,6 +3,9 @@
 In units of a forward F, data gradients D and weight gradients W, a plain step is F + D + W. Per-example norms need F, D
 and, where a layer's gradient is squared as it is made, about W; layers of few positions cost far less than W (their
 inner products), which is why VGG-11 comes in below one.
+
+The peers (``bench/peers.py``) get their labels given, and so do a little less than ``trace_fisher``. What each of them
+gives is compared with ``per_example_grad_norms`` before it is timed.
 """
 
 from __future__ import annotations
@@ -13,11 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastfisher
-from bench.conftest import Bar
+from bench import peers
+from bench.conftest import ROWS, Bar, Refusal
 from bench.networks import network
 from fastfisher import ops
 from fastfisher.layers.base import Layout
@@ -29,16 +33,33 @@ BARS: dict[str, dict[str, float]] = {
     "VGG-11": {"sampled": 0.85, "rademacher": 0.85, "exact": 5.0},
     "ResNet + BN": {"sampled": 1.10, "rademacher": 1.10, "exact": 8.5},
 }
-GROUP = "Tr(F)"
+# Name, the package it needs, the call.
+PEERS: dict[str, tuple[str, Callable[[nn.Module, Tensor, Tensor], peers.Norms]]] = {
+    "batch-of-one loop": ("torch", peers.loop),
+    "vmap(grad) in chunks of 8": ("torch", peers.vmap),
+    "BackPACK, BatchL2Grad": ("backpack", peers.backpack),
+    "Opacus, norms of ghost clipping": ("opacus", peers.opacus),
+    "NNGeometry, trace of PMatDiag": ("nngeometry", peers.nngeometry),
+    "ASDL, trace of the diagonal": ("asdl", peers.asdl),
+}
+WRONG = {
+    # Where an output has few positions it sums the squares over the positions instead of squaring the sum.
+    ("VGG-11", "ASDL, trace of the diagonal"): "wrong number: squares each position of a convolution",
+}
 
 
-def batch(name: str, examples: int = 128) -> tuple[torch.nn.Module, Tensor, Tensor]:
+def group(name: str) -> str:
+    """The table of one network."""
+    return f"Tr(F), {name}"
+
+
+def batch(name: str, examples: int = 128) -> tuple[nn.Module, Tensor, Tensor]:
     """A network in eval mode, and data."""
     torch.manual_seed(0)
     return network(name).eval(), torch.randn(examples, 3, 32, 32), torch.randint(10, (examples,))
 
 
-def plain(model: torch.nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
+def plain(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
     """A forward and backward of the mean loss."""
 
     def run() -> None:
@@ -54,29 +75,40 @@ def test_trace_fisher(name: str, labels: Any, compare: Any) -> None:
     model, x, y = batch(name)
     rounds = 3 if labels == "exact" else 5 if name == "VGG-11" else 9
     compare(
-        GROUP,
-        f"{name}, {labels} labels",
+        group(name),
+        f"**fastfisher.trace_fisher, {labels} labels**",
         lambda: fastfisher.trace_fisher(model, x, labels=labels),
         {"a plain forward and backward": (plain(model, x, y), Bar(BARS[name][labels], False))},
         rounds=rounds,
     )
 
 
-def test_vmap(compare: Any) -> None:
-    """What people write today, for scale: vmap(grad) in chunks of 8."""
-    model, x, y = batch("SimpleCNN")
-    parameters = {n: p.detach() for n, p in model.named_parameters()}
-
-    def loss(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(torch.func.functional_call(model, p, (x[None],)), y[None])
-
-    norms = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), chunk_size=8)
+@pytest.mark.filterwarnings("ignore")  # the peers' own
+@pytest.mark.parametrize("peer", PEERS)
+@pytest.mark.parametrize("name", BARS)
+def test_peer(name: str, peer: str, compare: Any) -> None:
+    package, norms = PEERS[peer]
+    pytest.importorskip(package, reason=f"{peer}: pip install .[peers]")
+    model, x, y = batch(name)
+    few = x[:4], y[:4]
+    try:
+        found = norms(model, *few)()
+    except NotImplementedError as error:
+        assert "BatchNorm" in str(error), error
+        ROWS.append(Refusal(group(name), peer, "refuses BatchNorm"))
+        return
+    ours = fastfisher.per_example_grad_norms(model, *few, labels="true")
+    ours = ours if found.dim() else ours.sum()
+    error = float((found - ours).abs().max() / ours.abs().max())
+    remark = WRONG.get((name, peer))
+    assert (error > 1e-4) == (remark is not None), error
     compare(
-        GROUP,
-        "SimpleCNN, vmap(grad) in chunks of 8",
-        lambda: [g.square().sum() for g in norms(parameters, x, y).values()],
+        group(name),
+        f"{peer} ({remark})" if remark else peer,
+        norms(model, x, y),
         {"a plain forward and backward": (plain(model, x, y), Bar(None, False))},
-        rounds=3,
+        rounds=2 if name == "VGG-11" else 5,
+        warmup=1,
     )
 
 
@@ -84,15 +116,16 @@ def test_examples_cost_the_same_each(compare: Any) -> None:
     """5,000 examples of SimpleCNN in batches of 125 against 1,000 of them, each per 1,000."""
     model, x, _ = batch("SimpleCNN", 5000)
     compare(
-        GROUP,
-        "SimpleCNN, 5,000 examples (five times 1,000)",
+        group("SimpleCNN"),
+        "**5,000 examples, rademacher labels**",
         lambda: fastfisher.trace_fisher(model, x, batch_size=125),
         {"1,000 examples, five times": (lambda: [thousand(model, x) for _ in range(5)], Bar(1.05, False))},
         rounds=3,
+        warmup=1,
     )
 
 
-def thousand(model: torch.nn.Module, x: Tensor) -> None:
+def thousand(model: nn.Module, x: Tensor) -> None:
     fastfisher.trace_fisher(model, x[:1000], batch_size=125)
 
 

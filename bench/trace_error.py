@@ -107,7 +107,7 @@ def main() -> None:
     text = "\n".join(lines) + "\n"
     print(text)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "hessian.md").write_text(text)
+    (RESULTS / "trace_error.md").write_text(text)
 
 
 if __name__ == "__main__":
