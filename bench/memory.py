@@ -68,7 +68,7 @@ def step(method: str, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], An
 
 
 def peak(name: str, method: str) -> tuple[float, float]:
-    """MiB above the start after three steps, and MiB of the parameters; NaN where the method refuses the network."""
+    """MiB above the start after two steps, and MiB of the parameters; NaN where the method refuses the network."""
     from bench.networks import network
 
     warnings.simplefilter("ignore")
@@ -80,7 +80,7 @@ def peak(name: str, method: str) -> tuple[float, float]:
     except NotImplementedError:
         return math.nan, 0.0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(3):
+    for _ in range(2):
         model.zero_grad(set_to_none=True)
         run()
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
