@@ -202,13 +202,9 @@ class Run:
         self.sums.tolist()  # on a GPU the steps only end when their sums arrive
         started = time.perf_counter()
         self.train_seconds += started - waiting
-        record: Record = {"step": self.steps}
-        if self.epoch_complete:
-            record |= self.finish_epoch()
-        if due:
-            record |= self.measure()
-        record["measure_seconds"] = time.perf_counter() - started
-        return record
+        measured = self.measure() if due else {}
+        ended = self.finish_epoch() if self.epoch_complete else {}
+        return {"step": self.steps, **ended, **measured, "measure_seconds": time.perf_counter() - started}
 
     def finish_epoch(self) -> Record:
         """Start the next epoch and return the record of the one that ended.
@@ -244,8 +240,7 @@ class Run:
     def _check(self, finite: bool) -> None:
         if not finite:
             remedy = "a lower --lr" if self.penalty is None else "a lower --lr or --alpha"
-            epoch = (self.steps - 1) // len(self.batches) + 1
-            raise TrainingDivergedError(f"training diverged in epoch {epoch}: try {remedy}")
+            raise TrainingDivergedError(f"training diverged in epoch {self.epoch + 1}: try {remedy}")
 
     def measure(self) -> Record:
         """Take the measurements of ``config.measure``, all on the same ``trace_samples`` random training examples.

@@ -312,11 +312,17 @@ def test_options_decide_what_may_be_resumed(config: TrainConfig, monkeypatch: py
 
 
 @pytest.mark.parametrize("name", MEASUREMENTS)
-def test_divergence_between_epochs_is_reported(name: str, config: TrainConfig) -> None:
-    config = dataclasses.replace(config, lr=1e20, measure=name, measure_every="1step")
-    with pytest.raises(loop.TrainingDivergedError, match="diverged in epoch 1: try a lower --lr"):
-        loop.train(config)
-    assert RunFolder(config.out).load_checkpoint() is None
+@pytest.mark.parametrize(("step", "epoch"), [(1, 1), (STEPS, 1), (STEPS + 1, 2)])
+def test_divergence_is_reported_where_it_is_measured(name: str, step: int, epoch: int, config: TrainConfig) -> None:
+    run = loop.Run(loop.resolve(dataclasses.replace(config, measure=name, measure_every="1step")))
+    for _ in range(step - 1):
+        run.step()
+        assert f"{name}_seconds" in run.finish_step()
+    run.step()
+    with torch.no_grad():
+        run.model[-1].weight.fill_(1e30 if step % 2 else torch.nan)
+    with pytest.raises(loop.TrainingDivergedError, match=f"diverged in epoch {epoch}: try a lower --lr"):
+        run.finish_step()
 
 
 @pytest.mark.parametrize("changes", [{}, {"method": "FP", "penalty_every": 1}])
