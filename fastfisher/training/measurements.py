@@ -40,7 +40,7 @@ class Examples:
     noisy: Tensor
 
 
-def predict(model: nn.Module, inputs: Tensor, *, chunk: int = 500) -> Tensor:
+def predict(model: nn.Module, inputs: Tensor, *, chunk: int = BATCH_SIZE) -> Tensor:
     """Return the most likely class of each input, int64 ``[N]``, in eval mode."""
     with eval_mode(model), torch.no_grad():
         return torch.cat([model(part).argmax(dim=1) for part in torch.split(inputs, chunk)])
