@@ -1,4 +1,7 @@
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -204,3 +207,15 @@ def test_the_error_of_the_area_is_calibrated() -> None:
         assert area is not None and error is not None
         covered += abs(area - truth) < 1.96 * error
     assert 0.9 <= covered / 400 <= 0.99
+
+
+def test_every_process_measures_the_same_bits() -> None:
+    # A resumed run is another process, whose sets iterate in another order.
+    program = (
+        "from tests.training.test_measurements import *\n"
+        "print([measure(network_with_batch_norm(), examples(20, 9, torch.float32), generator())\n"
+        "       for measure in MEASURE.values()])"
+    )
+    environments = [{**os.environ, "PYTHONHASHSEED": str(seed)} for seed in range(3)]
+    printed = {subprocess.check_output([sys.executable, "-c", program], env=each) for each in environments}
+    assert len(printed) == 1
