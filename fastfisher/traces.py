@@ -81,7 +81,7 @@ def per_example_grad_norms(
         ValueError: an argument is none of the above; it is named.
     """
     _check(labels, draws, loss, targets)
-    names = chosen_names(trainable_parameters(model), params)
+    names = _names(model, params)
     with eval_mode(model):
         capture = _capture(model, inputs, names)
         cotangents = _Cotangents(capture.logits.detach(), labels, targets, loss, generator)
@@ -152,7 +152,7 @@ def trace_fisher(
     _check(labels, draws, None, None, data_has_targets=True)
     if tolerance is not None and not (math.isfinite(tolerance) and tolerance > 0):
         raise ValueError(f"tolerance: expected a number > 0, got {tolerance!r}")
-    names = chosen_names(trainable_parameters(model), params)
+    names = _names(model, params)
     drawn = labels in ("rademacher", "sampled")
     sums = _Sums(names)
     rounds = max(2, draws) if tolerance is not None and drawn else draws if drawn else 1
@@ -229,7 +229,7 @@ def grad_inner_products(
     """
     if labels == "exact":
         raise ValueError('labels: expected "true", "sampled" or "rademacher", got "exact"')
-    names = chosen_names(trainable_parameters(model), params)
+    names = _names(model, params)
     sides = []
     with eval_mode(model):
         for inputs, targets in (first, second):
@@ -349,6 +349,13 @@ def _pair(batch: Any) -> Pair:
     if isinstance(batch, list | tuple) and len(batch) == 1:
         return batch[0], None
     raise TypeError(f"data: expected tensors or pairs (inputs, targets), got {type(batch).__name__}")
+
+
+def _names(model: nn.Module, params: Iterable[Tensor] | None) -> list[str]:
+    """The chosen parameters in the model's order: that of a set differs between processes, and so would rounding."""
+    trainable = trainable_parameters(model)
+    chosen = chosen_names(trainable, params)
+    return [name for name in trainable if name in chosen]
 
 
 def _capture(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> Capture:

@@ -310,8 +310,8 @@ def report(results: Results, penalised: TrainConfig, figure: str) -> str:
         f"FP: alpha {penalised.alpha:g}, recomputed every {penalised.penalty_every} step(s). "
         "With the same seed both methods see the same noise, initial weights and batches.",
         HOW_CHOSEN if default else "The settings of the penalty were given on the command line.",
-        f"Tr(F) is measured per example after every epoch, on {penalised.trace_samples} training examples, with "
-        "labels drawn from the model. Seconds are of training alone, on one thread.",
+        f"Tr(F) is measured after every epoch, on {penalised.trace_samples} random training examples, by one "
+        "Rademacher cotangent for each. Seconds are of training alone, on one thread.",
         "A change counts as clear if it is more than twice the larger of the two standard deviations.",
     )
     lines = [

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import itertools
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,8 @@ METHODS = ("baseline", "FP", "GP", "GP_r", "GP_x")
 DATA_SETS = ("digits", "cifar10", "cifar100")
 NETWORKS = ("small_cnn", "simple_cnn", "vgg11")
 AUGMENTATIONS = ("none", "flip", "crop_flip")
+MEASUREMENTS = ("trace_fisher", "trace_hessian", "per_example_grad_norms")
+INTERVAL = re.compile(r"([1-9][0-9]*)(step|epoch)s?")
 
 
 class ConfigError(ValueError):
@@ -46,6 +49,13 @@ SEED = Rule("an integer from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
 INCREASING = Rule(
     "increasing epochs, each at least 1",
     lambda value: all(epoch >= 1 for epoch in value) and all(a < b for a, b in itertools.pairwise(value)),
+)
+NAMED_MEASUREMENTS = Rule(
+    f"none, or some of {', '.join(MEASUREMENTS)}, each once, separated by commas",
+    lambda value: sorted(set(measurements(value)) & set(MEASUREMENTS)) == sorted(measurements(value)),
+)
+AN_INTERVAL = Rule(
+    "a number above 0 and its unit, such as 1epoch or 50steps", lambda value: INTERVAL.fullmatch(value) is not None
 )
 
 
@@ -114,7 +124,16 @@ class TrainConfig:
         (), "epochs after which the learning rate is multiplied by --lr-decay", rule=INCREASING
     )
     lr_decay: float = _option(0.1, "factor applied at each of --lr-milestones", rule=POSITIVE)
-    trace_samples: int = _option(256, "training examples Tr(F) is measured on after each epoch", rule=AT_LEAST_ONE)
+    measure: str = _option(
+        "trace_fisher",
+        "what is measured on the way, separated by commas: trace_fisher, trace_hessian, per_example_grad_norms (of "
+        "clean and of noisy examples, and how well they tell them apart); or none",
+        rule=NAMED_MEASUREMENTS,
+    )
+    measure_every: str = _option("1epoch", "how often: 1epoch, 5epochs, 50steps", rule=AN_INTERVAL)
+    trace_samples: int = _option(
+        256, "training examples, chosen at random each time, that --measure looks at", rule=AT_LEAST_ONE
+    )
     seed: int = _option(0, "seed of the initial weights, the batches and the sampled labels", rule=SEED)
     threads: int = _option(0, "CPU threads; 0 leaves PyTorch's choice", rule=AT_LEAST_ZERO)
     device: str = _option("auto", "auto, cpu, cuda or cuda:N; auto takes the GPU where there is one")
@@ -146,6 +165,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             default=argparse.SUPPRESS,
             help=text,
         )
+
+
+def measurements(measure: str) -> tuple[str, ...]:
+    """Return the names in a value of ``--measure``."""
+    return () if measure == "none" else tuple(name.strip() for name in measure.split(","))
+
+
+def steps_between_measurements(config: TrainConfig, steps_per_epoch: int) -> int:
+    """Return ``measure_every`` in steps.
+
+    Raises:
+        ConfigError: if the run is over before the first measurement.
+    """
+    interval = INTERVAL.fullmatch(config.measure_every)
+    assert interval is not None
+    steps = int(interval[1]) * (steps_per_epoch if interval[2] == "epoch" else 1)
+    if steps > config.epochs * steps_per_epoch:
+        raise ConfigError(
+            f"--measure-every: got {config.measure_every}, expected at most the run's {config.epochs} epochs or "
+            f"{config.epochs * steps_per_epoch} steps"
+        )
+    return steps
 
 
 def _scalar_type(hint: Any) -> type[Any]:
@@ -205,6 +246,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
         image_size=config.image_size or (16 if config.data == "digits" else 32),
         noise_seed=config.seed if config.noise_seed is None else config.noise_seed,
         device=_resolve_device(config.device),
+        # One spelling for each meaning, for --resume compares them.
+        measure=",".join(name for name in MEASUREMENTS if name in measurements(config.measure)) or "none",
+        measure_every=re.sub("s$", "", config.measure_every),
     )
 
 
@@ -236,6 +280,8 @@ def _check_combinations(config: TrainConfig) -> None:
             if value != getattr(defaults, name):
                 raise ConfigError(f"{flag(name)}: got {value}, expected it left out: {reason}")
 
+    if config.measure == "none":
+        refuse(("measure_every", "trace_samples"), "--measure none measures nothing")
     if config.method == "baseline":
         refuse(penalty_only, "--method baseline has no penalty")
     if config.penalty_method == "double_backprop":

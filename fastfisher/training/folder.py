@@ -1,4 +1,4 @@
-"""What a run leaves on disk: its options, one line per epoch, and the checkpoint it continues from."""
+"""What a run leaves on disk: its options, a line per epoch and measurement, and the checkpoint it continues from."""
 
 from __future__ import annotations
 
@@ -77,17 +77,21 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return the metrics of the epochs finished so far, one dictionary per epoch."""
+        """Return what was measured so far: a dictionary for each step that ended an epoch or had a measurement.
+
+        The first have an ``epoch`` (see ``Run.finish_epoch``), the second what ``--measure`` names.
+        """
         if not self.metrics.exists():
             return []
         return [json.loads(line) for line in self.metrics.read_text().splitlines()]
 
-    def truncate_metrics(self, epochs: int) -> None:
-        """Keep the first ``epochs`` lines: what was written after the checkpoint will be written again."""
+    def truncate_metrics(self, steps: int) -> None:
+        """Keep the lines about the first ``steps`` steps: what came after the checkpoint will be written again."""
         if self.metrics.exists():
-            lines = self.metrics.read_text().splitlines(keepends=True)
+            # A crash may leave a last line without its end.
+            lines = [line for line in self.metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
             with _replacing(self.metrics) as file:
-                file.write("".join(lines[:epochs]).encode())
+                file.write("".join(line for line in lines if json.loads(line)["step"] <= steps).encode())
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write ``checkpoint.pt``; whatever happens meanwhile, the old or the new one is there, whole."""

@@ -1,4 +1,4 @@
-"""The training loop: SGD with or without a gradient penalty, measured, saved and resumed every epoch."""
+"""The training loop: SGD with or without a gradient penalty, measured on the way, saved every epoch, resumable."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from fastfisher import FisherPenalty, trace_fisher
+from fastfisher import FisherPenalty
 from fastfisher.capture import eval_mode
-from fastfisher.training.config import TrainConfig, resolve
+from fastfisher.training.config import TrainConfig, measurements, resolve, steps_between_measurements
 from fastfisher.training.data import Batches, Data, load_data
 from fastfisher.training.folder import RunFolder
-from fastfisher.training.measurements import accuracies
+from fastfisher.training.measurements import MEASURE, TITLES, Examples, Record, accuracies
 from fastfisher.training.networks import build_network
 
 # What each method of the paper (section 4) penalises.
@@ -66,25 +66,23 @@ def train(config: TrainConfig) -> Outcome:
         run.load_state_dict(checkpoint)
     if run.epoch == config.epochs:
         return "already finished"
-    folder.truncate_metrics(run.epoch)
+    folder.truncate_metrics(run.steps)
     total = config.epochs * len(run.batches)
     with (
         catch_interrupt() as interrupted,
-        SummaryWriter(str(folder.events), purge_step=run.epoch + 1) as writer,
+        SummaryWriter(str(folder.events), purge_step=run.steps + 1) as writer,
         tqdm(total=total, initial=run.steps, unit="step", disable=None) as bar,
     ):
         while run.steps < total:
             run.step()
             bar.update()
-            if run.epoch_complete:
-                record = run.finish_epoch()
+            if record := run.finish_step():
                 folder.append_metrics(record)
                 for name, value in record.items():
-                    if value is not None:
-                        writer.add_scalar(name, value, run.epoch)
+                    if isinstance(value, (int, float)):
+                        writer.add_scalar(name, value, run.steps)
                 tqdm.write(describe(record, config.epochs))
-                folder.save_checkpoint(run.state_dict())
-            elif interrupted():
+            if "epoch" in record or interrupted():
                 folder.save_checkpoint(run.state_dict())
             if interrupted() and run.steps < total:
                 return "interrupted"
@@ -128,6 +126,7 @@ class Run:
             weight_decay=config.weight_decay,
         )
         self.penalty = self._build_penalty()
+        self.steps_between_measurements = steps_between_measurements(config, len(self.batches))
         self.steps = 0
         self.epoch = 0
         self.train_seconds = 0.0
@@ -175,7 +174,7 @@ class Run:
                 loss = self.penalty.backward(inputs, labels)
             except ValueError:
                 # No label can be drawn from logits that are not finite.
-                self._check_finite(inputs)
+                self._check_logits(inputs)
                 raise
             if self.penalty.value is not None:
                 self.sums[1] += self.penalty.value
@@ -187,50 +186,91 @@ class Run:
         self.steps += 1
         self.train_seconds += time.perf_counter() - started
 
-    def finish_epoch(self) -> dict[str, float | int | None]:
-        """Measure the model, start the next epoch and return the record of the one that ended.
+    def finish_step(self) -> Record:
+        """Return the record of the step just taken; empty unless it ends an epoch or a measurement is due.
 
-        ``train_loss``, ``penalty`` (‖g‖²) and ``penalty_trace_estimate`` (for FP B‖g‖², an estimate of Tr(F))
-        are means over the epoch's steps; the rest is measured at its end, see ``accuracies`` and
-        ``trace_fisher``. What does not exist, such as the penalty of a baseline, is None.
+        ``step`` is the number of steps taken so far, ``measure_seconds`` the time the whole record took; the rest is
+        described at :meth:`finish_epoch` and :meth:`measure`.
+
+        Raises:
+            TrainingDivergedError: if the loss, the logits or a measurement are not finite.
+        """
+        due = self.config.measure != "none" and self.steps % self.steps_between_measurements == 0
+        if not (due or self.epoch_complete):
+            return {}
+        waiting = time.perf_counter()
+        self.sums.tolist()  # on a GPU the steps only end when their sums arrive
+        started = time.perf_counter()
+        self.train_seconds += started - waiting
+        measured = self.measure() if due else {}
+        ended = self.finish_epoch() if self.epoch_complete else {}
+        return {"step": self.steps, **ended, **measured, "measure_seconds": time.perf_counter() - started}
+
+    def finish_epoch(self) -> Record:
+        """Start the next epoch and return the record of the one that ended.
+
+        ``train_loss``, ``penalty`` (‖g‖²) and ``penalty_trace_estimate`` (for FP B‖g‖², an estimate of Tr(F)) are
+        means over the epoch's steps, ``train_seconds`` is the time of the steps alone; the accuracies are those at its
+        end, see ``accuracies``. What does not exist, such as the penalty of a baseline, is None.
 
         Raises:
             TrainingDivergedError: if the loss or the logits are not finite.
         """
-        waiting = time.perf_counter()
         loss, penalty, penalised, trace_estimate = self.sums.tolist()
-        started = time.perf_counter()
-        self._check_finite(self.data.inputs[: self.config.batch_size], loss)
+        self._check(math.isfinite(loss))
+        self._check_logits(self.data.inputs[: self.config.batch_size])
         self.epoch += 1
-        record: dict[str, float | int | None] = {
+        record: Record = {
             "epoch": self.epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_loss": loss / len(self.batches),
             **accuracies(self.model, self.data),
-            "trace_fisher": self._trace_fisher(),
             "penalty": penalty / penalised if penalised else None,
             "penalty_trace_estimate": trace_estimate / penalised if trace_estimate else None,
-            # On a GPU the steps only end when their sums arrive.
-            "train_seconds": self.train_seconds + started - waiting,
-            "measure_seconds": time.perf_counter() - started,
+            "train_seconds": self.train_seconds,
         }
         self.sums.zero_()
         self.train_seconds = 0.0
         return record
 
-    def _check_finite(self, inputs: Tensor, loss: float = 0.0) -> None:
+    def _check_logits(self, inputs: Tensor) -> None:
         with eval_mode(self.model), torch.no_grad():
-            finite = self.model(inputs).isfinite().all().item()
-        if not (finite and math.isfinite(loss)):
+            self._check(all(bool(self.model(part).isfinite().all()) for part in torch.split(inputs, 500)))
+
+    def _check(self, finite: bool) -> None:
+        if not finite:
             remedy = "a lower --lr" if self.penalty is None else "a lower --lr or --alpha"
             raise TrainingDivergedError(f"training diverged in epoch {self.epoch + 1}: try {remedy}")
 
-    def _trace_fisher(self) -> float:
-        # A new generator for each epoch: measuring changes nothing in training and needs no checkpoint.
-        generator = torch.Generator(self.device).manual_seed(_seed(self.config.seed, f"trace {self.epoch}"))
-        order = torch.randperm(len(self.data.labels), generator=generator, device=self.device)
+    def measure(self) -> Record:
+        """Take the measurements of ``config.measure``, all on the same ``trace_samples`` random training examples.
+
+        See ``fastfisher.training.measurements``; ``<measurement>_seconds`` is the time of each. Their generators are
+        seeded anew each time, from the run's seed, the step and the measurement's name: measuring changes nothing in
+        training, no measurement changes another, and a resumed run needs nothing from the checkpoint.
+
+        Raises:
+            TrainingDivergedError: if the logits or a measurement are not finite.
+        """
+
+        def generator(purpose: str) -> torch.Generator:
+            return torch.Generator(self.device).manual_seed(_seed(self.config.seed, f"{purpose} {self.steps}"))
+
+        order = torch.randperm(len(self.data.labels), generator=generator("examples"), device=self.device)
         chosen = order[: self.config.trace_samples]
-        return trace_fisher(self.model, self.data.inputs[chosen], labels="sampled", generator=generator).value
+        examples = Examples(self.data.inputs[chosen], self.data.labels[chosen], self.data.noisy[chosen])
+        record: Record = {}
+        for name in measurements(self.config.measure):
+            started = time.perf_counter()
+            try:
+                found = MEASURE[name](self.model, examples, generator(name))
+            except ValueError:
+                self._check_logits(examples.inputs)
+                raise
+            self._check(all(math.isfinite(value) for value in found.values() if isinstance(value, float)))
+            record |= found
+            record[f"{name}_seconds"] = time.perf_counter() - started
+        return record
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything the next steps depend on, as tensors and plain Python values."""
@@ -269,20 +309,27 @@ def _seed(seed: int, purpose: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def describe(record: dict[str, float | int | None], epochs: int) -> str:
-    """Return the line that is printed after an epoch."""
+def describe(record: Record, epochs: int) -> str:
+    """Return the line that is printed about a record."""
 
     def percent(name: str) -> str:
         value = record[name]
-        return "-" if value is None else f"{100 * value:.1f} %"
+        return "-" if value is None else f"{100 * float(value):.1f} %"
 
-    return (
-        f"epoch {record['epoch']}/{epochs}  loss {record['train_loss']:.4g}  "
-        f"train clean {percent('clean_accuracy')} noisy {percent('noisy_accuracy')}  "
-        f"validation {percent('validation_accuracy')}  test {percent('test_accuracy')}  "
-        f"Tr(F) {record['trace_fisher']:.3g}  "
-        f"{record['train_seconds']:.3g} s + {record['measure_seconds']:.2g} s measuring"
-    )
+    line = f"step {record['step']}"
+    seconds = f"{record['measure_seconds']:.2g} s measuring"
+    if "epoch" in record:
+        line = (
+            f"epoch {record['epoch']}/{epochs}  loss {record['train_loss']:.4g}  "
+            f"train clean {percent('clean_accuracy')} noisy {percent('noisy_accuracy')}  "
+            f"validation {percent('validation_accuracy')}  test {percent('test_accuracy')}"
+        )
+        seconds = f"{record['train_seconds']:.3g} s + {seconds}"
+    for name, title in TITLES.items():
+        if record.get(name) is not None:
+            error = record[f"{name}_standard_error"]
+            line += f"  {title} {record[name]:.3g}" + ("" if error is None else f" ± {error:.1g}")
+    return f"{line}  {seconds}"
 
 
 @contextmanager

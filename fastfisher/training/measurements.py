@@ -1,15 +1,46 @@
-"""What is measured after an epoch. Nothing here moves the parameters, the buffers or a caller's generator."""
+"""What is measured on the way. Nothing here moves the parameters, the buffers or PyTorch's global generators.
+
+A measurement takes the model, the examples and a generator, and returns a record: its numbers by name, each with its
+``_standard_error``, which is None where there are too few examples for one.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from fastfisher import TraceEstimate, per_example_grad_norms, trace_fisher, trace_hessian
 from fastfisher.capture import eval_mode
 from fastfisher.training.data import Data
 
+Record = dict[str, float | int | str | None]
 
-def predict(model: nn.Module, inputs: Tensor, *, chunk: int = 500) -> Tensor:
+BATCH_SIZE = 128  # memory is that of a batch, however many examples there are
+
+# How the record is printed; its other numbers are in the files.
+TITLES = {
+    "trace_fisher": "Tr(F)",
+    "trace_hessian": "Tr(H)",
+    "squared_grad_norm_clean": "‖∇ℓ‖² clean",
+    "squared_grad_norm_noisy": "noisy",
+    "grad_norm_auc": "AUC",
+}
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Training examples: inputs ``[N, ...]``, the labels they are trained on, and which of these are noise (bool)."""
+
+    inputs: Tensor
+    labels: Tensor
+    noisy: Tensor
+
+
+def predict(model: nn.Module, inputs: Tensor, *, chunk: int = BATCH_SIZE) -> Tensor:
     """Return the most likely class of each input, int64 ``[N]``, in eval mode."""
     with eval_mode(model), torch.no_grad():
         return torch.cat([model(part).argmax(dim=1) for part in torch.split(inputs, chunk)])
@@ -35,3 +66,89 @@ def accuracies(model: nn.Module, data: Data) -> dict[str, float | None]:
         "validation_accuracy": share(predict(model, data.validation_inputs) == data.validation_labels),
         "test_accuracy": share(predict(model, data.test_inputs) == data.test_labels),
     }
+
+
+def measure_trace_fisher(model: nn.Module, examples: Examples, generator: torch.Generator) -> Record:
+    """Return ``trace_fisher``: Tr(F), by one Rademacher cotangent for each example.
+
+    Its standard error is that of the trace over the whole training distribution.
+    """
+    return _record("trace_fisher", trace_fisher(model, examples.inputs, batch_size=BATCH_SIZE, generator=generator))
+
+
+def measure_trace_hessian(model: nn.Module, examples: Examples, generator: torch.Generator) -> Record:
+    """Return ``trace_hessian``: Tr(H) of the mean loss of the examples, with the labels they are trained on.
+
+    By ``trace_hessian_method``. Its standard error is over what that draws, for the examples given: 0 for Tr(F) over
+    all labels, which is what serves for the networks here.
+    """
+    estimate = trace_hessian(model, examples.inputs, examples.labels, batch_size=BATCH_SIZE, generator=generator)
+    return _record("trace_hessian", estimate)
+
+
+def _record(name: str, estimate: TraceEstimate) -> Record:
+    error = estimate.standard_error
+    return {
+        name: estimate.value,
+        f"{name}_standard_error": error if math.isfinite(error) else None,
+        f"{name}_method": estimate.method,
+    }
+
+
+def measure_grad_norms(model: nn.Module, examples: Examples, generator: torch.Generator) -> Record:
+    """Return the per-example ‖∇ℓ(x_i, y_i)‖² with the labels trained on, of clean and of noisy examples apart.
+
+    ``squared_grad_norm_clean`` and ``squared_grad_norm_noisy`` are means, ``grad_norm_auc`` is the probability that a
+    noisy example has the larger norm of the two, see :func:`area_under_curve`; None where there are no such examples.
+    A replaced label may be the true one by chance, so of C classes at least 1/C of the noisy examples look clean.
+    """
+    parts = zip(torch.split(examples.inputs, BATCH_SIZE), torch.split(examples.labels, BATCH_SIZE), strict=True)
+    norms = torch.cat([per_example_grad_norms(model, inputs, labels=labels) for inputs, labels in parts])
+    clean, noisy = norms[~examples.noisy], norms[examples.noisy]
+    record: Record = {}
+    for name, (value, error) in {
+        "squared_grad_norm_clean": _mean(clean),
+        "squared_grad_norm_noisy": _mean(noisy),
+        "grad_norm_auc": area_under_curve(noisy, clean),
+    }.items():
+        record |= {name: value, f"{name}_standard_error": error}
+    return record
+
+
+def _mean(values: Tensor) -> tuple[float | None, float | None]:
+    """Return the mean and its standard error."""
+    count = len(values)
+    return (
+        values.mean().item() if count else None,
+        values.std().item() / math.sqrt(count) if count > 1 else None,
+    )
+
+
+def area_under_curve(positive: Tensor, negative: Tensor) -> tuple[float | None, float | None]:
+    """Return the area under the ROC curve of a score, P(positive > negative) + P(positive = negative)/2, and its error.
+
+    0.5: the score tells nothing; 1: every positive example is above every negative one. The standard error is that of
+    DeLong, DeLong and Clarke-Pearson (1988), 0 where the area is 0 or 1. None where there is nothing to take it from.
+    """
+    if not (len(positive) and len(negative)):
+        return None, None
+
+    def share_below(values: Tensor, others: Tensor) -> Tensor:
+        """For each value the share of the others below it, of which equals count half."""
+        others = others.sort().values
+        counts = torch.searchsorted(others, values) + torch.searchsorted(others, values, right=True)
+        return counts.double() / (2 * len(others))
+
+    of_positive, of_negative = share_below(positive, negative), share_below(negative, positive)
+    area = of_positive.mean().item()
+    if min(len(positive), len(negative)) < 2:
+        return area, None
+    variance = of_positive.var() / len(positive) + of_negative.var() / len(negative)
+    return area, math.sqrt(variance.item())
+
+
+MEASURE: dict[str, Callable[[nn.Module, Examples, torch.Generator], Record]] = {
+    "trace_fisher": measure_trace_fisher,
+    "trace_hessian": measure_trace_hessian,
+    "per_example_grad_norms": measure_grad_norms,
+}

@@ -12,6 +12,7 @@ from fastfisher.training.config import (
     flag,
     from_values,
     resolve,
+    steps_between_measurements,
     to_values,
 )
 
@@ -82,6 +83,16 @@ def test_parser_refuses(arguments: list[str], expected: list[str], capsys: pytes
         ({"image_size": 7}, ["--image-size:", "7", "at least 8"]),
         ({"image_size": 0}, ["--image-size:", "0", "at least 8"]),
         ({"seed": -1}, ["--seed:", "-1", "integer from 0"]),
+        ({"measure": "trace_fisher,trace"}, ["--measure:", "trace_fisher,trace", "per_example_grad_norms"]),
+        ({"measure": "trace_fisher,trace_fisher"}, ["--measure:", "trace_fisher,trace_fisher", "each once"]),
+        ({"measure": "none,trace_fisher"}, ["--measure:", "none,trace_fisher", "none, or some"]),
+        ({"measure": ""}, ["--measure:", "none, or some"]),
+        ({"measure_every": "0epochs"}, ["--measure-every:", "0epochs", "above 0"]),
+        ({"measure_every": "50"}, ["--measure-every:", "50", "its unit"]),
+        ({"measure_every": "1.5epochs"}, ["--measure-every:", "1.5epochs", "its unit"]),
+        ({"measure_every": "1week"}, ["--measure-every:", "1week", "50steps"]),
+        ({"measure": "none", "measure_every": "5steps"}, ["--measure-every:", "5steps", "--measure none"]),
+        ({"measure": "none", "trace_samples": 5}, ["--trace-samples:", "5", "--measure none"]),
         ({"lr_milestones": (5, 3)}, ["--lr-milestones:", "(5, 3)", "increasing"]),
         ({"lr_milestones": (0, 3)}, ["--lr-milestones:", "(0, 3)", "at least 1"]),
         ({"network": "lenet"}, ["--network:", "lenet", "small_cnn"]),
@@ -119,6 +130,17 @@ def test_resolve_fills_in_dependent_defaults() -> None:
     assert config.device == ("cuda" if torch.cuda.is_available() else "cpu")
     assert resolve(TrainConfig(seed=7, noise_seed=0)).noise_seed == 0
     assert resolve(config) == config
+
+
+@pytest.mark.parametrize(("every", "steps"), [("1epoch", 7), ("3epochs", 21), ("3steps", 3), ("210step", 210)])
+def test_intervals_between_measurements(every: str, steps: int) -> None:
+    assert steps_between_measurements(resolve(TrainConfig(measure_every=every)), 7) == steps
+
+
+@pytest.mark.parametrize("every", ["31epochs", "211steps"])
+def test_a_run_has_at_least_one_measurement(every: str) -> None:
+    with pytest.raises(ConfigError, match=f"--measure-every: got {every}, expected at most the run's 30 epochs or 210"):
+        steps_between_measurements(TrainConfig(measure_every=every), 7)
 
 
 def test_image_size_of_photographs_defaults_to_32(tmp_path: pytest.TempPathFactory) -> None:

@@ -72,11 +72,13 @@ def test_metrics_are_appended_and_truncated(config: TrainConfig) -> None:
     folder = RunFolder(config.out)
     assert folder.read_metrics() == []
     folder.create(config)
-    for epoch in (1, 2, 3):
-        folder.append_metrics({"epoch": epoch, "penalty": None})
-    folder.metrics.open("a").write('{"epoch": 4, "pen')  # what a crash may leave
-    folder.truncate_metrics(2)
-    assert folder.read_metrics() == [{"epoch": 1, "penalty": None}, {"epoch": 2, "penalty": None}]
+    for step in (10, 15, 20):
+        folder.append_metrics({"step": step, "penalty": None})
+    folder.metrics.open("a").write('{"step": 25, "pen')  # what a crash may leave
+    folder.truncate_metrics(20)
+    assert [record["step"] for record in folder.read_metrics()] == [10, 15, 20]
+    folder.truncate_metrics(19)
+    assert folder.read_metrics() == [{"step": 10, "penalty": None}, {"step": 15, "penalty": None}]
 
 
 def test_a_failed_save_keeps_the_old_checkpoint(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

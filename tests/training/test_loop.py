@@ -12,12 +12,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from fastfisher.training import loop
-from fastfisher.training.config import METHODS, ConfigError, TrainConfig
+from fastfisher.training.config import MEASUREMENTS, METHODS, ConfigError, TrainConfig
 from fastfisher.training.folder import RunFolder
 from fastfisher.training.networks import build_network
 
 STEPS = 4  # in an epoch of 1,097 examples in batches of 256
-TIMINGS = ("train_seconds", "measure_seconds")
+ALL = ",".join(MEASUREMENTS)
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def config(tmp_path: Path) -> TrainConfig:
 
 def metrics(config: TrainConfig) -> list[dict[str, Any]]:
     records = RunFolder(config.out).read_metrics()
-    return [{name: value for name, value in record.items() if name not in TIMINGS} for record in records]
+    return [{name: value for name, value in record.items() if not name.endswith("_seconds")} for record in records]
 
 
 def assert_same_state(first: Any, second: Any) -> None:
@@ -46,8 +46,9 @@ def assert_same_state(first: Any, second: Any) -> None:
         assert torch.equal(first, second)
     elif isinstance(first, dict):
         assert first.keys() == second.keys()
-        for name in first.keys() - set(TIMINGS):
-            assert_same_state(first[name], second[name])
+        for name in first:
+            if name != "train_seconds":
+                assert_same_state(first[name], second[name])
     elif isinstance(first, list):
         assert len(first) == len(second)
         for a, b in zip(first, second, strict=True):
@@ -77,8 +78,8 @@ def with_dropout(name: str, **options: Any) -> nn.Sequential:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"augment": "crop_flip", "lr_milestones": (2,)},
-        {"method": "FP", "penalty_every": 3},
+        {"augment": "crop_flip", "lr_milestones": (2,), "measure": ALL, "measure_every": "2epochs"},
+        {"method": "FP", "penalty_every": 3, "measure": ALL, "measure_every": "3steps"},
         {"method": "FP", "penalty_every": 2, "gates": "free", "penalty_start": 1},
         {"method": "GP_r", "penalty_every": 3, "penalty_method": "double_backprop"},
     ],
@@ -97,7 +98,7 @@ def test_a_resumed_run_computes_the_same_bits(
         with monkeypatch.context() as context:
             interrupt_at(stop, context)
             assert loop.train(other) == "interrupted"
-        assert len(metrics(other)) == stop // STEPS
+        assert metrics(other) == [record for record in metrics(config) if record["step"] <= stop]
         torch.rand(7)
         other = dataclasses.replace(other, resume=True)
     assert loop.train(other) == "finished"
@@ -127,7 +128,7 @@ def test_a_crash_between_metrics_and_checkpoint_leaves_a_run_to_resume(
 
     scalars = EventAccumulator(str(RunFolder(other.out).events))
     scalars.Reload()
-    assert [event.step for event in scalars.Scalars("test_accuracy")] == [1, 2, 3]
+    assert [event.step for event in scalars.Scalars("test_accuracy")] == [STEPS, 2 * STEPS, 3 * STEPS]
 
 
 def test_a_second_ctrl_c_raises_and_the_handler_is_restored(
@@ -165,6 +166,9 @@ def test_a_finished_run_is_left_alone(config: TrainConfig) -> None:
         ({"batch_size": 5_000}, "--batch-size"),
         ({"network": "simple_cnn"}, "--image-size: got 8, expected at least 10"),
         ({"epochs": 0}, "--epochs"),
+        ({"measure_every": "13steps"}, "--measure-every: got 13step, expected at most the run's 3 epochs or 12 steps"),
+        ({"measure_every": "4epochs"}, "--measure-every: got 4epoch"),
+        ({"measure": "trace_hesian"}, "--measure: got trace_hesian, expected none, or some of trace_fisher"),
     ],
 )
 def test_nothing_is_created_for_a_bad_option(changes: dict[str, Any], expected: str, config: TrainConfig) -> None:
@@ -237,10 +241,88 @@ def test_the_learning_rate_falls_after_each_milestone(config: TrainConfig) -> No
 
 def test_measuring_does_not_change_training(config: TrainConfig) -> None:
     config = dataclasses.replace(config, method="FP", penalty_every=2)
-    more = dataclasses.replace(config, out=config.out + "-more", trace_samples=64)
+    more = dataclasses.replace(config, out=config.out + "-more", trace_samples=64, measure=ALL, measure_every="3steps")
+    none = dataclasses.replace(config, out=config.out + "-none", trace_samples=256, measure="none")
+    for each in (config, more, none):
+        loop.train(each)
+        assert_same_state(RunFolder(each.out).load_checkpoint(), RunFolder(config.out).load_checkpoint())
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"),
+    [("1epoch", [4, 8, 12]), ("2epochs", [8]), ("3steps", [3, 6, 9, 12]), ("1step", list(range(1, 13)))],
+)
+def test_measurements_are_taken_when_they_should(every: str, steps: list[int], config: TrainConfig) -> None:
+    config = dataclasses.replace(config, measure=ALL, measure_every=every, trace_samples=64)
     loop.train(config)
-    loop.train(more)
-    assert_same_state(RunFolder(config.out).load_checkpoint(), RunFolder(more.out).load_checkpoint())
+    records = RunFolder(config.out).read_metrics()
+    assert [record["step"] for record in records if "trace_fisher" in record] == steps
+    assert [record["step"] for record in records if "epoch" in record] == [4, 8, 12]
+    assert [record["step"] for record in records] == sorted({4, 8, 12, *steps})
+
+    scalars = EventAccumulator(str(RunFolder(config.out).events))
+    scalars.Reload()
+    names = ("trace_fisher", "trace_hessian", "squared_grad_norm_clean", "squared_grad_norm_noisy", "grad_norm_auc")
+    for name in (*names, *(f"{name}_standard_error" for name in names)):
+        events = scalars.Scalars(name)
+        assert [event.step for event in events] == steps
+        expected = [record[name] for record in records if name in record]
+        assert [event.value for event in events] == pytest.approx(expected, rel=1e-6)
+    for record in records:
+        spent = [record[f"{name}_seconds"] for name in MEASUREMENTS if f"{name}_seconds" in record]
+        assert len(spent) == (3 if record["step"] in steps else 0)
+        assert all(seconds > 0 for seconds in spent)
+        assert sum(spent) < record["measure_seconds"]
+
+
+def test_no_measurement_changes_another(config: TrainConfig) -> None:
+    config = dataclasses.replace(config, epochs=1)
+    loop.train(dataclasses.replace(config, measure=ALL))
+    (together,) = metrics(config)
+    found: set[str] = set()
+    for name in MEASUREMENTS:
+        alone = dataclasses.replace(config, out=f"{config.out}-{name}", measure=name)
+        loop.train(alone)
+        (record,) = metrics(alone)
+        assert record.items() <= together.items()
+        found |= record.keys()
+    assert found == together.keys()
+
+
+def test_a_single_example_has_no_standard_error(config: TrainConfig) -> None:
+    loop.train(dataclasses.replace(config, epochs=1, trace_samples=1, measure=ALL))
+    (record,) = metrics(config)
+    assert record["trace_fisher"] > 0
+    assert record["trace_fisher_standard_error"] is None
+    assert record["trace_hessian_standard_error"] == 0
+    assert (record["squared_grad_norm_clean"] is None) != (record["squared_grad_norm_noisy"] is None)
+    assert record["grad_norm_auc"] is None
+
+
+def test_options_decide_what_may_be_resumed(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(config, measure="per_example_grad_norms, trace_fisher", measure_every="6steps")
+    interrupt_at(2, monkeypatch)
+    loop.train(config)
+    config = dataclasses.replace(config, resume=True)
+    with pytest.raises(ConfigError, match="--measure-every 3step \\(was 6step\\)"):
+        loop.train(dataclasses.replace(config, measure_every="3steps"))
+    # Another spelling of the same.
+    same = dataclasses.replace(config, measure="trace_fisher,per_example_grad_norms", measure_every="6step")
+    assert loop.train(same) == "finished"
+
+
+@pytest.mark.parametrize("name", MEASUREMENTS)
+@pytest.mark.parametrize(("step", "epoch"), [(1, 1), (STEPS, 1), (STEPS + 1, 2)])
+def test_divergence_is_reported_where_it_is_measured(name: str, step: int, epoch: int, config: TrainConfig) -> None:
+    run = loop.Run(loop.resolve(dataclasses.replace(config, measure=name, measure_every="1step")))
+    for _ in range(step - 1):
+        run.step()
+        assert f"{name}_seconds" in run.finish_step()
+    run.step()
+    with torch.no_grad():
+        run.model[-1].weight.fill_(1e30 if step % 2 else torch.nan)
+    with pytest.raises(loop.TrainingDivergedError, match=f"diverged in epoch {epoch}: try a lower --lr"):
+        run.finish_step()
 
 
 @pytest.mark.parametrize("changes", [{}, {"method": "FP", "penalty_every": 1}])

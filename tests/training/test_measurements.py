@@ -1,11 +1,18 @@
+import math
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastfisher.capture import eval_mode
+from fastfisher.training.config import MEASUREMENTS
 from fastfisher.training.data import Data
-from fastfisher.training.measurements import accuracies, predict
+from fastfisher.training.measurements import MEASURE, Examples, accuracies, area_under_curve, predict
 
 
 def network_with_batch_norm() -> nn.Sequential:
@@ -60,3 +67,155 @@ def test_predict_does_not_depend_on_the_chunk() -> None:
     network = network_with_batch_norm()
     inputs = torch.randn(7, 1, 8, 8)
     assert torch.equal(predict(network, inputs, chunk=2), predict(network, inputs, chunk=7))
+
+
+def examples(count: int, noisy: int, dtype: torch.dtype = torch.float64) -> Examples:
+    """Random images, the first ``noisy`` of them with noisy labels."""
+    generator = torch.Generator().manual_seed(1)
+    return Examples(
+        inputs=torch.randn(count, 1, 8, 8, generator=generator, dtype=dtype),
+        labels=torch.randint(4, (count,), generator=generator),
+        noisy=torch.arange(count) < noisy,
+    )
+
+
+def squared_norms(model: nn.Module, data: Examples) -> Tensor:
+    """‖∇ℓ(x_i, y_i)‖², one backward for each example."""
+    found = []
+    with eval_mode(model):
+        for one, label in zip(data.inputs.split(1), data.labels.split(1), strict=True):
+            gradients = torch.autograd.grad(F.cross_entropy(model(one), label), list(model.parameters()))
+            found.append(sum(float(g.square().sum()) for g in gradients))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_every_measurement_can_be_asked_for() -> None:
+    assert tuple(MEASURE) == MEASUREMENTS
+
+
+@pytest.mark.parametrize("name", MEASURE)
+def test_measuring_leaves_model_and_global_generator_as_they_were(name: str) -> None:
+    model, data = network_with_batch_norm().double(), examples(10, 5)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    first = MEASURE[name](model, data, generator())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    torch.rand(3)
+    assert MEASURE[name](model, data, generator()) == first
+
+
+def test_gradient_norms_of_clean_and_noisy_examples() -> None:
+    # More examples than go through the model at once.
+    model, data = network_with_batch_norm().double(), examples(150, 70)
+    record = MEASURE["per_example_grad_norms"](model, data, generator())
+    norms = squared_norms(model, data)
+    for name, group in (("clean", norms[70:]), ("noisy", norms[:70])):
+        assert record[f"squared_grad_norm_{name}"] == pytest.approx(float(group.mean()), rel=1e-10)
+        error = float(group.std()) / len(group) ** 0.5
+        assert record[f"squared_grad_norm_{name}_standard_error"] == pytest.approx(error, rel=1e-10)
+    labels = data.noisy.numpy()
+    assert record["grad_norm_auc"] == pytest.approx(roc_auc_score(labels, norms.numpy()), rel=1e-10)
+
+
+def test_a_fitted_network_tells_noisy_examples_by_their_norms() -> None:
+    model = network_with_batch_norm().double()
+    data = examples(40, 0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with eval_mode(model):
+        for _ in range(100):
+            optimizer.zero_grad()
+            F.cross_entropy(model(data.inputs), data.labels).backward()
+            optimizer.step()
+    wrong = torch.where(torch.arange(40) < 20, (data.labels + 1) % 4, data.labels)
+    model.zero_grad(set_to_none=True)
+    record = MEASURE["per_example_grad_norms"](model, Examples(data.inputs, wrong, torch.arange(40) < 20), generator())
+    assert record["grad_norm_auc"] == 1.0
+    assert record["squared_grad_norm_noisy"] > 10 * record["squared_grad_norm_clean"]
+
+
+@pytest.mark.parametrize("noisy", [0, 3])
+def test_an_empty_group_has_no_mean(noisy: int) -> None:
+    record = MEASURE["per_example_grad_norms"](network_with_batch_norm().double(), examples(3, noisy), generator())
+    there, missing = ("noisy", "clean") if noisy else ("clean", "noisy")
+    assert record[f"squared_grad_norm_{there}"] is not None
+    for name in (f"squared_grad_norm_{missing}", f"squared_grad_norm_{missing}_standard_error", "grad_norm_auc"):
+        assert record[name] is None
+
+
+def test_traces_and_their_standard_errors() -> None:
+    model, data = network_with_batch_norm().double(), examples(200, 100)
+    # Tr(F) over all labels is the probability-weighted mean of the squared norms.
+    with eval_mode(model), torch.no_grad():
+        probabilities = model(data.inputs).softmax(1)
+    each = [squared_norms(model, Examples(data.inputs, torch.full((200,), label), data.noisy)) for label in range(4)]
+    trace = float((probabilities * torch.stack(each, 1)).sum(1).mean())
+    hessian = MEASURE["trace_hessian"](model, data, generator())
+    assert hessian["trace_hessian"] == pytest.approx(trace, rel=1e-10)
+    assert hessian["trace_hessian_standard_error"] == 0
+    assert hessian["trace_hessian_method"] == "fisher, labels=exact"
+    fisher = MEASURE["trace_fisher"](model, data, generator())
+    assert abs(fisher["trace_fisher"] - trace) < 4 * fisher["trace_fisher_standard_error"]  # p = 6e-5
+    assert 0 < fisher["trace_fisher_standard_error"] < trace
+    assert "labels=rademacher" in fisher["trace_fisher_method"]
+
+
+def test_the_trace_of_a_smooth_networks_hessian_has_an_error_bar() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.GELU(), nn.Linear(8, 4)).double()
+    record = MEASURE["trace_hessian"](model, examples(20, 10), generator())
+    assert record["trace_hessian_standard_error"] > 0
+    assert "hutchinson" in record["trace_hessian_method"]
+
+
+@pytest.mark.parametrize("levels", [3, 10**9])
+def test_area_under_curve_counts_pairs(levels: int) -> None:
+    positive = torch.randint(levels, (9,), generator=generator(1)).double()
+    negative = torch.randint(levels, (7,), generator=generator(2)).double()
+    pairs = (positive[:, None] > negative).double() + (positive[:, None] == negative).double() / 2
+    area, error = area_under_curve(positive, negative)
+    assert area == pytest.approx(float(pairs.mean()), rel=1e-12)
+    variance = pairs.mean(1).var() / 9 + pairs.mean(0).var() / 7
+    assert error == pytest.approx(float(variance.sqrt()), rel=1e-12)
+
+
+def test_area_under_curve_at_its_ends() -> None:
+    low, high = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0, 5.0])
+    assert area_under_curve(high, low) == (1.0, 0.0)
+    assert area_under_curve(low, high) == (0.0, 0.0)
+    assert area_under_curve(low, low)[0] == 0.5
+    assert area_under_curve(high, low[:1]) == (1.0, None)
+    assert area_under_curve(high, low[:0]) == (None, None)
+
+
+def test_the_error_of_the_area_is_calibrated() -> None:
+    # P(x + 1 > y) = Φ(1/√2) for normal x and y.
+    truth = 0.5 * (1 + math.erf(0.5))
+    draws = generator(3)
+    covered = 0
+    for _ in range(400):
+        area, error = area_under_curve(
+            1 + torch.randn(60, generator=draws, dtype=torch.float64),
+            torch.randn(80, generator=draws, dtype=torch.float64),
+        )
+        assert area is not None and error is not None
+        covered += abs(area - truth) < 1.96 * error
+    assert 0.9 <= covered / 400 <= 0.99
+
+
+def test_every_process_measures_the_same_bits() -> None:
+    # A resumed run is another process, whose sets iterate in another order.
+    program = (
+        "from tests.training.test_measurements import *\n"
+        "print([measure(network_with_batch_norm(), examples(20, 9, torch.float32), generator())\n"
+        "       for measure in MEASURE.values()])"
+    )
+    environments = [{**os.environ, "PYTHONHASHSEED": str(seed)} for seed in range(3)]
+    printed = {subprocess.check_output([sys.executable, "-c", program], env=each) for each in environments}
+    assert len(printed) == 1
