@@ -98,7 +98,7 @@ def test_hutchinson(name: str, compare: Any) -> None:
         f"{name}, {probes} probes",
         lambda: fastfisher.trace_hessian(model, x, y, method="hutchinson", probes=probes),
         rivals,
-        rounds=2 if name == "VGG-11" else 3,
+        rounds=2,
         warmup=1,
     )
 
