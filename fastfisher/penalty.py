@@ -340,27 +340,27 @@ class FiniteDifference:
         loss, leaves = self.shifted_loss(rho)
         squares: list[Tensor] = []
 
-        def add(names: list[str]) -> None:
+        # Neither function may hold `leaves`: the leaves hold the hooks, and would live on until the next collection.
+        def add(named: dict[str, Tensor]) -> None:
             gradients = []
-            for name in names:
-                leaf = leaves[name]  # with free gates the shifted forward may not need a parameter
+            for leaf in named.values():  # with free gates the shifted forward may not need a parameter
                 gradients.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
                 leaf.grad = None
-            if names:
-                out_list, here = [out[n] for n in names], [self.gradient[n] for n in names]
+            if named:
+                out_list, here = [out[n] for n in named], [self.gradient[n] for n in named]
                 squares.append(ops.axpy_diff(out_list, gradients, here, scale))
 
         made: set[str] = set()
 
-        def add_at_once(name: str, _: Tensor) -> None:
+        def add_at_once(name: str, leaf: Tensor) -> None:
             made.add(name)
-            add([name])
+            add({name: leaf})
 
         for name, leaf in leaves.items():
             if leaf.numel() >= _LARGE:
                 leaf.register_post_accumulate_grad_hook(functools.partial(add_at_once, name))  # type: ignore[no-untyped-call]
         loss.backward()  # type: ignore[no-untyped-call]
-        add([name for name in leaves if name not in made])
+        add({name: leaf for name, leaf in leaves.items() if name not in made})
         return float(torch.stack(squares).sum()) if squares else 0.0
 
     def _judge(self, change: float, rho: float) -> None:
