@@ -13,24 +13,18 @@ from torch import Tensor, nn
 from fastfisher.convolution import saving_memory
 from fastfisher.gates import Gates, fused_forward, record_gates
 from fastfisher.labels import check_targets, cross_entropy, label_loss
-from fastfisher.penalty import (
-    AdaptiveStep,
-    Difference,
-    FiniteDifference,
+from fastfisher.model import (
     Inputs,
-    Method,
-    Settings,
-    Step,
     call_copy,
     call_model,
     chosen_names,
     couples_examples,
-    gradient_at,
     input_tensors,
     map_inputs,
     requiring_grad,
     trainable_parameters,
 )
+from fastfisher.penalty import AdaptiveStep, Difference, FiniteDifference, Method, Settings, Step, gradient_at
 
 Gradients = dict[str, Tensor]
 

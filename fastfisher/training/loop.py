@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from fastfisher import FisherPenalty
-from fastfisher.capture import eval_mode
+from fastfisher.model import eval_mode
 from fastfisher.training.config import TrainConfig, measurements, resolve, steps_between_measurements
 from fastfisher.training.data import Batches, Data, load_data
 from fastfisher.training.folder import RunFolder
