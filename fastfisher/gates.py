@@ -4,6 +4,9 @@ Finite differences of the gradient converge to the Hessian that autograd sees on
 points, and in a ReLU network kinks are everywhere. Replaying at θ + ρd the gates of the forward at θ leaves a network
 that is smooth in ρ, with the same value, gradient and (autograd's) Hessian at θ.
 
+Recorded, replayed or neither (:func:`fused_forward`), a forward of the penalty runs ReLU, max-pool, large convolutions
+and batch normalisation through our own Functions, which take less time and memory.
+
 A replayed forward also repeats every random draw of the recorded one (dropout masks, stochastic depth): the state of
 the random number generators at the start of the recording is restored for the replay, and the caller's put back.
 """
@@ -24,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from fastfisher import gated, ops
 from fastfisher.convolution import in_pieces
 from fastfisher.gated import Passage
-from fastfisher.normalization import by_batch
+from fastfisher.normalization import by_batch, relu_after
 
 
 @dataclass
@@ -217,7 +220,8 @@ class _Relu(_Rule):
     ) -> tuple[Tensor, Passage]:
         """The output, by the given gates or its own, and its passage."""
         (x, *_), _, inplace = _Elementwise.split(args, kwargs)
-        out, self.last = gated.relu(x, inplace=inplace or _names_inplace(function), gates=gates)
+        by = relu_after(x) or gated.gate
+        out, self.last = gated.relu(x, inplace=inplace or _names_inplace(function), gates=gates, by=by)
         return out, self.last
 
 

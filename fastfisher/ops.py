@@ -115,11 +115,11 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 def batch_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float
+    grad: Tensor, bits: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`fastfisher.reference.batch_norm_backward`."""
     namespace = torch.ops.fastfisher if _compiled(x.device) else reference
-    return namespace.batch_norm_backward(grad, x, weight, mean, variance, eps)  # type: ignore[no-any-return]
+    return namespace.batch_norm_backward(grad, bits, x, weight, mean, variance, eps)  # type: ignore[no-any-return]
 
 
 def rademacher_cotangent(logits: Tensor, key: Tensor, scale: float) -> Tensor:
@@ -224,7 +224,9 @@ def _register() -> None:
         return torch.empty_like(x), statistic, torch.empty_like(statistic)
 
     @fake("fastfisher::batch_norm_backward")
-    def _(grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float) -> Any:
+    def _(
+        grad: Tensor, bits: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float
+    ) -> Any:
         return torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
 
     @fake("fastfisher::rademacher_cotangent")

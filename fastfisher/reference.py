@@ -168,14 +168,15 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 def batch_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float
+    grad: Tensor, bits: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of :func:`batch_norm` with respect to x, weight and bias.
 
+    Where ``bits`` are given, the gates of a ReLU after it (see :func:`gate_relu`), ``grad`` is that of the ReLU.
     With x̂ the normalised input and E the mean over examples and positions of a channel:
     dx = weight (g − E[g] − x̂ E[g x̂]) / sqrt(variance + eps), dweight = Σ g x̂, dbias = Σ g.
     """
-    g, inverse = grad.double(), (variance + eps).rsqrt()[:, None]
+    g, inverse = (grad if bits is None else gate_apply(grad, bits)).double(), (variance + eps).rsqrt()[:, None]
     normalised = (x.double() - mean[:, None]) * inverse
     grad_weight, grad_bias = (g * normalised).sum((0, 2)), g.sum((0, 2))
     count = x.shape[0] * x.shape[2]
