@@ -275,7 +275,9 @@ Tensor reduce(const std::vector<Piece>& pieces, Function piece_sum) {
 }
 
 Tensor axpy_diff(const std::vector<Tensor>& out, const std::vector<Tensor>& a, const std::vector<Tensor>& b,
-                 double scale) {
+                 const Tensor& scale) {
+  check(scale.numel() == 1 && scale.scalar_type() == ScalarType::Double, "scale: expected a float64 scalar");
+  const double factor = *static_cast<const double*>(scale.const_data_ptr());
   check(out.size() == a.size() && out.size() == b.size(), "out, a and b: expected lists of one length, got ",
         out.size(), ", ", a.size(), " and ", b.size());
   // Everything is checked before anything is written.
@@ -289,7 +291,7 @@ Tensor axpy_diff(const std::vector<Tensor>& out, const std::vector<Tensor>& a, c
   return reduce(pieces_of(out), [&](const Piece& piece) {
     const auto& [i, begin, end] = piece;
     return kernels().axpy_diff(type_of(out[i], "out"), out[i].mutable_data_ptr(), a[i].const_data_ptr(),
-                               b[i].const_data_ptr(), scale, begin, end);
+                               b[i].const_data_ptr(), factor, begin, end);
   });
 }
 
@@ -568,7 +570,7 @@ STABLE_TORCH_LIBRARY(fastfisher, m) {
       "values, Tensor indices)");
   m.def("gate_take(Tensor x, Tensor indices) -> Tensor");
   m.def("gate_put(Tensor y, Tensor indices, int elements) -> Tensor");
-  m.def("axpy_diff(Tensor(a!)[] out, Tensor[] a, Tensor[] b, float scale) -> Tensor");
+  m.def("axpy_diff(Tensor(a!)[] out, Tensor[] a, Tensor[] b, Tensor scale) -> Tensor");
   m.def("sum_squares(Tensor[] tensors) -> Tensor");
   m.def("batch_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor variance)");
   m.def(

@@ -95,7 +95,7 @@ def gate_put(y: Tensor, indices: Tensor, elements: int) -> Tensor:
     return namespace.gate_put(y, indices, elements)  # type: ignore[no-any-return]
 
 
-def axpy_diff(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: float) -> Tensor:
+def axpy_diff(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: Tensor) -> Tensor:
     """See :func:`fastfisher.reference.axpy_diff`."""
     dense = all(x.is_contiguous() for tensors in (out, a, b) for x in tensors)
     if not (_compiled(out[0].device) and dense):
@@ -211,7 +211,7 @@ def _register() -> None:
         return y.new_empty(y.shape[0], elements)
 
     @fake("fastfisher::axpy_diff")
-    def _(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: float) -> Tensor:
+    def _(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: Tensor) -> Tensor:
         return out[0].new_empty((), dtype=torch.float64)
 
     @fake("fastfisher::sum_squares")

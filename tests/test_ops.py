@@ -27,6 +27,10 @@ KEY = torch.tensor([1234, 2**40 + 7])
 SIGNIFICANCE = 1e-4
 
 
+def scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
 def logits_for(classes: int, dtype: torch.dtype, rows: int | None = None) -> Tensor:
     rows = rows or max(2, min(64, 2**18 // classes))
     return (3 * torch.randn(rows, classes, generator=torch.Generator().manual_seed(classes))).to(dtype)
@@ -268,7 +272,7 @@ def test_opcheck() -> None:
         (namespace.gate_apply, (x.detach(), bits)),
         (namespace.gate_take, (x.detach(), torch.zeros(5, 2, dtype=torch.int32))),
         (namespace.gate_put, (x.detach(), torch.ones(5, 7, dtype=torch.int32), 9)),
-        (namespace.axpy_diff, ([t.clone() for t in y], y, [2 * t for t in y], 0.5)),
+        (namespace.axpy_diff, ([t.clone() for t in y], y, [2 * t for t in y], scalar(0.5))),
         (namespace.sum_squares, (y,)),
         (namespace.rademacher_cotangent, (x.detach(), KEY, 0.5)),
         (namespace.grad_sqnorm_linear, (torch.randn(2, 3, 4), torch.randn(2, 3, 5), True)),
@@ -292,9 +296,9 @@ def test_gates_and_combines_agree_with_the_reference(numel: int, dtype: torch.dt
     a = a.nan_to_num()
     assert torch.equal(ops.gate_apply(b, bits), reference.gate_apply(b, bits))
     expected, found = [out.clone(), a.clone()], [out.clone(), a.clone()]
-    size = reference.axpy_diff(expected, [a, b], [b, a], 0.3)
+    size = reference.axpy_diff(expected, [a, b], [b, a], scalar(0.3))
     tolerance = 4 * torch.finfo(dtype).eps
-    torch.testing.assert_close(ops.axpy_diff(found, [a, b], [b, a], 0.3), size, rtol=tolerance, atol=0)
+    torch.testing.assert_close(ops.axpy_diff(found, [a, b], [b, a], scalar(0.3)), size, rtol=tolerance, atol=0)
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(ops.sum_squares([a, b]), reference.sum_squares([a, b]), rtol=1e-12, atol=0)
@@ -357,7 +361,9 @@ def test_max_pool_gates_agree_with_the_reference(dtype: torch.dtype) -> None:
 def test_combines_check_everything_before_writing() -> None:
     out = [torch.zeros(3), torch.zeros(4)]
     with pytest.raises(ValueError, match="out and b: expected the same size"):
-        ops.axpy_diff(out, [torch.ones(3), torch.ones(4)], [torch.zeros(3), torch.zeros(5)], 1.0)
+        ops.axpy_diff(out, [torch.ones(3), torch.ones(4)], [torch.zeros(3), torch.zeros(5)], scalar(1.0))
+    with pytest.raises(ValueError, match="scale: expected a float64 scalar"):
+        ops.axpy_diff(out, out, out, torch.ones(2, dtype=torch.float64))
     assert not out[0].any()
 
 

@@ -136,6 +136,11 @@ class TrainConfig:
     )
     seed: int = _option(0, "seed of the initial weights, the batches and the sampled labels", rule=SEED)
     threads: int = _option(0, "CPU threads; 0 leaves PyTorch's choice", rule=AT_LEAST_ZERO)
+    graphs: str = _option(
+        "auto",
+        "CUDA graphs: capture a step once and replay it; auto does so on a GPU",
+        choices=("auto", "on", "off"),
+    )
     device: str = _option("auto", "auto, cpu, cuda or cuda:N; auto takes the GPU where there is one")
 
 
@@ -241,11 +246,15 @@ def resolve(config: TrainConfig) -> TrainConfig:
     _check_combinations(config)
     if config.data != "digits" and not Path(config.data_dir).is_dir():
         raise ConfigError(f"--data-dir: got {config.data_dir!r}, expected an existing folder with {config.data}")
+    device = _resolve_device(config.device)
+    if config.graphs == "on" and not device.startswith("cuda"):
+        raise ConfigError(f"--graphs: got on, expected auto or off with --device {device}: graphs are for a GPU")
     return dataclasses.replace(
         config,
+        graphs="on" if device.startswith("cuda") and config.graphs != "off" else "off",
         image_size=config.image_size or (16 if config.data == "digits" else 32),
         noise_seed=config.seed if config.noise_seed is None else config.noise_seed,
-        device=_resolve_device(config.device),
+        device=device,
         # One spelling for each meaning, for --resume compares them.
         measure=",".join(name for name in MEASUREMENTS if name in measurements(config.measure)) or "none",
         measure_every=re.sub("s$", "", config.measure_every),

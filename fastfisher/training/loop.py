@@ -126,6 +126,9 @@ class Run:
             weight_decay=config.weight_decay,
         )
         self.penalty = self._build_penalty()
+        # Without a penalty, an object for one of weight 0 captures and replays the plain steps.
+        captured = self.penalty is None and config.graphs == "on"
+        self.plain = FisherPenalty(self.model, 0.0, graphs=True) if captured else None
         self.steps_between_measurements = steps_between_measurements(config, len(self.batches))
         self.steps = 0
         self.epoch = 0
@@ -148,6 +151,7 @@ class Run:
             "mixed": config.mixed,
             "examples": config.penalty_examples,
             "generator": torch.Generator(self.device).manual_seed(_seed(config.seed, "labels")),
+            "graphs": config.graphs == "on",
         }
         return FisherPenalty(self.model, config.alpha, **options)
 
@@ -166,7 +170,9 @@ class Run:
             group["lr"] = config.lr * config.lr_decay**drops
         inputs, labels = self.batches.next()
         self.optimizer.zero_grad()
-        if self.penalty is None:
+        if self.plain is not None:
+            loss = self.plain.backward(inputs, labels)
+        elif self.penalty is None:
             loss = F.cross_entropy(self.model(inputs), labels)
             loss.backward()  # type: ignore[no-untyped-call]
         else:

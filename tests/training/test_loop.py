@@ -219,6 +219,7 @@ def test_options_reach_the_penalty(config: TrainConfig, monkeypatch: pytest.Monk
         "gates": "free",
         "mixed": False,
         "examples": 5,
+        "graphs": False,
     }
 
 
