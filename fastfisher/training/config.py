@@ -20,7 +20,10 @@ T = TypeVar("T")
 
 METHODS = ("baseline", "FP", "GP", "GP_r", "GP_x")
 DATA_SETS = ("digits", "cifar10", "cifar100")
-NETWORKS = ("small_cnn", "simple_cnn", "vgg11")
+NETWORKS = (
+    *("small_cnn", "simple_cnn", "vgg11", "densenet40_12", "wresnet44_3", "wresnet44_3_bn"),
+    *("resnet26", "resnet32", "resnet50", "resnet52", "resnet56", "fixup_resnet18"),
+)
 AUGMENTATIONS = ("none", "flip", "crop_flip")
 MEASUREMENTS = ("trace_fisher", "trace_hessian", "per_example_grad_norms")
 INTERVAL = re.compile(r"([1-9][0-9]*)(step|epoch)s?")
@@ -87,7 +90,9 @@ class TrainConfig:
     )
     label_noise: float = _option(0.0, "fraction of the training labels replaced by uniformly drawn ones", rule=FRACTION)
     noise_seed: int | None = _option(None, "seed of the label noise; --seed unless given", rule=SEED)
-    network: str = _option("small_cnn", "network; none of them has batch normalisation", choices=NETWORKS)
+    network: str = _option(
+        "small_cnn", "network; densenet40_12 and wresnet44_3_bn have batch normalisation", choices=NETWORKS
+    )
     method: str = _option(
         "baseline",
         "penalty: FP (sampled labels), GP (true labels), GP_r (uniform labels), GP_x (input gradient)",
