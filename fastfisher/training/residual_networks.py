@@ -56,9 +56,9 @@ def resnet(depth: int, *, in_channels: int, classes: int) -> nn.Sequential:
     """ResNet-``depth`` of He et al. (2016) for small images: depth = 6n + 2, stages of n blocks of 16, 32, 64 channels.
 
     No batch normalisation. The weights start as in Arpit et al. (2019): variance gain/fan_out, with gain 2 for the
-    first convolution of a block, 1/n for the second, 1 for a shortcut, and no ReLU after the stem. They presuppose weight
-    normalisation, which the paper does not mention: it is left out. Chosen too: biases, and 1x1 convolutions where a
-    shortcut changes the shape. Depth 26: 368,682 parameters for 3 channels and 10 classes, 374,532 for 100.
+    first convolution of a block, 1/n for the second, 1 for a shortcut, and no ReLU after the stem. They presuppose
+    weight normalisation, which the paper does not mention: it is left out. Chosen too: biases, and 1x1 convolutions
+    where a shortcut changes the shape. Depth 26: 368,682 parameters for 3 channels and 10 classes, 374,532 for 100.
     """
     blocks, remainder = divmod(depth - 2, 6)
     if remainder or blocks < 1:
