@@ -34,7 +34,11 @@ def _load() -> str | None:
 UNAVAILABLE: str | None = _load()
 """Why the compiled CPU kernels do not serve, or None where they do."""
 
-GPU_KERNELS: dict[str, str] = {}
+GPU_KERNELS: dict[str, str] = {
+    "sample_cross_entropy": "rows",
+    "softmax_hessian_product": "rows",
+    "rademacher_cotangent": "rows",
+}
 """The file of kernels/ that serves each operator on CUDA devices. An operator that is not named takes the reference."""
 
 
