@@ -38,6 +38,12 @@ GPU_KERNELS: dict[str, str] = {
     "sample_cross_entropy": "rows",
     "softmax_hessian_product": "rows",
     "rademacher_cotangent": "rows",
+    "gate_relu": "gates",
+    "gate_relu_": "gates",
+    "gate_apply": "gates",
+    "gate_max_pool": "gates",
+    "gate_take": "gates",
+    "gate_put": "gates",
 }
 """The file of kernels/ that serves each operator on CUDA devices. An operator that is not named takes the reference."""
 
