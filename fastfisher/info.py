@@ -35,7 +35,11 @@ def describe() -> str:
     else:
         lines.append(f"cpu          PyTorch reference only: {ops.UNAVAILABLE}")
     if torch.cuda.is_available():
-        lines.append(f"cuda         PyTorch reference on {torch.cuda.get_device_name()}: no compiled GPU kernels yet")
+        device = torch.cuda.get_device_name()
+        if ops.GPU_UNAVAILABLE is None:
+            lines.append(f"cuda         Triton kernels on {device} for {', '.join(sorted(ops.GPU_KERNELS))}")
+        else:
+            lines.append(f"cuda         PyTorch reference on {device}: {ops.GPU_UNAVAILABLE}")
     else:
         built = torch.version.cuda
         reason = "no device was found" if built else "this torch is built without CUDA"

@@ -6,6 +6,7 @@ operators do; :func:`fastfisher.sample_cross_entropy` is the public face of the 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,19 +34,63 @@ def _load() -> str | None:
 UNAVAILABLE: str | None = _load()
 """Why the compiled CPU kernels do not serve, or None where they do."""
 
+GPU_KERNELS: dict[str, str] = {
+    "sample_cross_entropy": "rows",
+    "softmax_hessian_product": "rows",
+    "rademacher_cotangent": "rows",
+    "gate_relu": "gates",
+    "gate_relu_": "gates",
+    "gate_apply": "gates",
+    "gate_max_pool": "gates",
+    "gate_take": "gates",
+    "gate_put": "gates",
+}
+"""The file of kernels/ that serves each operator on CUDA devices. An operator that is not named takes the reference."""
 
-def _compiled(device: torch.device) -> bool:
-    """Whether compiled kernels serve this device; where not, says so once."""
-    if device.type == "cpu" and UNAVAILABLE is None:
-        return True
-    reason = UNAVAILABLE if device.type == "cpu" else f"there are no compiled kernels for {device.type} yet"
-    warn_slow_path(f"fastfisher runs its PyTorch reference on {device.type}: {reason}")
-    return False
+
+def _register_gpu() -> str | None:
+    """Registers the Triton kernels for CUDA tensors; returns the reason where that is impossible."""
+    global _gpu_library
+    if UNAVAILABLE is not None:
+        return f"the operators are declared by the compiled library, and {UNAVAILABLE}"
+    if not torch.cuda.is_available():
+        return "no CUDA device was found"
+    try:
+        files = {file: importlib.import_module(f"fastfisher.kernels.{file}") for file in set(GPU_KERNELS.values())}
+    except ImportError as error:
+        return f"the Triton kernels cannot be imported: {error}"
+    _gpu_library = torch.library.Library("fastfisher", "IMPL")  # type: ignore[no-untyped-call]
+    for name, file in GPU_KERNELS.items():
+        _gpu_library.impl(name, getattr(files[file], name), "CUDA")  # type: ignore[no-untyped-call]
+    return None
+
+
+_gpu_library: torch.library.Library | None = None  # the registrations last as long as this does
+GPU_UNAVAILABLE: str | None = _register_gpu()
+"""Why the Triton kernels do not serve CUDA devices, or None where they do."""
+
+
+def _compiled(name: str, device: torch.device) -> bool:
+    """Whether a compiled kernel serves this operator on this device; where not, says so once."""
+    if device.type == "cpu":
+        reason = UNAVAILABLE
+    elif device.type == "cuda":
+        reason = GPU_UNAVAILABLE or (None if name in GPU_KERNELS else f"there is no kernel of {name} yet")
+    else:
+        reason = "there are no compiled kernels for it"
+    if reason is not None:
+        warn_slow_path(f"fastfisher runs its PyTorch reference on {device.type}: {reason}")
+    return reason is None
+
+
+def _serving(name: str, device: torch.device) -> Callable[..., Any]:
+    """The operator ``name`` where a kernel serves the device, else its reference."""
+    return getattr(torch.ops.fastfisher if _compiled(name, device) else reference, name)  # type: ignore[no-any-return]
 
 
 def sample_cross_entropy(logits: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`fastfisher.reference.sample_cross_entropy`; differentiable twice in ``logits``."""
-    if not _compiled(logits.device):
+    if not _compiled("sample_cross_entropy", logits.device):
         return reference.sample_cross_entropy(logits, key, scale)
     op: Callable[..., Any] = torch.ops.fastfisher.sample_cross_entropy.default
     if logits.requires_grad and torch.is_grad_enabled():
@@ -56,81 +101,74 @@ def sample_cross_entropy(logits: Tensor, key: Tensor, scale: float) -> tuple[Ten
 
 def softmax_hessian_product(dlogits: Tensor, labels: Tensor, vector: Tensor, scale: float) -> Tensor:
     """See :func:`fastfisher.reference.softmax_hessian_product`; differentiable in ``dlogits`` and ``vector``."""
-    if not _compiled(dlogits.device):
-        return reference.softmax_hessian_product(dlogits, labels, vector, scale)
-    return torch.ops.fastfisher.softmax_hessian_product(dlogits, labels, vector, scale)  # type: ignore[no-any-return]
+    return _serving("softmax_hessian_product", dlogits.device)(dlogits, labels, vector, scale)  # type: ignore[no-any-return]
 
 
 def gate_relu(x: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`fastfisher.reference.gate_relu`."""
-    return (torch.ops.fastfisher if _compiled(x.device) else reference).gate_relu(x)  # type: ignore[no-any-return]
+    return _serving("gate_relu", x.device)(x)  # type: ignore[no-any-return]
 
 
 def gate_relu_(x: Tensor) -> Tensor:
     """See :func:`fastfisher.reference.gate_relu_`."""
-    return (torch.ops.fastfisher if _compiled(x.device) else reference).gate_relu_(x)  # type: ignore[no-any-return]
+    return _serving("gate_relu_", x.device)(x)  # type: ignore[no-any-return]
 
 
 def gate_apply(x: Tensor, bits: Tensor) -> Tensor:
     """See :func:`fastfisher.reference.gate_apply`."""
-    return (torch.ops.fastfisher if _compiled(x.device) else reference).gate_apply(x, bits)  # type: ignore[no-any-return]
+    return _serving("gate_apply", x.device)(x, bits)  # type: ignore[no-any-return]
 
 
 def gate_max_pool(
     x: Tensor, height: int, width: int, stride_height: int, stride_width: int, gated: bool
 ) -> tuple[Tensor, Tensor]:
     """See :func:`fastfisher.reference.gate_max_pool`."""
-    namespace = torch.ops.fastfisher if _compiled(x.device) else reference
-    return namespace.gate_max_pool(x, height, width, stride_height, stride_width, gated)  # type: ignore[no-any-return]
+    return _serving("gate_max_pool", x.device)(x, height, width, stride_height, stride_width, gated)  # type: ignore[no-any-return]
 
 
 def gate_take(x: Tensor, indices: Tensor) -> Tensor:
     """See :func:`fastfisher.reference.gate_take`."""
-    return (torch.ops.fastfisher if _compiled(x.device) else reference).gate_take(x, indices)  # type: ignore[no-any-return]
+    return _serving("gate_take", x.device)(x, indices)  # type: ignore[no-any-return]
 
 
 def gate_put(y: Tensor, indices: Tensor, elements: int) -> Tensor:
     """See :func:`fastfisher.reference.gate_put`."""
-    namespace = torch.ops.fastfisher if _compiled(y.device) else reference
-    return namespace.gate_put(y, indices, elements)  # type: ignore[no-any-return]
+    return _serving("gate_put", y.device)(y, indices, elements)  # type: ignore[no-any-return]
 
 
 def axpy_diff(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: Tensor) -> Tensor:
     """See :func:`fastfisher.reference.axpy_diff`."""
     dense = all(x.is_contiguous() for tensors in (out, a, b) for x in tensors)
-    if not (_compiled(out[0].device) and dense):
+    if not (dense and _compiled("axpy_diff", out[0].device)):
         return reference.axpy_diff(out, a, b, scale)
     return torch.ops.fastfisher.axpy_diff(out, a, b, scale)  # type: ignore[no-any-return]
 
 
 def sum_squares(tensors: list[Tensor]) -> Tensor:
     """See :func:`fastfisher.reference.sum_squares`."""
-    return (torch.ops.fastfisher if _compiled(tensors[0].device) else reference).sum_squares(tensors)  # type: ignore[no-any-return]
+    return _serving("sum_squares", tensors[0].device)(tensors)  # type: ignore[no-any-return]
 
 
 def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`fastfisher.reference.batch_norm`."""
-    namespace = torch.ops.fastfisher if _compiled(x.device) else reference
-    return namespace.batch_norm(x, weight, bias, eps)  # type: ignore[no-any-return]
+    return _serving("batch_norm", x.device)(x, weight, bias, eps)  # type: ignore[no-any-return]
 
 
 def batch_norm_backward(
     grad: Tensor, bits: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`fastfisher.reference.batch_norm_backward`."""
-    namespace = torch.ops.fastfisher if _compiled(x.device) else reference
-    return namespace.batch_norm_backward(grad, bits, x, weight, mean, variance, eps)  # type: ignore[no-any-return]
+    return _serving("batch_norm_backward", x.device)(grad, bits, x, weight, mean, variance, eps)  # type: ignore[no-any-return]
 
 
 def rademacher_cotangent(logits: Tensor, key: Tensor, scale: float) -> Tensor:
     """See :func:`fastfisher.reference.rademacher_cotangent`."""
-    namespace = torch.ops.fastfisher if _compiled(logits.device) else reference
-    return namespace.rademacher_cotangent(logits, key, scale)  # type: ignore[no-any-return]
+    return _serving("rademacher_cotangent", logits.device)(logits, key, scale)  # type: ignore[no-any-return]
 
 
 def grad_sqnorm_linear(a: Tensor, d: Tensor, gram: bool) -> Tensor:
     """See :func:`fastfisher.reference.grad_sqnorm_linear`."""
-    if _compiled(a.device):
+    if _compiled("grad_sqnorm_linear", a.device):
         return torch.ops.fastfisher.grad_sqnorm_linear(a, d, gram)  # type: ignore[no-any-return]
     few = max(1, 2**22 // max(1, a.shape[2] * d.shape[2]))  # the reference makes the gradients themselves
     parts = zip(torch.split(a, few), torch.split(d, few), strict=True)
@@ -142,20 +180,17 @@ def grad_sqnorm_conv(
     gram: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See :func:`fastfisher.reference.grad_sqnorm_conv`."""
-    namespace = torch.ops.fastfisher if _compiled(a.device) else reference
-    return namespace.grad_sqnorm_conv(a, d, kernel, stride, padding, dilation, groups, gram)  # type: ignore[no-any-return]
+    return _serving("grad_sqnorm_conv", a.device)(a, d, kernel, stride, padding, dilation, groups, gram)  # type: ignore[no-any-return]
 
 
 def channel_products(a: Tensor, d: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`fastfisher.reference.channel_products`."""
-    namespace = torch.ops.fastfisher if _compiled(a.device) else reference
-    return namespace.channel_products(a, d, center)  # type: ignore[no-any-return]
+    return _serving("channel_products", a.device)(a, d, center)  # type: ignore[no-any-return]
 
 
 def probe_dot(tensors: list[Tensor], key: Tensor, distribution: str, first: int = 0) -> Tensor:
     """See :func:`fastfisher.reference.probe_dot`."""
-    namespace = torch.ops.fastfisher if _compiled(tensors[0].device) else reference
-    return namespace.probe_dot(tensors, key, distribution, first)  # type: ignore[no-any-return]
+    return _serving("probe_dot", tensors[0].device)(tensors, key, distribution, first)  # type: ignore[no-any-return]
 
 
 def perturb(
@@ -163,7 +198,7 @@ def perturb(
 ) -> None:
     """See :func:`fastfisher.reference.perturb`."""
     dense = all(x.is_contiguous() for x in (*out, *tensors))
-    namespace = torch.ops.fastfisher if _compiled(out[0].device) and dense else reference
+    namespace = torch.ops.fastfisher if dense and _compiled("perturb", out[0].device) else reference
     namespace.perturb(out, tensors, key, eps, distribution, first)
 
 
