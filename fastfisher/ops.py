@@ -34,7 +34,15 @@ def _load() -> str | None:
 UNAVAILABLE: str | None = _load()
 """Why the compiled CPU kernels do not serve, or None where they do."""
 
-GPU_KERNELS: dict[str, str] = {}
+GPU_KERNELS: dict[str, str] = {
+    "perturb": "tables",
+    "probe_dot": "tables",
+    "axpy_diff": "tables",
+    "sum_squares": "tables",
+    "grad_sqnorm_linear": "gradient_norms",
+    "grad_sqnorm_conv": "gradient_norms",
+    "channel_products": "gradient_norms",
+}
 """The file of kernels/ that serves each operator on CUDA devices. An operator that is not named takes the reference."""
 
 

@@ -2,18 +2,17 @@
 
 An example's weight gradient is a product of two matrices, G[o, f] = Σ_t D[o, t] X[f, t]: output gradients and input
 features over the positions t. For a linear layer X is the input itself. For a convolution a feature is a tap (a channel
-and a place in the kernel), and X[f, t] is the input pixel that tap f sees at position t: its address is the tap's offset
-plus the position's, so the patches are read where they lie and nothing is unfolded.
+and a place in the kernel), and X[f, t] is the pixel that tap f sees at position t: its address is the tap's offset plus
+the position's, so the patches are read where they lie and nothing is unfolded.
 
 Direct form: a program makes one tile of one example's G in registers, and squares and sums it there. Gram form: with
-‖G‖² = Σ_{t,s} (X_t·X_s) (D_t·D_s), a program makes the same block of both matrices of inner products and multiplies them;
-it wins where positions are few. The sum may cancel where the direct form cannot: an example whose sum is so far below its
-diagonal that rounding shows is done again by the direct form, whose programs look at a flag and mostly leave. So nothing
-is copied to the host.
+‖G‖² = Σ_{t,s} (X_t·X_s) (D_t·D_s), a program makes the same block of both matrices of inner products and multiplies
+them; it wins where positions are few. That sum may cancel: an example whose sum is so far below its diagonal that
+rounding shows is done again by the direct form, whose programs look at a flag and mostly leave; the host need not know.
 
-Each program stores a partial sum in float64, and PyTorch adds those of an example in a fixed order: no atomics, the same
-bits every time. Products of float32 are IEEE's unless ``torch.backends.cuda.matmul`` allows TF32; bfloat16 and float16
-are accumulated in float32. Tile sizes are not yet measured.
+Each program stores a partial sum in float64, and PyTorch adds those of an example in a fixed order: no atomics, the
+same bits every time. Products of float32 are IEEE's unless ``torch.backends.cuda.matmul`` allows TF32; bfloat16 and
+float16 are accumulated in float32. Tile sizes are not yet measured.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ def _features(
     a, t, f, inputs, positions, kernel, kernel1, kernel2, input0, input1, input2, output1, output2,
     stride0, stride1, stride2, padding0, padding1, padding2, dilation0, dilation1, dilation2, CONVOLUTION: tl.constexpr,
 ):  # fmt: skip
-    """X[f, t] for index blocks that broadcast, 0 outside: of a matrix [positions, inputs], or the patches of an input."""
+    """X[f, t] for blocks of indices that broadcast, 0 outside: of a matrix [positions, inputs], or of patches."""
     inside = (t < positions) & (f < inputs)
     if CONVOLUTION:
         i, j, k, corner = _corner(t, input1, input2, output1, output2, stride0, stride1, stride2)
@@ -84,10 +83,7 @@ def _features(
 @triton.jit
 def _gradients(d, t, o, outputs, positions, CONVOLUTION: tl.constexpr):
     """D[o, t] for index blocks that broadcast, 0 outside: of [outputs, positions] or, linear, [positions, outputs]."""
-    if CONVOLUTION:
-        place = o * positions + t
-    else:
-        place = t * outputs + o
+    place = o * positions + t if CONVOLUTION else t * outputs + o
     return tl.load(d + place, mask=(t < positions) & (o < outputs), other=0.0)
 
 
@@ -108,7 +104,7 @@ def _direct(
     CONVOLUTION: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr,
     OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """partial[program] = Σ G² over a tile OUTPUTS x INPUTS, for chosen examples; programs go by example, group, tile."""
+    """partial[program] = Σ G² over a tile OUTPUTS x INPUTS of chosen examples; programs go by example, group, tile."""
     program = tl.program_id(0).to(tl.int64)
     columns = tl.cdiv(inputs, INPUTS)
     tiles = tl.cdiv(outputs, OUTPUTS) * columns
@@ -210,7 +206,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 class Tile(NamedTuple):
-    """The share of a program: a block of the result, rows by columns, how much of the sum it takes at once, its warps."""
+    """The share of a program: rows and columns of the result, how much of the sum it takes at once, its warps."""
 
     rows: int
     columns: int
@@ -281,7 +277,8 @@ def _direct_norms(a: Tensor, d: Tensor, layer: _Layer, convolution: bool, chosen
     partial = torch.empty(len(a), tiles, dtype=torch.float64, device=a.device)
     _direct[(partial.numel(),)](
         a, d, chosen, partial, *layer.arguments(), CONVOLUTION=convolution, PRECISION=precision,
-        ACCUMULATE=_accumulate(a.dtype), OUTPUTS=tile.rows, INPUTS=tile.columns, POSITIONS=tile.depth, num_warps=tile.warps,
+        ACCUMULATE=_accumulate(a.dtype), OUTPUTS=tile.rows, INPUTS=tile.columns, POSITIONS=tile.depth,
+        num_warps=tile.warps,
     )  # fmt: skip
     return partial.sum(1)
 
@@ -352,7 +349,14 @@ def grad_sqnorm_conv(
         raise ValueError(f"groups: expected a divisor of the channels, got {groups}")
     size, kernel3, stride3, padding3, dilation3, output = (
         (*[default] * (3 - dimensions), *values)
-        for default, values in ((1, a.shape[2:]), (1, kernel), (1, stride), (0, padding), (1, dilation), (1, d.shape[2:]))
+        for default, values in (
+            (1, a.shape[2:]),
+            (1, kernel),
+            (1, stride),
+            (0, padding),
+            (1, dilation),
+            (1, d.shape[2:]),
+        )
     )
     for n, k, s, p, m, out in zip(size, kernel3, stride3, padding3, dilation3, output, strict=True):
         if min(k, s, m, out) < 1 or p < 0 or (out - 1) * s + (k - 1) * m + 1 > n + 2 * p:

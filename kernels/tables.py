@@ -3,19 +3,19 @@
 The networks of interest have hundreds of small tensors, and a launch costs more than most of them. So the kernels read
 from a table in device memory where each tensor lies, and every program looks up the tensor that its tile belongs to.
 
-The table. One row for each tensor: its first tile, the index of its first element, its size, and its address in each
-list. A program loads all first tiles at once and counts those at or before its own: one load for up to 128 tensors,
-where a binary search waits for one after the other, and a map from tiles to tensors would be a table of the size of the
-parameters over 8,192. Parameters and gradients come back at the same addresses step after step, so tables are kept: one
-is built on the host and copied, from pinned memory and without waiting, only when a list is new. Inside a CUDA graph
-neither holds: a copy would read host memory that is gone when the graph is replayed, and the gradients have addresses of
-their own. There the words of the table travel as arguments of (PyTorch's foreach) kernels, which the graph keeps, into
-memory that the graph owns.
+The table. For each tensor its first tile, the index of its first element, its size, and its address in each list. A
+program loads the first tiles of 128 tensors at once and counts those at or before its own; a binary
+search would wait for one load after the other, and a map from tiles to tensors would grow with the parameters.
+Parameters and gradients come back at the same addresses step after step, so tables are kept: one is built on the host
+and copied, from pinned memory and without waiting, only when a list is new. Inside a CUDA graph neither holds: a copy
+would read host memory that is gone when the graph is replayed, and gradients have addresses of their own. There the
+words of the table travel as arguments of (PyTorch's foreach) kernels, which the graph keeps, into memory that the graph
+owns.
 
 The probes. Sixteen Philox calls serve a group of 2,048 signs or 64 normal numbers (reference.probe), and a tensor may
 begin anywhere in a group. Tiles therefore follow the groups, not the tensors: the first and the last tile of a tensor
-are partly masked, and no word is made twice or moved between threads. A program is a single warp, of which each lane
-holds one call's column of the group: one Philox call for each 64 signs or 4 normal numbers that the lane uses.
+are partly masked, and no element waits for another thread's word. A block is laid out with the calls of a group side by
+side, so that a thread that holds one column makes one call for all of it: 32 signs, or 4 normal numbers.
 
 The sums. Each program adds what it sees in float64 and stores it; the partial sums are then added by PyTorch, in an
 order that depends on their number alone. There are no atomics: the bits are the same every time.
@@ -158,7 +158,7 @@ def _perturb_places(out, x, reads, low, high, factor, places, z, DTYPE: tl.const
 
 @triton.jit(do_not_specialize=["tensors", "reads"])
 def _perturb(
-    table, tensors, key, eps: "fp64", reads, DTYPE: tl.constexpr, COMPUTE: tl.constexpr, GAUSSIAN: tl.constexpr
+    table, tensors, key, eps: tl.float64, reads, DTYPE: tl.constexpr, COMPUTE: tl.constexpr, GAUSSIAN: tl.constexpr
 ):  # fmt: skip
     """out = x + eps z, or eps z where x is not read; the lists are out and x."""
     BLOCK: tl.constexpr = NORMALS if GAUSSIAN else SIGNS
@@ -198,7 +198,7 @@ def _probe_dot(table, tensors, key, partial, DTYPE: tl.constexpr, GAUSSIAN: tl.c
 
 
 @triton.jit(do_not_specialize=["tensors"])
-def _axpy_diff(table, tensors, scale: "fp64", partial, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
+def _axpy_diff(table, tensors, scale: tl.float64, partial, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
     """out += scale (a - b), partial[tile] = Σ (a - b)² over the tile; the lists are out, a and b."""
     tensor, begin, end, first, size = _share(table, tensors, SIGNS)
     out = _address(table, tensors, tensor, 0, DTYPE)
@@ -207,7 +207,7 @@ def _axpy_diff(table, tensors, scale: "fp64", partial, DTYPE: tl.constexpr, COMP
     places = tl.arange(0, SIGNS)
     sums = tl.zeros((SIGNS,), tl.float64)
     for block in range(begin, end):
-        origin, low, high = _extent(block, first, size, SIGNS)
+        origin, _, high = _extent(block, first, size, SIGNS)
         inside = places < high
         difference = tl.load(a + origin + places, mask=inside, other=0.0).to(COMPUTE)
         difference -= tl.load(b + origin + places, mask=inside, other=0.0).to(COMPUTE)
@@ -225,7 +225,7 @@ def _sum_squares(table, tensors, partial, DTYPE: tl.constexpr):
     places = tl.arange(0, SIGNS)
     sums = tl.zeros((SIGNS,), tl.float64)
     for block in range(begin, end):
-        origin, low, high = _extent(block, first, size, SIGNS)
+        origin, _, high = _extent(block, first, size, SIGNS)
         value = tl.load(x + origin + places, mask=places < high, other=0.0).to(tl.float64)
         sums += value * value
     tl.store(partial + tl.program_id(0), tl.sum(sums))
@@ -293,7 +293,7 @@ class _Launch(NamedTuple):
 
 
 def _launches(lists: Sequence[Sequence[Tensor]], block: int, first: int | None = None) -> list[_Launch]:
-    """One launch for each dtype in lists of tensors of equal sizes; with ``first``, elements count over a whole list."""
+    """One launch for each dtype in lists of tensors of equal sizes; ``first``: where in a probe the elements begin."""
     device = lists[0][0].device
     groups: dict[torch.dtype, tuple[list[int], list[int]]] = {}
     for i, tensor in enumerate(lists[0]):
@@ -437,9 +437,7 @@ def sum_squares(tensors: list[Tensor]) -> Tensor:
         launches = _launches([dense], SIGNS.value)
         partial, parts = _partials(launches, dense[0].device)
         for launch, part in zip(launches, parts, strict=True):
-            _sum_squares[(launch.tiles,)](
-                launch.table, launch.tensors, part, DTYPE=_TYPES[launch.dtype], num_warps=4
-            )
+            _sum_squares[(launch.tiles,)](launch.table, launch.tensors, part, DTYPE=_TYPES[launch.dtype], num_warps=4)
     return partial.sum()
 
 

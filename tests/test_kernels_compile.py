@@ -11,9 +11,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from fastfisher.kernels.compile import CAPABILITIES, configurations
-
 from fastfisher import ops
+from fastfisher.kernels.compile import CAPABILITIES, configurations
 
 FILES = sorted(set(ops.GPU_KERNELS.values()))
 

@@ -9,11 +9,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from fastfisher.kernels import tables
+from triton.runtime.jit import _normalize_ty
 
 from fastfisher import reference
+from fastfisher.kernels import tables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] * (DEVICE == "cuda")
 # The interpreter rounds bfloat16 wrongly.
 DTYPES = [torch.float32, torch.float64, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 DISTRIBUTIONS = ["gaussian", "rademacher"]
@@ -174,6 +176,14 @@ def test_bad_arguments_are_named_and_nothing_is_written() -> None:
     with pytest.raises(ValueError, match="tensors: expected float32, float64, bfloat16 or float16"):
         tables.sum_squares([torch.zeros(3, dtype=torch.int64)])
     assert not any(x.any() for x in out)
+
+
+def test_numbers_of_python_reach_the_kernels_in_float64() -> None:
+    # Unless it is annotated, Triton passes a Python number as float32, and its interpreter does not.
+    for configuration in tables.CONFIGURATIONS:
+        for name, kind in configuration.signature.items():
+            if kind == "fp64":
+                assert _normalize_ty(configuration.kernel.fn.__annotations__[name]) == "fp64"
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
