@@ -64,7 +64,10 @@ def _features(
     a, t, f, inputs, positions, kernel, kernel1, kernel2, input0, input1, input2, output1, output2,
     stride0, stride1, stride2, padding0, padding1, padding2, dilation0, dilation1, dilation2, CONVOLUTION: tl.constexpr,
 ):  # fmt: skip
-    """X[f, t] for blocks of indices that broadcast, 0 outside: of a matrix [positions, inputs], or of patches."""
+    """X[f, t] for blocks of indices that broadcast, 0 outside: of a matrix [positions, inputs], or of patches.
+
+    The last dimension of the block should be the positions: neighbouring threads then read neighbouring pixels.
+    """
     inside = (t < positions) & (f < inputs)
     if CONVOLUTION:
         i, j, k, corner = _corner(t, input1, input2, output1, output2, stride0, stride1, stride2)
@@ -82,7 +85,7 @@ def _features(
 
 @triton.jit
 def _gradients(d, t, o, outputs, positions, CONVOLUTION: tl.constexpr):
-    """D[o, t] for index blocks that broadcast, 0 outside: of [outputs, positions] or, linear, [positions, outputs]."""
+    """D[o, t] for blocks of indices that broadcast, 0 outside: of [outputs, positions] or [positions, outputs]."""
     place = o * positions + t if CONVOLUTION else t * outputs + o
     return tl.load(d + place, mask=(t < positions) & (o < outputs), other=0.0)
 
@@ -112,17 +115,17 @@ def _direct(
     if tl.load(chosen + part // groups) != 0:
         a, d = _operands(a, d, part, inputs, outputs, positions, kernel, input0, input1, input2, CONVOLUTION)
         o = (tile // columns * OUTPUTS + tl.arange(0, OUTPUTS))[:, None]
-        f = (tile % columns * INPUTS + tl.arange(0, INPUTS))[None, :]
+        f = (tile % columns * INPUTS + tl.arange(0, INPUTS))[:, None]
         product = tl.zeros((OUTPUTS, INPUTS), ACCUMULATE)
         for begin in range(0, positions, POSITIONS):
             t = begin + tl.arange(0, POSITIONS)
             x = _features(
-                a, t[:, None], f, inputs, positions, kernel, kernel1, kernel2, input0, input1, input2, output1,
+                a, t[None, :], f, inputs, positions, kernel, kernel1, kernel2, input0, input1, input2, output1,
                 output2, stride0, stride1, stride2, padding0, padding1, padding2, dilation0, dilation1, dilation2,
                 CONVOLUTION,
             )  # fmt: skip
             y = _gradients(d, t[None, :], o, outputs, positions, CONVOLUTION)
-            product = tl.dot(y, x, product, input_precision=PRECISION, out_dtype=ACCUMULATE)
+            product = tl.dot(y, tl.trans(x), product, input_precision=PRECISION, out_dtype=ACCUMULATE)
         product = product.to(tl.float64)
         tl.store(partial + program, tl.sum(product * product))
 
@@ -150,7 +153,7 @@ def _gram(
         for begin in range(0, inputs, DEPTH):
             f = begin + tl.arange(0, DEPTH)
             x = _features(
-                a, t[:, None], f[None, :], inputs, positions, kernel, kernel1, kernel2, input0, input1, input2, output1,
+                a, t[None, :], f[:, None], inputs, positions, kernel, kernel1, kernel2, input0, input1, input2, output1,
                 output2, stride0, stride1, stride2, padding0, padding1, padding2, dilation0, dilation1, dilation2,
                 CONVOLUTION,
             )  # fmt: skip
@@ -159,13 +162,13 @@ def _gram(
                 output2, stride0, stride1, stride2, padding0, padding1, padding2, dilation0, dilation1, dilation2,
                 CONVOLUTION,
             )  # fmt: skip
-            of_inputs = tl.dot(x, other, of_inputs, input_precision=PRECISION, out_dtype=ACCUMULATE)
+            of_inputs = tl.dot(tl.trans(x), other, of_inputs, input_precision=PRECISION, out_dtype=ACCUMULATE)
         of_outputs = tl.zeros((POSITIONS, POSITIONS), ACCUMULATE)
         for begin in range(0, outputs, DEPTH):
             o = begin + tl.arange(0, DEPTH)
-            y = _gradients(d, t[:, None], o[None, :], outputs, positions, CONVOLUTION)
+            y = _gradients(d, t[None, :], o[:, None], outputs, positions, CONVOLUTION)
             other = _gradients(d, s[None, :], o[:, None], outputs, positions, CONVOLUTION)
-            of_outputs = tl.dot(y, other, of_outputs, input_precision=PRECISION, out_dtype=ACCUMULATE)
+            of_outputs = tl.dot(tl.trans(y), other, of_outputs, input_precision=PRECISION, out_dtype=ACCUMULATE)
         products = of_inputs.to(tl.float64) * of_outputs.to(tl.float64)
         total = tl.sum(products)
         tl.store(partial + program, tl.where(column > row, 2 * total, total))
@@ -232,7 +235,7 @@ def gram_tile(dtype: torch.dtype, precision: str, positions: int) -> Tile:
     if dtype == torch.float64:
         return Tile(32, 32, 16)
     if dtype != torch.float32 or precision == "tf32":
-        return Tile(64, 64, 32, warps=8)  # two results in registers
+        return Tile(32, 32, 32)
     side = _at_least(positions, 16, 64)
     return Tile(side, side, 16, warps=8 if side == 64 else 4)
 
