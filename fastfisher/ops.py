@@ -35,6 +35,9 @@ UNAVAILABLE: str | None = _load()
 """Why the compiled CPU kernels do not serve, or None where they do."""
 
 GPU_KERNELS: dict[str, str] = {
+    "sample_cross_entropy": "rows",
+    "softmax_hessian_product": "rows",
+    "rademacher_cotangent": "rows",
     "perturb": "tables",
     "probe_dot": "tables",
     "axpy_diff": "tables",

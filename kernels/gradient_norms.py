@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfisher.kernels.checks import TYPES, check, check_dtype
 from fastfisher.kernels.compile import Configuration
 
 CANCELLATION = 16
@@ -196,8 +197,6 @@ def _channel_products(
 
 # ---- which configuration ---------------------------------------------------------------------------------------------
 
-_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
 
 def _accumulate(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
@@ -231,10 +230,12 @@ def direct_tile(dtype: torch.dtype, precision: str, inputs: int, outputs: int) -
 
 
 def gram_tile(dtype: torch.dtype, precision: str, positions: int) -> Tile:
-    """The block of position pairs of the Gram form; for the same reasons."""
+    """The block of position pairs of the Gram form: the largest whose two results spill on no GPU."""
     if dtype == torch.float64:
         return Tile(32, 32, 16)
-    if dtype != torch.float32 or precision == "tf32":
+    if dtype != torch.float32:
+        return Tile(64, 64, 16, warps=8)
+    if precision == "tf32":
         return Tile(32, 32, 32)
     side = _at_least(positions, 16, 64)
     return Tile(side, side, 16, warps=8 if side == 64 else 4)
@@ -307,25 +308,22 @@ def _norms(a: Tensor, d: Tensor, layer: _Layer, convolution: bool, gram: bool) -
 
 
 def _check(a: Tensor, d: Tensor, dimensions: int, what: str) -> None:
-    if a.dim() != dimensions or d.dim() != dimensions:
-        raise ValueError(f"a and d: expected {dimensions} dimensions, got {a.dim()} and {d.dim()}")
-    if a.dtype not in _TYPES:
-        raise ValueError(f"a: expected float32, float64, bfloat16 or float16, got {a.dtype}")
-    if a.shape[0] != d.shape[0] or a.dtype != d.dtype or a.device != d.device:
-        raise ValueError(f"a and d: expected the same {what} and dtype on one device")
-    if max(x[0].numel() if len(x) else 0 for x in (a, d)) >= 2**31:
-        raise ValueError("a and d: expected fewer than 2^31 elements an example")
+    check(a.dim() == d.dim() == dimensions, f"a and d: expected {dimensions} dimensions, got {a.dim()} and {d.dim()}")
+    check_dtype(a, "a")
+    same = a.shape[0] == d.shape[0] and a.dtype == d.dtype and a.device == d.device
+    check(same, f"a and d: expected the same {what} and dtype on one device")
+    largest = max(a.shape[1:].numel(), d.shape[1:].numel())
+    check(largest < 2**31, f"a and d: expected fewer than 2^31 elements an example, got {largest}")
 
 
 def grad_sqnorm_linear(a: Tensor, d: Tensor, gram: bool) -> Tensor:
     """See :func:`fastfisher.reference.grad_sqnorm_linear`.
 
     Raises:
-        ValueError: shapes or dtypes that do not match, or a dtype that is none.
+        ValueError: shapes or dtypes that do not match, or a dtype without kernels.
     """
     _check(a, d, 3, "examples, positions")
-    if a.shape[1] != d.shape[1]:
-        raise ValueError("a and d: expected the same examples, positions and dtype")
+    check(a.shape[1] == d.shape[1], "a and d: expected the same examples, positions and dtype")
     if a.shape[1] <= 1:  # a single outer product
         norms = [torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.float64) for x in (a, d)]
         return (norms[0] * norms[1]).square()
@@ -342,14 +340,14 @@ def grad_sqnorm_conv(
     """See :func:`fastfisher.reference.grad_sqnorm_conv`.
 
     Raises:
-        ValueError: shapes, dtypes or options that do not match, or a dtype that is none.
+        ValueError: shapes, dtypes or options that do not match, or a dtype without kernels.
     """
     dimensions = len(kernel)
-    if not 1 <= dimensions <= 3 or any(len(x) != dimensions for x in (stride, padding, dilation)):
-        raise ValueError("kernel, stride, padding and dilation: expected 1 to 3 numbers each, all as many")
+    numbers = 1 <= dimensions <= 3 and all(len(x) == dimensions for x in (stride, padding, dilation))
+    check(numbers, "kernel, stride, padding and dilation: expected 1 to 3 numbers each, all as many")
     _check(a, d, dimensions + 2, "examples")
-    if groups < 1 or a.shape[1] % groups or d.shape[1] % groups:
-        raise ValueError(f"groups: expected a divisor of the channels, got {groups}")
+    divides = groups >= 1 and a.shape[1] % groups == d.shape[1] % groups == 0
+    check(divides, f"groups: expected a divisor of the channels, got {groups}")
     size, kernel3, stride3, padding3, dilation3, output = (
         (*[default] * (3 - dimensions), *values)
         for default, values in (
@@ -362,8 +360,8 @@ def grad_sqnorm_conv(
         )
     )
     for n, k, s, p, m, out in zip(size, kernel3, stride3, padding3, dilation3, output, strict=True):
-        if min(k, s, m, out) < 1 or p < 0 or (out - 1) * s + (k - 1) * m + 1 > n + 2 * p:
-            raise ValueError("d: its size does not fit the input, kernel, stride, padding and dilation")
+        fits = min(k, s, m, out) >= 1 and p >= 0 and (out - 1) * s + (k - 1) * m + 1 <= n + 2 * p
+        check(fits, "d: its size does not fit the input, kernel, stride, padding and dilation")
     layer = _Layer(
         a.shape[1] // groups * math.prod(kernel3), d.shape[1] // groups, math.prod(output), groups, math.prod(kernel3),
         kernel3[1:], size, output[1:], stride3, padding3, dilation3,
@@ -379,13 +377,12 @@ def channel_products(a: Tensor, d: Tensor, center: Tensor) -> tuple[Tensor, Tens
     """See :func:`fastfisher.reference.channel_products`.
 
     Raises:
-        ValueError: shapes or dtypes that do not match, or a dtype that is none.
+        ValueError: shapes or dtypes that do not match, or a dtype without kernels.
     """
     _check(a, d, 3, "size")
-    if a.shape != d.shape:
-        raise ValueError("a and d: expected the same size and dtype on one device")
-    if center.numel() != a.shape[1] or center.dtype != a.dtype or center.device != a.device:
-        raise ValueError(f"center: expected {a.shape[1]} numbers of the dtype of a, got {center.numel()}")
+    check(a.shape == d.shape, "a and d: expected the same size and dtype on one device")
+    fits = center.numel() == a.shape[1] and center.dtype == a.dtype and center.device == a.device
+    check(fits, f"center: expected {a.shape[1]} numbers of the dtype of a, got {center.numel()}")
     products, sums = torch.zeros(2, *a.shape[:2], dtype=torch.float64, device=a.device)
     if a.numel():
         height, width = channel_tile(a.shape[2])
@@ -400,8 +397,8 @@ def channel_products(a: Tensor, d: Tensor, center: Tensor) -> tuple[Tensor, Tens
 def _configurations() -> list[Configuration]:
     found = []
     sizes = dict.fromkeys(_SIZES, "i32")
-    for dtype, precision in [(torch.float32, "tf32"), *((dtype, "ieee") for dtype in _TYPES)]:
-        kind = f"*{_TYPES[dtype].name}"
+    for dtype, precision in [(torch.float32, "tf32"), *((dtype, "ieee") for dtype in TYPES)]:
+        kind = f"*{TYPES[dtype]}"
         for convolution in (False, True):
             constants = {"CONVOLUTION": convolution, "PRECISION": precision, "ACCUMULATE": _accumulate(dtype)}
             for tile in sorted({direct_tile(dtype, precision, n, m) for n in (32, 64) for m in (16, 32, 64)}):
@@ -412,9 +409,9 @@ def _configurations() -> list[Configuration]:
                 signature = {"a": kind, "d": kind, "partial": "*fp64", "diagonal": "*fp64", **sizes}
                 shape = {"POSITIONS": tile.rows, "DEPTH": tile.depth}
                 found.append(Configuration(_gram, signature, {**constants, **shape}, tile.warps))
-    for dtype, scalar in _TYPES.items():
+    for dtype, name in TYPES.items():
         for height, width in {channel_tile(n) for n in (32, 256)}:
-            signature = dict.fromkeys(["a", "d", "center"], f"*{scalar.name}")
+            signature = dict.fromkeys(["a", "d", "center"], f"*{name}")
             signature |= {"products": "*fp64", "sums": "*fp64", "rows": "i32", "channels": "i32", "size": "i32"}
             constants = {"COMPUTE": _accumulate(dtype), "ROWS": height, "SIZE": width}
             found.append(Configuration(_channel_products, signature, constants, num_warps=4))

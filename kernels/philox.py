@@ -1,7 +1,7 @@
 """Philox4x32-10 inside a kernel: the words of csrc/philox.h and of ``reference.philox``, bit for bit.
 
-A key is two int64 on the device, (seed, offset). Kernels read it themselves: a key passed by value would stall the
-stream to fetch it, and a CUDA graph would freeze it.
+A key is two int64 on the device, (seed, offset). Kernels read it themselves: to pass it by value would stall the stream
+to fetch it, and a CUDA graph would freeze it.
 """
 
 import triton
@@ -10,17 +10,20 @@ import triton.language as tl
 
 @triton.jit
 def philox(key, elements):
-    """The four words (uint32) at counter (element, offset) under the key (seed, offset) that ``key`` points to."""
-    seed, offset = tl.load(key), tl.load(key + 1)
-    element = elements.to(tl.int64)
+    """The four words (uint32) at counters (element, offset) under the key (seed, offset) that ``key`` points to."""
+    elements = elements.to(tl.int64)
+    seed, offset = tl.load(key), tl.load(key + 1) + tl.zeros_like(elements)
     return tl.philox_impl(
-        element.to(tl.uint32), (element >> 32).to(tl.uint32),
-        (offset + tl.zeros_like(element)).to(tl.uint32), ((offset + tl.zeros_like(element)) >> 32).to(tl.uint32),
-        seed.to(tl.uint32), (seed >> 32).to(tl.uint32),
-    )  # fmt: skip
+        elements.to(tl.uint32),
+        (elements >> 32).to(tl.uint32),
+        offset.to(tl.uint32),
+        (offset >> 32).to(tl.uint32),
+        seed.to(tl.uint32),
+        (seed >> 32).to(tl.uint32),
+    )
 
 
 @triton.jit
 def uniform(word, dtype: tl.constexpr):
-    """A word as a number of [0, 1]; in float32 the last words round to 1."""
+    """A word as a number from 0 to 1; 1 itself only where float32 rounds the largest words up."""
     return word.to(dtype) * 2.3283064365386963e-10  # 2⁻³²

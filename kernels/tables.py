@@ -34,6 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfisher.kernels.checks import TYPES, check, check_dtype, check_key
 from fastfisher.kernels.compile import Configuration
 from fastfisher.kernels.philox import philox
 
@@ -320,7 +321,9 @@ def _partials(launches: list[_Launch], device: torch.device) -> tuple[Tensor, tu
 
 # ---- the operators ---------------------------------------------------------------------------------------------------
 
-_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+def _stored(dtype: torch.dtype) -> tl.dtype:
+    return tl.dtype(TYPES[dtype])
 
 
 def _compute(dtype: torch.dtype) -> tl.dtype:
@@ -331,38 +334,30 @@ def _block(distribution: str) -> int:
     return (NORMALS if distribution == "gaussian" else SIGNS).value
 
 
-def _check_types(name: str, tensors: Sequence[Tensor]) -> None:
-    if not tensors:
-        raise ValueError(f"{name}: expected at least one tensor")
+def _check_list(tensors: Sequence[Tensor], name: str) -> None:
+    check(len(tensors) > 0, f"{name}: expected at least one tensor")
     for tensor in tensors:
-        if tensor.dtype not in _TYPES:
-            raise ValueError(f"{name}: expected float32, float64, bfloat16 or float16, got {tensor.dtype}")
-        if tensor.device != tensors[0].device:
-            raise ValueError(f"{name}: expected tensors on one device, got {tensors[0].device} and {tensor.device}")
+        check_dtype(tensor, name)
+        check(tensor.device == tensors[0].device, f"{name}: expected tensors on one device")
 
 
-def _check_same(names: tuple[str, str], first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+def _check_pairs(first: Sequence[Tensor], second: Sequence[Tensor], names: str) -> None:
     """Raises ValueError unless the lists match tensor by tensor, and are contiguous."""
-    both = f"{names[0]} and {names[1]}"
-    if len(first) != len(second):
-        raise ValueError(f"{both}: expected lists of one length, got {len(first)} and {len(second)}")
+    check(len(first) == len(second), f"{names}: expected lists of one length, got {len(first)} and {len(second)}")
     for i, (x, y) in enumerate(zip(first, second, strict=True)):
-        if x.numel() != y.numel() or x.dtype != y.dtype or x.device != y.device:
-            raise ValueError(
-                f"{both}: expected the same size and dtype on one device, got {x.numel()} {x.dtype} on {x.device} and "
-                f"{y.numel()} {y.dtype} on {y.device}"
-            )
-        if not (x.is_contiguous() and y.is_contiguous()):
-            raise ValueError(f"{both}: expected contiguous tensors, tensor {i} is not")
+        check(
+            x.numel() == y.numel() and x.dtype == y.dtype and x.device == y.device,
+            f"{names}: expected the same size and dtype on one device, got {x.numel()} {x.dtype} on {x.device} and "
+            f"{y.numel()} {y.dtype} on {y.device}",
+        )
+        check(x.is_contiguous() and y.is_contiguous(), f"{names}: expected contiguous tensors, tensor {i} is not")
 
 
 def _check_probe(key: Tensor, distribution: str, first: int, device: torch.device) -> None:
-    if distribution not in ("gaussian", "rademacher"):
-        raise ValueError(f'distribution: expected "gaussian" or "rademacher", got "{distribution}"')
-    if key.dtype != torch.int64 or key.numel() != 2 or not key.is_contiguous() or key.device != device:
-        raise ValueError(f"key: expected a contiguous int64 tensor of 2 elements (seed, offset) on {device}")
-    if first < 0:
-        raise ValueError(f"first: expected 0 or more, got {first}")
+    expected = 'distribution: expected "gaussian" or "rademacher"'
+    check(distribution in ("gaussian", "rademacher"), f'{expected}, got "{distribution}"')
+    check(first >= 0, f"first: expected 0 or more, got {first}")
+    check_key(key, device)
 
 
 def perturb(
@@ -371,16 +366,16 @@ def perturb(
     """See :func:`fastfisher.reference.perturb`.
 
     Raises:
-        ValueError: lists that do not match, tensors that are not contiguous, or a dtype, key or distribution that is
-            none.
+        ValueError: no tensors, lists that do not match, tensors that are not contiguous, a dtype without kernels, or a
+            bad key, distribution or ``first``.
     """
-    _check_types("out", out)
-    _check_same(("out", "tensors"), out, tensors or out)
+    _check_list(out, "out")
+    _check_pairs(out, tensors or out, "out and tensors")
     _check_probe(key, distribution, first, out[0].device)
     with torch.cuda.device_of(out[0]):
         for launch in _launches([out, tensors or out], _block(distribution), first):
             _perturb[(launch.tiles,)](
-                launch.table, launch.tensors, key, eps, int(bool(tensors)), DTYPE=_TYPES[launch.dtype],
+                launch.table, launch.tensors, key, eps, int(bool(tensors)), DTYPE=_stored(launch.dtype),
                 COMPUTE=_compute(launch.dtype), GAUSSIAN=distribution == "gaussian", num_warps=2,
             )  # fmt: skip
 
@@ -389,9 +384,9 @@ def probe_dot(tensors: list[Tensor], key: Tensor, distribution: str, first: int 
     """See :func:`fastfisher.reference.probe_dot`.
 
     Raises:
-        ValueError: a dtype, key or distribution that is none.
+        ValueError: no tensors, a dtype without kernels, or a bad key, distribution or ``first``.
     """
-    _check_types("tensors", tensors)
+    _check_list(tensors, "tensors")
     _check_probe(key, distribution, first, tensors[0].device)
     dense = [x.contiguous() for x in tensors]
     with torch.cuda.device_of(key):
@@ -399,7 +394,7 @@ def probe_dot(tensors: list[Tensor], key: Tensor, distribution: str, first: int 
         partial, parts = _partials(launches, key.device)
         for launch, part in zip(launches, parts, strict=True):
             _probe_dot[(launch.tiles,)](
-                launch.table, launch.tensors, key, part, DTYPE=_TYPES[launch.dtype],
+                launch.table, launch.tensors, key, part, DTYPE=_stored(launch.dtype),
                 GAUSSIAN=distribution == "gaussian", num_warps=2,
             )  # fmt: skip
     return partial.sum()
@@ -409,17 +404,17 @@ def axpy_diff(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: float)
     """See :func:`fastfisher.reference.axpy_diff`.
 
     Raises:
-        ValueError: lists that do not match, tensors that are not contiguous, or a dtype that is none.
+        ValueError: no tensors, lists that do not match, tensors that are not contiguous, or a dtype without kernels.
     """
-    _check_types("out", out)
-    _check_same(("out", "a"), out, a)
-    _check_same(("out", "b"), out, b)
+    _check_list(out, "out")
+    _check_pairs(out, a, "out and a")
+    _check_pairs(out, b, "out and b")
     with torch.cuda.device_of(out[0]):
         launches = _launches([out, a, b], SIGNS.value)
         partial, parts = _partials(launches, out[0].device)
         for launch, part in zip(launches, parts, strict=True):
             _axpy_diff[(launch.tiles,)](
-                launch.table, launch.tensors, scale, part, DTYPE=_TYPES[launch.dtype], COMPUTE=_compute(launch.dtype),
+                launch.table, launch.tensors, scale, part, DTYPE=_stored(launch.dtype), COMPUTE=_compute(launch.dtype),
                 num_warps=4,
             )  # fmt: skip
     return partial.sum()
@@ -429,22 +424,23 @@ def sum_squares(tensors: list[Tensor]) -> Tensor:
     """See :func:`fastfisher.reference.sum_squares`.
 
     Raises:
-        ValueError: no tensor, or a dtype that is none.
+        ValueError: no tensors, or a dtype without kernels.
     """
-    _check_types("tensors", tensors)
+    _check_list(tensors, "tensors")
     dense = [x.contiguous() for x in tensors]
     with torch.cuda.device_of(dense[0]):
         launches = _launches([dense], SIGNS.value)
         partial, parts = _partials(launches, dense[0].device)
         for launch, part in zip(launches, parts, strict=True):
-            _sum_squares[(launch.tiles,)](launch.table, launch.tensors, part, DTYPE=_TYPES[launch.dtype], num_warps=4)
+            _sum_squares[(launch.tiles,)](launch.table, launch.tensors, part, DTYPE=_stored(launch.dtype), num_warps=4)
     return partial.sum()
 
 
 def _configurations() -> list[Configuration]:
     found = []
     table = {"table": "*i64", "tensors": "i32"}
-    for dtype, kind in _TYPES.items():
+    for dtype in TYPES:
+        kind = _stored(dtype)
         compute = {"DTYPE": kind, "COMPUTE": _compute(dtype)}
         for gaussian in (False, True):
             signature = {**table, "key": "*i64", "eps": "fp64", "reads": "i32"}

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 from fastfisher import reference
 from fastfisher.kernels import gradient_norms
+from fastfisher.kernels.checks import TYPES
 from fastfisher.layers.linear import gram_is_cheaper
 from tests.test_ops import CONVOLUTIONS, GRAM_LOSS, rounding
 
@@ -173,7 +174,7 @@ def test_every_shape_has_a_tile_that_is_compiled(dtype: torch.dtype, precision: 
             *(c.constants[n] for n in ("OUTPUTS", "INPUTS", "POSITIONS", "DEPTH") if n in c.constants),
         )
         for c in gradient_norms.CONFIGURATIONS
-        if c.signature["a"] == f"*{gradient_norms._TYPES[dtype].name}" and c.constants.get("PRECISION") == precision
+        if c.signature["a"] == f"*{TYPES[dtype]}" and c.constants.get("PRECISION") == precision
     ]
     for size in (1, 3, 16, 17, 27, 32, 33, 64, 65, 512, 4608):
         for outputs in (1, 10, 16, 17, 33, 64, 100, 512):

@@ -32,23 +32,22 @@ def logits_for(classes: int, dtype: torch.dtype, rows: int | None = None) -> Ten
     return (3 * torch.randn(rows, classes, generator=torch.Generator().manual_seed(classes))).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("classes", CLASSES)
-def test_values_err_at_most_twice_what_pytorch_errs(classes: int, dtype: torch.dtype) -> None:
-    logits = logits_for(classes, dtype)
-    nll, labels, dlogits = ops.sample_cross_entropy(logits, KEY, 0.5)
+def assert_errs_at_most_twice_what_pytorch_errs(
+    logits: Tensor, nll: Tensor, labels: Tensor, dlogits: Tensor, scale: float
+) -> None:
+    classes, dtype = logits.shape[1], logits.dtype
     onehot = F.one_hot(labels, classes)
-    exact = numpy.asarray(logits.double()).astype(numpy.longdouble)  # 64 bits of mantissa judge float64 too
+    exact = numpy.asarray(logits.double().cpu()).astype(numpy.longdouble)  # 64 bits of mantissa judge float64 too
     exact -= exact.max(1, keepdims=True)
-    exact_nll = numpy.log(numpy.exp(exact).sum(1)) - exact[numpy.arange(len(labels)), labels.numpy()]
-    exact_dlogits = (numpy.exp(exact) / numpy.exp(exact).sum(1, keepdims=True) - onehot.numpy()) / 2
+    exact_nll = numpy.log(numpy.exp(exact).sum(1)) - exact[numpy.arange(len(labels)), labels.cpu().numpy()]
+    exact_dlogits = (numpy.exp(exact) / numpy.exp(exact).sum(1, keepdims=True) - onehot.cpu().numpy()) * scale
 
     def error(found: Tensor, truth: numpy.ndarray) -> float:
-        return float(numpy.abs(found.double().numpy() - truth).max())
+        return float(numpy.abs(found.double().cpu().numpy() - truth).max())
 
     # PyTorch's own computation in the same dtype. Half a unit in the last place of the largest result is granted to
     # both: where it happens to be representable, PyTorch has no error at all.
-    torch_dlogits = (logits.softmax(1) - onehot) * 0.5
+    torch_dlogits = (logits.softmax(1) - onehot) * scale
     half_ulp = torch.finfo(dtype).eps / 2 * float(numpy.abs(exact_dlogits).max())
     assert error(dlogits, exact_dlogits) <= 2 * error(torch_dlogits, exact_dlogits) + half_ulp
     torch_nll = F.cross_entropy(logits.to(nll.dtype), labels, reduction="none")
@@ -58,23 +57,36 @@ def test_values_err_at_most_twice_what_pytorch_errs(classes: int, dtype: torch.d
     assert dlogits.dtype == dtype
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("classes", CLASSES)
-def test_labels_are_the_exact_inverse_cdf(classes: int, dtype: torch.dtype) -> None:
-    logits = logits_for(classes, dtype)
-    _, labels, _ = ops.sample_cross_entropy(logits, KEY, 1.0)
-    expected = reference.sample_labels(logits, KEY)
+def assert_labels_are_the_exact_inverse_cdf(logits: Tensor, labels: Tensor, key: Tensor) -> None:
+    expected = reference.sample_labels(logits, key)
     # A draw may fall to the other side of an edge only where its target lies within rounding of that edge: then the
     # two labels are neighbours among the classes of positive weight in their tile, or in neighbouring tiles.
     for row in (labels != expected).nonzero().flatten().tolist():
-        u = reference.philox(KEY, torch.tensor([row]))[0].double() * 2.0**-32
-        weights = F.pad((logits[row].double() - logits[row].double().max()).exp(), (0, -classes % reference.TILE))
+        u = reference.philox(key, torch.tensor([row]))[0].double() * 2.0**-32
+        weights = F.pad(
+            (logits[row].double() - logits[row].double().max()).exp(), (0, -logits.shape[1] % reference.TILE)
+        )
         tiles = weights.view(-1, reference.TILE)
         by_tile = tiles.sum(1).cumsum(0) / tiles.sum()
         within = tiles[expected[row] // reference.TILE].cumsum(0)
         distance = min((by_tile - u[0]).abs().min(), (within / within[-1] - u[1]).abs().min())
         assert distance < 2e-6, f"row {row}: {labels[row]} instead of {expected[row]}"
     assert (labels != expected).float().mean() < 0.05
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", CLASSES)
+def test_values_err_at_most_twice_what_pytorch_errs(classes: int, dtype: torch.dtype) -> None:
+    logits = logits_for(classes, dtype)
+    nll, labels, dlogits = ops.sample_cross_entropy(logits, KEY, 0.5)
+    assert_errs_at_most_twice_what_pytorch_errs(logits, nll, labels, dlogits, 0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", CLASSES)
+def test_labels_are_the_exact_inverse_cdf(classes: int, dtype: torch.dtype) -> None:
+    logits = logits_for(classes, dtype)
+    assert_labels_are_the_exact_inverse_cdf(logits, ops.sample_cross_entropy(logits, KEY, 1.0)[1], KEY)
 
 
 @pytest.mark.parametrize("classes", [2, 10, 1000, 50257, 262144])

@@ -1,0 +1,451 @@
+"""Softmax, row by row: a draw with its loss and gradient, that gradient's derivative, and the Rademacher cotangent.
+
+The floor is to read the input once and to write the result once. Three forms come close to it:
+
+* Rows of up to 1,024 columns: one warp takes a row, or several narrower ones. It waits for no other.
+* Up to 16,384 columns: a row stays in registers, 32 elements to a thread, a warp to every 1,024 columns.
+* Above: two passes over a row, 4,096 columns at a time. The second goes backwards and finds in the cache what the first
+  read last; where all rows in flight fit there, memory is again read once. float64, in which nobody trains, takes this
+  form from 513 columns on, for want of registers.
+
+The draw is an inverse CDF, in tiles of 1,024 columns: word 0 of the row's Philox call picks a tile by the tiles' sums,
+word 1 an element inside it. The tiles' running sum is in float64, so that all 32 bits of word 0 count; in a tile,
+float32 tells 1,024 elements apart. A tile that was picked out of several is read once more, from the cache: this costs
+less than a running sum of the whole row. Sums are trees of fixed shape: a row's result depends on nothing but the row.
+
+A row without a softmax (NaN, +inf, or nothing above -inf) cannot be reported without stalling the stream: its loss and
+gradient are NaN and its label is -1.
+
+Where one form ends and the next begins was chosen so that none spills a register; none of it is measured yet.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastfisher.kernels.checks import TYPES, check, check_dtype, check_key
+from fastfisher.kernels.compile import Configuration
+from fastfisher.kernels.philox import philox, uniform
+
+TILE = 1024
+"""Columns per tile of the search, as in reference.py: part of the definition of a draw."""
+
+MAX_COLUMNS = 2**18
+NARROW = (16, 128, 512)
+"""The widths to which rows below a tile are padded, and the bytes of them that one warp computes with."""
+NARROW_BYTES = 2048
+WIDE = (1, 4, 16)
+"""The numbers of tiles to which longer rows are padded, a warp each."""
+STEP_TILES = 4
+STEPS = MAX_COLUMNS // (STEP_TILES * TILE)
+
+
+# ---- device functions -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def to_compute(x):
+    """In float64 what is float64, and everything else in float32."""
+    if x.dtype == tl.float64:
+        return x
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def finite(maximum):
+    """What to subtract from a row or tile before the exponential: where all is masked, 0 in place of -inf."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit
+def first_above(weights, u):
+    """Per row of ``weights``, the first index whose running sum exceeds u times the total; never one of zero weight.
+
+    A running sum made in parallel may fall by a rounding error where a weight is 0: the weights themselves are asked.
+    Where rounding leaves nothing above the target, it is the last index of positive weight.
+    """
+    size: tl.constexpr = weights.shape[1]
+    index = tl.arange(0, size)[None, :]
+    above = tl.cumsum(weights, 1) > (u * tl.sum(weights, 1))[:, None]
+    order = tl.where(above, index, 2 * size - index)  # the others come after all that are above, the last one first
+    first = tl.min(tl.where(weights > 0, order, 2 * size), 1)
+    return tl.where(first < size, first, 2 * size - first)
+
+
+@triton.jit
+def draw(tile_sums, words):
+    """The tile that word 0 picks for each row, by its tiles' sums."""
+    return first_above(tile_sums.to(tl.float64), uniform(words, tl.float64))
+
+
+# ---- the sampled cross-entropy --------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["rows", "columns"])
+def sample_resident(
+    logits, key, nll, labels, dlogits, rows: tl.int64, columns: tl.int32, scale: tl.float64,
+    ROWS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr, MULTIPLE: tl.constexpr,
+):  # fmt: skip
+    """Draw, loss and gradient of ROWS rows that stay in registers, each of TILES tiles of WIDTH columns."""
+    columns = columns // MULTIPLE * MULTIPLE  # what the compiler may count on: loads as wide as rows are aligned
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    source = logits + row * columns
+    column = tl.arange(0, TILES)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+    real = row < rows
+    inside = real[:, None, None] & (column < columns)
+    x = to_compute(tl.load(source[:, None, None] + column, mask=inside, other=float("-inf")))
+    largest = tl.max(tl.max(x, 2), 1)
+    subtracted = finite(largest)
+    weights = tl.exp(x - subtracted[:, None, None])
+    tile_sums = tl.sum(weights, 2)
+    total = tl.sum(tile_sums, 1)
+    good = total > 0  # NaN for NaN and +inf, 0 where everything is -inf
+
+    tile_word, element_word, _, _ = philox(key, row)
+    if TILES == 1:
+        first = tl.zeros_like(row).to(tl.int32)
+        candidates = tl.reshape(weights, [ROWS, WIDTH])
+    else:
+        first = draw(tile_sums, tile_word) * WIDTH
+        again = first[:, None] + tl.arange(0, WIDTH)[None, :]
+        chosen = tl.load(source[:, None] + again, mask=real[:, None] & (again < columns), other=float("-inf"))
+        candidates = tl.exp(to_compute(chosen) - subtracted[:, None])
+    label = first + first_above(candidates, uniform(element_word, total.dtype))
+
+    logit = to_compute(tl.load(source + label, mask=real & (label < columns), other=0.0))
+    tl.store(nll + row, tl.where(good, tl.log(total) + (subtracted - logit), float("nan")), mask=real)
+    tl.store(labels + row, tl.where(good, label, -1).to(tl.int64), mask=real)
+    amount = tl.full([ROWS], scale, tl.float64).to(total.dtype)
+    factor = tl.where(good, amount / total, float("nan"))
+    gradient = weights * factor[:, None, None]
+    gradient = tl.where(column == label[:, None, None], gradient - amount[:, None, None], gradient)
+    tl.store((dlogits + row * columns)[:, None, None] + column, gradient, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "columns"])
+def sample_looped(
+    logits, key, nll, labels, dlogits, rows: tl.int64, columns: tl.int32, scale: tl.float64,
+    STEPS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr, MULTIPLE: tl.constexpr,
+):  # fmt: skip
+    """Draw, loss and gradient of one row in two passes, TILES tiles of WIDTH columns at a step."""
+    columns = columns // MULTIPLE * MULTIPLE
+    row = tl.program_id(0).to(tl.int64)
+    source, target = logits + row * columns, dlogits + row * columns
+    column = tl.arange(0, TILES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    step_index = tl.arange(0, STEPS)
+    steps = tl.cdiv(columns, TILES * WIDTH)
+    nothing = to_compute(tl.full([STEPS], float("-inf"), logits.dtype.element_ty))
+    step_max = nothing
+    tile_sums = tl.zeros([STEPS, TILES], nothing.dtype)
+    following = tl.load(source + column, mask=column < columns, other=float("-inf"))
+    for step in tl.range(steps):
+        x = to_compute(following)  # the next step's logits are on their way while this one's are summed
+        at = (step + 1) * TILES * WIDTH + column
+        following = tl.load(source + at, mask=at < columns, other=float("-inf"))
+        largest = tl.max(x)  # each step's own: rescaled once, at the end
+        sums = tl.sum(tl.exp(x - finite(largest)), 1)
+        step_max = tl.where(step_index == step, largest, step_max)
+        tile_sums = tl.where((step_index == step)[:, None], sums[None, :], tile_sums)
+    subtracted = finite(tl.max(step_max))
+    tile_sums = tl.reshape(tile_sums * tl.exp(step_max - subtracted)[:, None], [1, STEPS * TILES])
+    total = tl.sum(tile_sums, 1)
+    good = total > 0
+
+    tile_word, element_word, _, _ = philox(key, row + tl.zeros([1], tl.int64))
+    first = draw(tile_sums, tile_word) * WIDTH
+    again = first[:, None] + tl.arange(0, WIDTH)[None, :]
+    chosen = to_compute(tl.load(source + again, mask=again < columns, other=float("-inf")))
+    label = first + first_above(tl.exp(chosen - subtracted), uniform(element_word, total.dtype))
+
+    logit = to_compute(tl.load(source + label, mask=label < columns, other=0.0))
+    one = tl.zeros([1], tl.int32)
+    tl.store(nll + row + one, tl.where(good, tl.log(total) + (subtracted - logit), float("nan")))
+    tl.store(labels + row + one, tl.where(good, label, -1).to(tl.int64))
+    amount = tl.full([1], scale, tl.float64).to(total.dtype)
+    factor = tl.where(good, amount / total, float("nan"))
+    for step in tl.range(steps):
+        at = (steps - 1 - step) * TILES * WIDTH + column
+        x = to_compute(tl.load(source + at, mask=at < columns, other=float("-inf"), eviction_policy="evict_first"))
+        gradient = tl.exp(x - subtracted) * factor[:, None]
+        gradient = tl.where(at == label[:, None], gradient - amount[:, None], gradient)
+        tl.store(target + at, gradient, mask=at < columns, eviction_policy="evict_first")
+
+
+# ---- its derivative: (p⊙v − p (p·v))·scale, with p = dlogits/scale + onehot(label) -----------------------------------
+
+
+@triton.jit
+def probabilities(dlogits, inverse, column, label):
+    """The softmax that a gradient came from."""
+    return to_compute(dlogits) * inverse + tl.where(column == label, 1.0, 0.0)
+
+
+@triton.jit(do_not_specialize=["rows", "columns"])
+def product_resident(
+    dlogits, labels, vector, out, rows: tl.int64, columns: tl.int32, scale: tl.float64,
+    ROWS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr, MULTIPLE: tl.constexpr,
+):  # fmt: skip
+    """The product for ROWS rows of TILES * WIDTH columns that stay in registers."""
+    columns = columns // MULTIPLE * MULTIPLE
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, TILES * WIDTH)[None, :]
+    inside = (row < rows)[:, None] & (column < columns)
+    start = row[:, None] * columns
+    v = to_compute(tl.load(vector + start + column, mask=inside, other=0.0))
+    amount = tl.full([ROWS, 1], scale, tl.float64)
+    label = tl.load(labels + row, mask=row < rows, other=0)[:, None]
+    d = tl.load(dlogits + start + column, mask=inside, other=0.0)
+    p = probabilities(d, (1.0 / amount).to(v.dtype), column, label)
+    mean = tl.sum(p * v, 1)[:, None]
+    tl.store(out + start + column, (p * v - p * mean) * amount.to(v.dtype), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "columns"])
+def product_looped(
+    dlogits, labels, vector, out, rows: tl.int64, columns: tl.int32, scale: tl.float64,
+    STEPS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr, MULTIPLE: tl.constexpr,
+):  # fmt: skip
+    """The product for one row in two passes, TILES * WIDTH columns at a step."""
+    columns = columns // MULTIPLE * MULTIPLE
+    start = tl.program_id(0).to(tl.int64) * columns
+    column = tl.arange(0, TILES * WIDTH)
+    steps = tl.cdiv(columns, TILES * WIDTH)
+    label = tl.load(labels + tl.program_id(0))
+    amount = tl.full([1], scale, tl.float64)
+    sums = to_compute(tl.zeros([TILES * WIDTH], dlogits.dtype.element_ty))
+    inverse = (1.0 / amount).to(sums.dtype)
+    for step in tl.range(steps):  # nothing here waits for other threads: loads run ahead by themselves
+        at = step * TILES * WIDTH + column
+        d = tl.load(dlogits + start + at, mask=at < columns, other=0.0)
+        v = tl.load(vector + start + at, mask=at < columns, other=0.0)
+        sums += probabilities(d, inverse, at, label) * to_compute(v)
+    mean = tl.sum(sums)
+    for step in tl.range(steps):
+        at = (steps - 1 - step) * TILES * WIDTH + column
+        d = tl.load(dlogits + start + at, mask=at < columns, other=0.0, eviction_policy="evict_first")
+        v = to_compute(tl.load(vector + start + at, mask=at < columns, other=0.0, eviction_policy="evict_first"))
+        p = probabilities(d, inverse, at, label)
+        product = (p * v - p * mean) * amount.to(sums.dtype)
+        tl.store(out + start + at, product, mask=at < columns, eviction_policy="evict_first")
+
+
+# ---- the Rademacher cotangent: (√p⊙ε − p⟨√p, ε⟩)·scale ---------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["calls"])
+def sign_words(key, words, calls: tl.int64, BLOCK: tl.constexpr):
+    """The four words of each Philox call, one call for every 128 columns of a row.
+
+    They go through memory, at 1/32 of an element each: made where they are used, every thread would make its own anew.
+    """
+    call = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    w0, w1, w2, w3 = philox(key, call)
+    pairs = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    place = call[:, None] * 4 + tl.arange(0, 4)[None, :]
+    tl.store(words + place, tl.reshape(pairs, [BLOCK, 4]).to(tl.int32, bitcast=True), mask=(call < calls)[:, None])
+
+
+@triton.jit
+def signed(x, words, column, inside):
+    """x, negated where the bit of its column is set in the row that ``words`` points to."""
+    bits = tl.load(words + column // 32, mask=inside, other=0) >> (column % 32)
+    return tl.where((bits & 1) != 0, -x, x)
+
+
+@triton.jit
+def signed_root(x):
+    """The root of the magnitude of x, with the sign of x."""
+    root = tl.sqrt(tl.abs(x))
+    return tl.where(x < 0, -root, root)
+
+
+@triton.jit(do_not_specialize=["rows", "columns"])
+def rademacher_resident(
+    logits, words, out, rows: tl.int64, columns: tl.int32, scale: tl.float64,
+    ROWS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr, MULTIPLE: tl.constexpr,
+):  # fmt: skip
+    """The cotangents of ROWS rows of TILES * WIDTH columns that stay in registers."""
+    columns = columns // MULTIPLE * MULTIPLE
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = tl.arange(0, TILES * WIDTH)[None, :]
+    inside = (row < rows) & (column < columns)
+    x = to_compute(tl.load(logits + row * columns + column, mask=inside, other=float("-inf")))
+    weights = tl.exp(x - finite(tl.max(x, 1))[:, None])
+    total = tl.sum(weights, 1)[:, None]
+    weights = signed(weights, words + row * (tl.cdiv(columns, 128) * 4), column, inside)
+    factor = tl.where(total > 0, 1.0 / total, float("nan"))
+    mean = tl.sum(signed_root(weights), 1)[:, None] * tl.sqrt(factor)
+    amount = tl.full([ROWS, 1], scale, tl.float64).to(total.dtype)
+    p = weights * factor
+    tl.store(out + row * columns + column, (signed_root(p) - tl.abs(p) * mean) * amount, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "columns"])
+def rademacher_looped(
+    logits, words, out, rows: tl.int64, columns: tl.int32, scale: tl.float64,
+    STEPS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr, MULTIPLE: tl.constexpr,
+):  # fmt: skip
+    """The cotangent of one row in two passes, TILES * WIDTH columns at a step."""
+    columns = columns // MULTIPLE * MULTIPLE
+    row = tl.program_id(0).to(tl.int64)
+    source, target = logits + row * columns, out + row * columns
+    signs = words + row * (tl.cdiv(columns, 128) * 4)
+    column = tl.arange(0, TILES * WIDTH)
+    step_index = tl.arange(0, STEPS)
+    steps = tl.cdiv(columns, TILES * WIDTH)
+    step_max = to_compute(tl.full([STEPS], float("-inf"), logits.dtype.element_ty))
+    step_sums, step_roots = tl.zeros_like(step_max), tl.zeros_like(step_max)
+    following = tl.load(source + column, mask=column < columns, other=float("-inf"))
+    for step in tl.range(steps):
+        x = to_compute(following)
+        here, at = step * TILES * WIDTH + column, (step + 1) * TILES * WIDTH + column
+        following = tl.load(source + at, mask=at < columns, other=float("-inf"))
+        largest = tl.max(x)
+        weights = tl.exp(x - finite(largest))
+        roots = signed_root(signed(weights, signs, here, here < columns))
+        step_max = tl.where(step_index == step, largest, step_max)
+        step_sums = tl.where(step_index == step, tl.sum(weights), step_sums)
+        step_roots = tl.where(step_index == step, tl.sum(roots), step_roots)
+    subtracted = finite(tl.max(step_max))
+    total = tl.sum(step_sums * tl.exp(step_max - subtracted))
+    factor = tl.where(total > 0, 1.0 / total, float("nan"))
+    # The root of an exponential scales by half the exponent.
+    mean = tl.sum(step_roots * tl.exp((step_max - subtracted) / 2)) * tl.sqrt(factor)
+    amount = tl.full([1], scale, tl.float64).to(total.dtype)
+    for step in tl.range(steps):
+        at = (steps - 1 - step) * TILES * WIDTH + column
+        x = to_compute(tl.load(source + at, mask=at < columns, other=float("-inf"), eviction_policy="evict_first"))
+        p = signed(tl.exp(x - subtracted) * factor, signs, at, at < columns)
+        cotangent = (signed_root(p) - tl.abs(p) * mean) * amount
+        tl.store(target + at, cotangent, mask=at < columns, eviction_policy="evict_first")
+
+
+# ---- host functions -------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def plan(operator: str, dtype: torch.dtype, columns: int) -> Configuration:
+    """The configuration in which ``operator`` takes rows of so many columns."""
+    resident, looped, pointers = _KERNELS[operator]
+    names = {"*T": f"*{TYPES[dtype]}", "*L": "*fp64" if dtype == torch.float64 else "*fp32"}
+    types = {name: names.get(kind, kind) for name, kind in pointers.items()}
+    signature = {**types, "rows": "i64", "columns": "i32", "scale": "fp64"}
+    # Narrow rows are read whole by neighbouring threads, whatever they are aligned to.
+    multiple = 8 if columns % 8 == 0 and columns > NARROW[-1] else 1
+    if columns > (NARROW[-1] if dtype == torch.float64 else WIDE[-1] * TILE):
+        constants = {"STEPS": STEPS, "TILES": STEP_TILES, "WIDTH": TILE, "MULTIPLE": multiple}
+        return Configuration(looped, signature, constants, num_warps=16)
+    width = next((width for width in NARROW if columns <= width), TILE)
+    tiles = next(tiles for tiles in WIDE if columns <= tiles * width)
+    size = width * (8 if dtype == torch.float64 else 4)
+    rows = max(1, NARROW_BYTES // size) if width < TILE else 1
+    constants = {"ROWS": rows, "TILES": tiles, "WIDTH": width, "MULTIPLE": multiple}
+    return Configuration(
+        resident, signature, constants, num_warps=tiles if width == TILE else max(1, size // NARROW_BYTES)
+    )
+
+
+_KERNELS: dict[str, tuple[Any, Any, dict[str, str]]] = {
+    "sample_cross_entropy": (
+        sample_resident,
+        sample_looped,
+        {"logits": "*T", "key": "*i64", "nll": "*L", "labels": "*i64", "dlogits": "*T"},
+    ),
+    "softmax_hessian_product": (
+        product_resident,
+        product_looped,
+        {"dlogits": "*T", "labels": "*i64", "vector": "*T", "out": "*T"},
+    ),
+    "rademacher_cotangent": (rademacher_resident, rademacher_looped, {"logits": "*T", "words": "*i32", "out": "*T"}),
+}
+"""The two kernels of each operator and their pointers: "*T" to the dtype of the rows, "*L" to that of a loss."""
+
+_SIGNS = Configuration(sign_words, {"key": "*i64", "words": "*i32", "calls": "i64"}, {"BLOCK": 256})
+
+_EVERY_WIDTH = [*NARROW, *(TILE * tiles - odd for tiles in (*WIDE, 2 * WIDE[-1]) for odd in (0, 1))]
+_DISTINCT = {
+    str(configuration): configuration
+    for operator in _KERNELS
+    for dtype in TYPES
+    for configuration in (plan(operator, dtype, columns) for columns in _EVERY_WIDTH)
+}
+CONFIGURATIONS = [_SIGNS, *_DISTINCT.values()]
+
+
+def _launch(operator: str, tensors: list[Tensor], rows: int, columns: int, scale: float) -> None:
+    chosen = plan(operator, tensors[0].dtype, columns)
+    programs = triton.cdiv(rows, chosen.constants.get("ROWS", 1))
+    if programs == 0:
+        return
+    with torch.cuda.device_of(tensors[0]):
+        chosen.kernel[(programs,)](
+            *tensors, rows, columns, scale, **chosen.constants, num_warps=chosen.num_warps, num_stages=chosen.num_stages
+        )
+
+
+def _check_rows(x: Tensor, name: str) -> tuple[int, int]:
+    check(x.dim() == 2, f"{name}: expected 2 dimensions (N, C), got {x.dim()}")
+    rows, columns = x.shape
+    check(1 <= columns <= MAX_COLUMNS, f"{name}: expected 1 to {MAX_COLUMNS} classes, got {columns}")
+    check_dtype(x, name)
+    return rows, columns
+
+
+def sample_cross_entropy(logits: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`fastfisher.reference.sample_cross_entropy`.
+
+    Raises:
+        ValueError: not 2 dimensions, more than 262,144 classes or none, a dtype that is no float, a scale of 0, or
+            something that is no key on the device of the logits.
+    """
+    rows, columns = _check_rows(logits, "logits")
+    check(scale != 0, "scale: expected a number other than 0")
+    check_key(key, logits.device)
+    x = logits.contiguous()
+    nll = x.new_empty(rows, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    labels, dlogits = x.new_empty(rows, dtype=torch.int64), torch.empty_like(x)
+    _launch("sample_cross_entropy", [x, key, nll, labels, dlogits], rows, columns, scale)
+    return nll, labels, dlogits
+
+
+def softmax_hessian_product(dlogits: Tensor, labels: Tensor, vector: Tensor, scale: float) -> Tensor:
+    """See :func:`fastfisher.reference.softmax_hessian_product`. A row without a softmax, label -1, stays NaN.
+
+    Raises:
+        ValueError: not 2 dimensions, more than 262,144 classes or none, a dtype that is no float, tensors that differ
+            in shape or dtype, or labels that are no int64 for each row.
+    """
+    rows, columns = _check_rows(dlogits, "dlogits")
+    same = dlogits.shape == vector.shape and dlogits.dtype == vector.dtype
+    check(same, "dlogits and vector: expected the same size and dtype")
+    check(labels.dtype == torch.int64 and labels.numel() == rows, "labels: expected one int64 label per row")
+    d, v = dlogits.contiguous(), vector.contiguous()
+    out = torch.empty_like(d)
+    _launch("softmax_hessian_product", [d, labels.contiguous(), v, out], rows, columns, scale)
+    return out
+
+
+def rademacher_cotangent(logits: Tensor, key: Tensor, scale: float) -> Tensor:
+    """See :func:`fastfisher.reference.rademacher_cotangent`. A row without a softmax is NaN.
+
+    Raises:
+        ValueError: as in :func:`sample_cross_entropy`, but any scale will do.
+    """
+    rows, columns = _check_rows(logits, "logits")
+    check_key(key, logits.device)
+    x = logits.contiguous()
+    out = torch.empty_like(x)
+    calls = rows * triton.cdiv(columns, 128)
+    if rows:
+        words = torch.empty(4 * calls, dtype=torch.int32, device=x.device)
+        with torch.cuda.device_of(x):
+            sign_words[triton.cdiv(calls, 256),](key, words, calls, **_SIGNS.constants, num_warps=_SIGNS.num_warps)
+        _launch("rademacher_cotangent", [x, words, out], rows, columns, scale)
+    return out
