@@ -6,8 +6,10 @@ import copy
 
 import pytest
 import torch
+from torch import Tensor
 
 import fastfisher
+from fastfisher import ops
 from fastfisher.training.networks import build_network
 from tests.networks import flat, relative_error
 
@@ -42,3 +44,92 @@ def test_the_penalty_equals_that_of_the_cpu(method: str) -> None:
     found = fastfisher.penalty(twin, x.cuda(), labels=labels.cuda(), method=method, difference="central")
     expected = flat(list(torch.autograd.grad(exact, list(model.parameters()))))
     assert relative_error(flat(list(torch.autograd.grad(found, list(twin.parameters())))).cpu(), expected) < 1e-5
+
+
+# ---- lists of tensors, and norms of per-example gradients ------------------------------------------------------------
+
+KEY = torch.tensor([1234, 2**40 + 7])
+
+
+def on_lists(tensors: list[Tensor], key: Tensor) -> list[Tensor]:
+    """What the operators on lists make of tensors and of others, made here, at addresses of their own."""
+    out, doubled = [torch.empty_like(x) for x in tensors], [2 * x for x in tensors]
+    ops.perturb(out, tensors, key, 0.1, "gaussian")
+    total = ops.axpy_diff(out, doubled, tensors, 0.5)
+    return [*out, total, ops.probe_dot(doubled, key, "rademacher"), ops.sum_squares(doubled)]
+
+
+def lists(seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, generator=generator).cuda() for n in (5, 0, 3000, 1, 40_000, 2049)]
+
+
+def norms(a: Tensor, d: Tensor) -> list[Tensor]:
+    """What the operators on per-example gradients make of a[N, C, H, W] and d of the same size."""
+    same = ([3, 3], [1, 1], [1, 1], [1, 1], 1)
+    flat, other = a.flatten(2), d.flatten(2)
+    return [
+        *(x for gram in (False, True) for x in ops.grad_sqnorm_conv(a, d, *same, gram)),
+        *(ops.grad_sqnorm_linear(flat, other, gram) for gram in (False, True)),
+        *ops.channel_products(flat, other, a[0, :, 0, 0]),
+    ]
+
+
+def test_a_graph_with_lists_of_tensors_follows_its_inputs() -> None:
+    key, tensors = KEY.cuda(), lists(1)
+    on_lists(tensors, key)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        results = on_lists(tensors, key)
+    for seed in (2, 3):
+        for x, y in zip(tensors, lists(seed), strict=True):
+            x.copy_(y)
+        key += 1
+        for x in results:
+            x.fill_(float("nan"))
+        graph.replay()
+        assert all(map(torch.equal, results, on_lists(tensors, key)))
+
+
+def test_a_graph_with_norms_follows_its_inputs() -> None:
+    a, d = torch.randn(4, 8, 10, 10, device="cuda"), torch.randn(4, 8, 10, 10, device="cuda")
+    norms(a, d)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        results = norms(a, d)
+    a.mul_(2).add_(1)
+    graph.replay()
+    assert all(map(torch.equal, results, norms(a, d)))
+
+
+def test_lists_and_norms_do_not_wait_for_the_gpu() -> None:
+    key, a, d = KEY.cuda(), torch.randn(4, 8, 10, 10, device="cuda"), torch.randn(4, 8, 10, 10, device="cuda")
+    fresh = lists(2)
+    on_lists(lists(1), key), norms(a, d)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        on_lists(fresh, key)  # a list that has no table yet
+        norms(a, d)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_tables_that_were_let_go_are_built_anew() -> None:
+    key = KEY.cuda()
+    kept = [lists(seed) for seed in range(100)]  # more than are kept
+    first = [on_lists(tensors, key) for tensors in kept]
+    for tensors, expected in zip(kept, first, strict=True):
+        assert all(map(torch.equal, on_lists(tensors, key), expected))
+
+
+@pytest.mark.parametrize("name", ["simple_cnn", "vgg11"])
+def test_the_trace_equals_that_of_the_cpu(name: str) -> None:
+    torch.manual_seed(0)
+    model = build_network(name, in_channels=3, image_size=32, classes=10).double()
+    x, labels = torch.randn(8, 3, 32, 32, dtype=torch.float64), torch.randint(10, (8,))
+    expected = fastfisher.per_example_grad_norms(model, x, labels, labels="true")
+    found = fastfisher.per_example_grad_norms(copy.deepcopy(model).cuda(), x.cuda(), labels.cuda(), labels="true")
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-9, atol=0)

@@ -379,6 +379,37 @@ def test_combines_check_everything_before_writing() -> None:
     assert not out[0].any()
 
 
+@pytest.mark.filterwarnings("error::fastfisher.SlowPathWarning")
+@needs_kernels
+def test_tensors_that_lie_otherwise_in_memory_take_the_fast_path() -> None:
+    a, b = (torch.randn(6, 5, 3, 3).to(memory_format=torch.channels_last) for _ in range(2))
+    out = a.clone() + 1
+    cases = [(out, a, b), (out, a.contiguous(), b), (out.contiguous(), a, b), (out[0, 0].t(), a[0, 0].t(), b[0, 0].t())]
+    for target, x, y in cases:
+        found, expected = target.clone(), target.clone()
+        sizes = [m.axpy_diff([t], [x], [y], 0.3) for m, t in ((ops, found), (reference, expected))]
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(*sizes)
+        torch.testing.assert_close(ops.sum_squares([x]), reference.sum_squares([x]))
+        z, zero = (torch.empty(x.shape) for _ in range(2))
+        for m, t in ((ops, z), (reference, zero)):
+            m.perturb([t], [x], KEY, 0.3, "rademacher")
+        torch.testing.assert_close(z, zero)
+
+
+@needs_kernels
+def test_targets_with_gaps_are_written_by_the_reference_which_says_so() -> None:
+    x, out = torch.randn(4, 3), torch.zeros(4, 6)[:, ::2]
+    with pytest.warns(
+        fastfisher.SlowPathWarning, match="axpy_diff runs its PyTorch reference: a tensor of out has gaps"
+    ):
+        ops.axpy_diff([out], [x], [torch.zeros_like(x)], 2.0)
+    torch.testing.assert_close(out, 2 * x)
+    with pytest.warns(fastfisher.SlowPathWarning, match="perturb runs its PyTorch reference: a tensor of out is not"):
+        ops.perturb([out], [x], KEY, 0.0, "gaussian")
+    torch.testing.assert_close(out, x)
+
+
 def test_sums_have_the_same_bits_for_any_number_of_threads() -> None:
     x = [torch.randn(3 * 2**16 + 11), torch.randn(7)]
     threads, sums = torch.get_num_threads(), []
