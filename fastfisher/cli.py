@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seeds.add_argument(
         "--seeds",
         type=int,
+        metavar="INT",
         default=argparse.SUPPRESS,
         help="train this many runs, with --seed and the numbers that follow, each in a folder seed-<seed> of --out and "
         "each as it is alone; the label noise has each run's seed unless --noise-seed is given",
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seeds.add_argument(
         "--together",
         type=int,
+        metavar="INT",
         default=argparse.SUPPRESS,
         help="how many of --seeds train at the same time, each in a process of its own (default: 1); on a GPU all "
         "use the same device, and each gets its share of the CPU's threads unless --threads is given",

@@ -266,9 +266,10 @@ def train_together(configs: Sequence[TrainConfig], together: int) -> list[Failur
     ends = [each for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]
     with (
         catch_interrupt(ends) as interrupted,
-        tqdm(total=sum(config.epochs for config in configs), unit="epoch", disable=None) as bar,
+        tqdm(
+            total=sum(config.epochs for config in configs), initial=sum(measured.values()), unit="epoch", disable=None
+        ) as bar,
     ):
-        bar.update(sum(measured.values()))
         try:
             while (waiting or running) and not interrupted():
                 while waiting and len(running) < together:
@@ -362,7 +363,7 @@ def describe_summary(summary: Mapping[str, Any]) -> str:
         mean, std = summary["final"][name]["mean"], summary["final"][name]["standard_deviation"]
         if name in ACCURACIES:
             return f"{ACCURACIES[name]} {100 * mean:.1f}" + (" %" if std is None else f" ± {100 * std:.1f} %")
-        return f"{TITLES[name]} {mean:.3g}" + ("" if std is None else f" ± {std:.2g}")
+        return f"{TITLES[name]} {mean:.3g}" + ("" if std is None else f" ± {std:.3g}")
 
     count = len(summary["seeds"])
     if count == 0:

@@ -366,7 +366,8 @@ def test_the_summary_is_that_of_the_finished_runs(config: TrainConfig) -> None:
         measured = {"step": 6, "trace_fisher": trace}
         last = {"step": 8, "epoch": 2, "test_accuracy": test, "noisy_accuracy": None}
         write_run(each, [first, measured, last], epochs_saved=2)
-    write_run(configs[3], [{"step": 4, "epoch": 1, "test_accuracy": 0.0}], epochs_saved=1)
+    # Cut off between the last line and the last checkpoint.
+    write_run(configs[3], [{"step": 8, "epoch": 2, "test_accuracy": 0.0}], epochs_saved=1)
     summary = replicas.summarise(configs, [Failure(configs[4], "no disk left")])
     assert summary == {
         "seeds": [5, 6, 7],
@@ -384,7 +385,7 @@ def test_the_summary_is_that_of_the_finished_runs(config: TrainConfig) -> None:
             },
         },
     }
-    line = "mean ± standard deviation over 3 seeds: test 70.0 ± 20.0 %  Tr(F) 3 ± 2.6"
+    line = "mean ± standard deviation over 3 seeds: test 70.0 ± 20.0 %  Tr(F) 3 ± 2.65"
     assert replicas.describe_summary(summary) == line
     alone = replicas.summarise(configs[:1], [])
     assert alone["final"]["test_accuracy"]["standard_deviation"] is None
