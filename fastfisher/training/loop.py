@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Literal
@@ -339,24 +339,25 @@ def describe(record: Record, epochs: int) -> str:
 
 
 @contextmanager
-def catch_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag that the yielded function reads; the second raises as usual.
+def catch_interrupt(signals: Sequence[int] = (signal.SIGINT,)) -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C into a flag that the yielded function reads; the second raises KeyboardInterrupt.
 
-    The previous handler is back afterwards. Outside the main thread, where Python delivers no signals, the
-    flag is never set.
+    So does any other of ``signals``. The previous handlers are back afterwards. Outside the main thread, where Python
+    delivers no signals, the flag is never set.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     caught = threading.Event()
-    previous = signal.getsignal(signal.SIGINT)
 
     def first(number: int, frame: FrameType | None) -> None:
         caught.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for each in signals:
+            signal.signal(each, signal.default_int_handler)
 
-    signal.signal(signal.SIGINT, first)
+    previous = {each: signal.signal(each, first) for each in signals}
     try:
         yield caught.is_set
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for each, handler in previous.items():
+            signal.signal(each, handler)
