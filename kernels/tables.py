@@ -199,12 +199,12 @@ def _probe_dot(table, tensors, key, partial, DTYPE: tl.constexpr, GAUSSIAN: tl.c
 
 
 @triton.jit(do_not_specialize=["tensors"])
-def _axpy_diff(table, tensors, scale: tl.float64, partial, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
+def _axpy_diff(table, tensors, scale, partial, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
     """out += scale (a - b), partial[tile] = Σ (a - b)² over the tile; the lists are out, a and b."""
     tensor, begin, end, first, size = _share(table, tensors, SIGNS)
     out = _address(table, tensors, tensor, 0, DTYPE)
     a, b = _address(table, tensors, tensor, 1, DTYPE), _address(table, tensors, tensor, 2, DTYPE)
-    factor = tl.full((1,), scale, COMPUTE)
+    factor = tl.load(scale).to(COMPUTE)
     places = tl.arange(0, SIGNS)
     sums = tl.zeros((SIGNS,), tl.float64)
     for block in range(begin, end):
@@ -400,7 +400,7 @@ def probe_dot(tensors: list[Tensor], key: Tensor, distribution: str, first: int 
     return partial.sum()
 
 
-def axpy_diff(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: float) -> Tensor:
+def axpy_diff(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: Tensor) -> Tensor:
     """See :func:`fastfisher.reference.axpy_diff`.
 
     Raises:
@@ -409,6 +409,8 @@ def axpy_diff(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: float)
     _check_list(out, "out")
     _check_pairs(out, a, "out and a")
     _check_pairs(out, b, "out and b")
+    if scale.numel() != 1 or scale.dtype != torch.float64:
+        raise ValueError(f"scale: expected a float64 scalar, got {scale.dtype} of shape {tuple(scale.shape)}")
     with torch.cuda.device_of(out[0]):
         launches = _launches([out, a, b], SIGNS.value)
         partial, parts = _partials(launches, out[0].device)
@@ -447,7 +449,7 @@ def _configurations() -> list[Configuration]:
             found.append(Configuration(_perturb, signature, {**compute, "GAUSSIAN": gaussian}, num_warps=2))
             signature = {**table, "key": "*i64", "partial": "*fp64"}
             found.append(Configuration(_probe_dot, signature, {"DTYPE": kind, "GAUSSIAN": gaussian}, num_warps=2))
-        found.append(Configuration(_axpy_diff, {**table, "scale": "fp64", "partial": "*fp64"}, compute, num_warps=4))
+        found.append(Configuration(_axpy_diff, {**table, "scale": "*fp64", "partial": "*fp64"}, compute, num_warps=4))
         found.append(Configuration(_sum_squares, {**table, "partial": "*fp64"}, {"DTYPE": kind}, num_warps=4))
     return found
 

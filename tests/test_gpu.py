@@ -55,7 +55,7 @@ def on_lists(tensors: list[Tensor], key: Tensor) -> list[Tensor]:
     """What the operators on lists make of tensors and of others, made here, at addresses of their own."""
     out, doubled = [torch.empty_like(x) for x in tensors], [2 * x for x in tensors]
     ops.perturb(out, tensors, key, 0.1, "gaussian")
-    total = ops.axpy_diff(out, doubled, tensors, 0.5)
+    total = ops.axpy_diff(out, doubled, tensors, torch.tensor(0.5, dtype=torch.float64).cuda())
     return [*out, total, ops.probe_dot(doubled, key, "rademacher"), ops.sum_squares(doubled)]
 
 

@@ -25,6 +25,7 @@ SIZES = [3, 0, 1, 127, 512, 2047, 2048, 2049, 8193, 0]
 # In the first group, within a group and a call, beyond 32 bits.
 FIRST = [0, 5, 2**34 + 777]
 KEYS = [torch.tensor([1234, 2**40 + 7]), torch.tensor([-1, -(2**62)])]  # all bits of the seed, high bits of the offset
+SCALE = torch.tensor(0.3, dtype=torch.float64, device=DEVICE)
 # A radius, a sine and their product, each within 2 units in the last place; no normal number exceeds 6.8.
 NORMAL_ERROR = 6 * 2.0**-24
 
@@ -77,8 +78,8 @@ def test_perturb_and_probe_dot_agree_with_the_reference(distribution: str, dtype
 def test_combines_err_at_most_twice_what_pytorch_errs(dtype: torch.dtype) -> None:
     out, a, b = (tensors_for(dtype, seed) for seed in (1, 2, 3))
     pytorch, found = [x.clone() for x in out], [x.clone() for x in out]
-    rounded = reference.axpy_diff(pytorch, a, b, 0.3)  # the differences are rounded to the dtype first
-    mine = tables.axpy_diff(found, a, b, 0.3)
+    rounded = reference.axpy_diff(pytorch, a, b, SCALE)  # the differences are rounded to the dtype first
+    mine = tables.axpy_diff(found, a, b, SCALE)
     exact, size = [], numpy.longdouble(0)  # 64 bits of mantissa judge float64 too
     for x, y, z in zip(out, a, b, strict=True):
         x, y, z = (numpy.asarray(w.double().cpu()).astype(numpy.longdouble) for w in (x, y, z))
@@ -130,7 +131,7 @@ def test_the_same_bits_twice() -> None:
     for _ in range(2):
         copies, key = [x.clone() for x in out], KEYS[0].to(DEVICE)
         results.append([
-            tables.axpy_diff(copies, a, b, 0.3), tables.sum_squares(a), *copies,
+            tables.axpy_diff(copies, a, b, SCALE), tables.sum_squares(a), *copies,
             *(tables.probe_dot(a, key, distribution) for distribution in DISTRIBUTIONS),
         ])  # fmt: skip
     assert all(map(torch.equal, *results))
@@ -152,7 +153,7 @@ def test_lists_without_elements() -> None:
     for total in (
         tables.probe_dot(empty, key, "gaussian"),
         tables.sum_squares(empty),
-        tables.axpy_diff(empty, empty, empty, 1.0),
+        tables.axpy_diff(empty, empty, empty, SCALE),
     ):
         assert float(total) == 0.0
 
@@ -170,7 +171,7 @@ def test_bad_arguments_are_named_and_nothing_is_written() -> None:
     with pytest.raises(ValueError, match="key: expected a contiguous int64 tensor of 2 elements"):
         tables.perturb(out, [], key[:1], 1.0, "gaussian")
     with pytest.raises(ValueError, match="out and b: expected the same size"):
-        tables.axpy_diff(out, [x + 1 for x in out], out[::-1], 1.0)
+        tables.axpy_diff(out, [x + 1 for x in out], out[::-1], SCALE)
     with pytest.raises(ValueError, match="tensors: expected at least one tensor"):
         tables.sum_squares([])
     with pytest.raises(ValueError, match="tensors: expected float32, float64, bfloat16 or float16"):
