@@ -63,7 +63,7 @@ def trace_hessian(
 ) -> TraceEstimate:
     """Tr(H) of L(θ) = mean over examples of −log softmax(model(x))[y], with its standard error.
 
-    In units of a plain step (one forward and backward over the same examples): ``"fisher"`` costs 5 to 9 over all
+    In units of a plain step (one forward and backward over the same examples): ``"fisher"`` costs 3 to 7 over all
     labels where there are 10 classes, and about 2 by Rademacher cotangents, which serve above 16 classes;
     ``"hutchinson"`` about 0.8 per probe with ``hvp="taylor"``, 2 to 3 with ``"autograd"`` and 2 with
     ``"finite_difference"``; ``"reduced"`` and the rest in ``"split"`` 0.5 to 0.6 per probe.
