@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fastfisher
-from fastfisher import ops
+from fastfisher import FisherPenalty, ops
+from fastfisher.training.config import TrainConfig
+from fastfisher.training.loop import train
 from fastfisher.training.networks import build_network
 from tests.networks import flat, relative_error
 
@@ -133,3 +139,83 @@ def test_the_trace_equals_that_of_the_cpu(name: str) -> None:
     expected = fastfisher.per_example_grad_norms(model, x, labels, labels="true")
     found = fastfisher.per_example_grad_norms(copy.deepcopy(model).cuda(), x.cuda(), labels.cuda(), labels="true")
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-9, atol=0)
+
+
+# ---- training steps --------------------------------------------------------------------------------------------------
+
+STEPS = [
+    {"every": 1},
+    {"every": 3},
+    {"every": 1, "mixed": True},
+    {"every": 1, "labels": "true"},
+    {"every": 2, "gates": "free"},
+    {"every": 2, "labels": "rademacher"},
+    {"every": 2, "method": "double_backprop"},
+]
+
+
+class WithDropout(nn.Module):
+    """Batch normalisation, ReLU, max-pool, and dropout where it may be."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.conv, self.norm, self.linear = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8 * 49, 10)
+        self.drop = nn.Dropout(rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.drop(F.max_pool2d(self.norm(self.conv(x)).relu(), 2)).flatten(1))
+
+
+def trained(
+    graphs: bool, options: dict[str, Any], rate: float = 0.0, *, autocast: bool = False, channels_last: bool = False
+) -> list[Tensor]:
+    """Parameters and buffers after steps of which most are replayed, none waiting for the GPU."""
+    torch.manual_seed(0)
+    model = WithDropout(rate).cuda()
+    x, y = torch.randn(32, 3, 16, 16, device="cuda"), torch.randint(10, (32,), device="cuda")
+    if channels_last:
+        model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    penalty = FisherPenalty(model, 0.1, graphs=graphs, generator=torch.Generator().manual_seed(1), **options)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    torch.manual_seed(2)
+    for step in range(8 * penalty.every):
+        rows = torch.arange(16, device="cuda") + step % 3
+        inputs, targets = x[rows], y[rows]
+        optimizer.zero_grad()
+        # The first step compiles and draws the key; a capture synchronises on its own.
+        torch.cuda.set_sync_debug_mode("error" if step > 5 * penalty.every or (not graphs and step) else "default")
+        try:
+            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
+                penalty.backward(inputs, targets)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        optimizer.step()
+    if graphs:
+        assert penalty._captured is not None and penalty._captured.captured
+    return [*model.parameters(), *model.buffers()]
+
+
+@pytest.mark.parametrize("options", STEPS, ids=str)
+def test_captured_steps_train_as_launched_ones_do(options: dict[str, Any]) -> None:
+    launched, replayed = (trained(graphs, copy.deepcopy(options)) for graphs in (False, True))
+    for a, b in zip(launched, replayed, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"every": 1}, {"every": 3}], ids=str)
+def test_captured_steps_serve_autocast_channels_last_and_dropout(options: dict[str, Any]) -> None:
+    for arguments in ({"autocast": True}, {"channels_last": True}, {"rate": 0.3}):
+        assert all(x.isfinite().all() for x in trained(True, options, **arguments))
+
+
+def test_the_training_script_on_a_gpu(tmp_path: Path) -> None:
+    records = []
+    for graphs in ("on", "off"):
+        config = TrainConfig(
+            out=str(tmp_path / graphs), method="FP", epochs=2, batch_size=64, penalty_every=3, lr=0.01, graphs=graphs,
+            augment="crop_flip", device="cuda",
+        )  # fmt: skip
+        assert train(config) == "finished"
+        lines = (tmp_path / graphs / "metrics.jsonl").read_text().splitlines()
+        records.append(json.loads(lines[-1]))
+    assert records[0]["train_loss"] == pytest.approx(records[1]["train_loss"], rel=1e-2)
