@@ -4,13 +4,12 @@ The networks of interest have hundreds of small tensors, and a launch costs more
 from a table in device memory where each tensor lies, and every program looks up the tensor that its tile belongs to.
 
 The table. For each tensor its first tile, the index of its first element, its size, and its address in each list. A
-program loads the first tiles of 128 tensors at once and counts those at or before its own; a binary
-search would wait for one load after the other, and a map from tiles to tensors would grow with the parameters.
-Parameters and gradients come back at the same addresses step after step, so tables are kept: one is built on the host
-and copied, from pinned memory and without waiting, only when a list is new. Inside a CUDA graph neither holds: a copy
-would read host memory that is gone when the graph is replayed, and gradients have addresses of their own. There the
-words of the table travel as arguments of (PyTorch's foreach) kernels, which the graph keeps, into memory that the graph
-owns.
+program loads the first tiles of 128 tensors at once and counts those at or before its own; a binary search would wait
+for one load after the other, and a map from tiles to tensors would grow with the parameters. Parameters and gradients
+come back at the same addresses step after step, so tables are kept: one is built on the host and copied, from pinned
+memory and without waiting, only when a list is new. Inside a CUDA graph neither holds: a copy would read host memory
+that is gone when the graph is replayed, and gradients have addresses of their own. There the words of the table travel
+as arguments of kernels (PyTorch's foreach), which the graph keeps, into memory that the graph owns.
 
 The probes. Sixteen Philox calls serve a group of 2,048 signs or 64 normal numbers (reference.probe), and a tensor may
 begin anywhere in a group. Tiles therefore follow the groups, not the tensors: the first and the last tile of a tensor
