@@ -224,6 +224,6 @@ def test_tables_are_built_once_for_a_list() -> None:
 
 
 def test_what_a_graph_writes_is_what_is_copied() -> None:
-    words = [0, 1, -1, 2**40 + 1, 2**62, 2**63 - 1]
+    words = (0, 1, -1, 2**40 + 1, 2**62, 2**63 - 1)
     device = torch.device(DEVICE)
-    assert tables._copied(words, device).tolist() == tables._written(words, device).tolist() == words
+    assert tables._copied(words, device).tolist() == tables._written(words, device).tolist() == list(words)
