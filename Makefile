@@ -39,9 +39,9 @@ bench: $(VENV)/peers ## every figure of the README; writes bench/results/
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.readme
 
-gpu: $(VENV)/built-test ## the tests that need a GPU
+gpu: $(VENV)/built-test ## the tests that need a GPU, and every figure that does; writes bench/results/<device>.json
 	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
-	  $(BIN)/python -m pytest -m gpu; \
+	  $(BIN)/python -m bench.gpu; \
 	else echo "make gpu: no GPU was found ($$($(BIN)/fastfisher info | grep '^cuda')); nothing was run"; fi
 
 clean:

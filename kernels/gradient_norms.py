@@ -232,7 +232,7 @@ def direct_tile(dtype: torch.dtype, precision: str, inputs: int, outputs: int) -
 def gram_tile(dtype: torch.dtype, precision: str, positions: int) -> Tile:
     """The block of position pairs of the Gram form: the largest whose two results spill on no GPU."""
     if dtype == torch.float64:
-        return Tile(32, 32, 16)
+        return Tile(16, 16, 16)
     if dtype != torch.float32:
         return Tile(64, 64, 16, warps=8)
     if precision == "tf32":

@@ -3,14 +3,14 @@
 The networks of interest have hundreds of small tensors, and a launch costs more than most of them. So the kernels read
 from a table in device memory where each tensor lies, and every program looks up the tensor that its tile belongs to.
 
-The table. For each tensor its first tile, the index of its first element, its size, and its address in each list. A
-program loads the first tiles of 128 tensors at once and counts those at or before its own; a binary
-search would wait for one load after the other, and a map from tiles to tensors would grow with the parameters.
-Parameters and gradients come back at the same addresses step after step, so tables are kept: one is built on the host
-and copied, from pinned memory and without waiting, only when a list is new. Inside a CUDA graph neither holds: a copy
-would read host memory that is gone when the graph is replayed, and gradients have addresses of their own. There the
-words of the table travel as arguments of (PyTorch's foreach) kernels, which the graph keeps, into memory that the graph
-owns.
+The tables. The layout has for each tensor its first tile, the index of its first element, and its size; a second table
+has the tensors' addresses in each list. A program loads the first tiles of 128 tensors at once and counts those at or
+before its own; a binary search would wait for one load after the other, and a map from tiles to tensors would grow with
+the parameters. Layouts are few, one for each list of sizes, and kept for good. Parameters and gradients come back at
+the same addresses step after step, so the last tables of addresses are kept: one is built on the host and copied, from
+pinned memory and without waiting, only when a list is new. Inside a CUDA graph neither holds: a copy would read host
+memory that is gone when the graph is replayed, and gradients have addresses of their own. There the addresses travel as
+arguments of kernels (PyTorch's foreach), which the graph keeps, into memory that the graph owns.
 
 The probes. Sixteen Philox calls serve a group of 2,048 signs or 64 normal numbers (reference.probe), and a tensor may
 begin anywhere in a group. Tiles therefore follow the groups, not the tensors: the first and the last tile of a tensor
@@ -26,6 +26,7 @@ Tile sizes and warps are not yet measured.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -45,33 +46,33 @@ TILE = tl.constexpr(8192)
 
 
 @triton.jit
-def _tensor_of(table, tensors, tile):
+def _tensor_of(layout, tensors, tile):
     """Which tensor a tile belongs to: the last one whose first tile is not after it."""
     count = 0
     for begin in range(0, tensors, 128):
         lanes = begin + tl.arange(0, 128)
-        first_tiles = tl.load(table + lanes, mask=lanes < tensors, other=0x7FFFFFFFFFFFFFFF)
+        first_tiles = tl.load(layout + lanes, mask=lanes < tensors, other=0x7FFFFFFFFFFFFFFF)
         count += tl.sum((first_tiles <= tile).to(tl.int32))
     return count - 1
 
 
 @triton.jit
-def _share(table, tensors, BLOCK: tl.constexpr):
+def _share(layout, tensors, BLOCK: tl.constexpr):
     """This program's tensor, the first block and the end of its tile, the tensor's first element, and its size."""
     tile = tl.program_id(0)
-    tensor = _tensor_of(table, tensors, tile)
-    local = tile - tl.load(table + tensor)
-    first = tl.load(table + tensors + tensor)
-    size = tl.load(table + 2 * tensors + tensor)
+    tensor = _tensor_of(layout, tensors, tile)
+    local = tile - tl.load(layout + tensor)
+    first = tl.load(layout + tensors + tensor)
+    size = tl.load(layout + 2 * tensors + tensor)
     blocks = (first % BLOCK + size + BLOCK - 1) // BLOCK
     begin = local * (TILE // BLOCK)
     return tensor, begin, tl.minimum(begin + TILE // BLOCK, blocks), first, size
 
 
 @triton.jit
-def _address(table, tensors, tensor, number, DTYPE: tl.constexpr):
+def _address(addresses, tensors, tensor, number, DTYPE: tl.constexpr):
     """Where the tensor lies in the list of that number."""
-    return tl.load(table + (3 + number) * tensors + tensor).to(tl.pointer_type(DTYPE))
+    return tl.load(addresses + number * tensors + tensor).to(tl.pointer_type(DTYPE))
 
 
 @triton.jit
@@ -159,12 +160,13 @@ def _perturb_places(out, x, reads, low, high, factor, places, z, DTYPE: tl.const
 
 @triton.jit(do_not_specialize=["tensors", "reads"])
 def _perturb(
-    table, tensors, key, eps: tl.float64, reads, DTYPE: tl.constexpr, COMPUTE: tl.constexpr, GAUSSIAN: tl.constexpr
+    layout, addresses, tensors, key, eps: tl.float64, reads,
+    DTYPE: tl.constexpr, COMPUTE: tl.constexpr, GAUSSIAN: tl.constexpr,
 ):  # fmt: skip
     """out = x + eps z, or eps z where x is not read; the lists are out and x."""
     BLOCK: tl.constexpr = NORMALS if GAUSSIAN else SIGNS
-    tensor, begin, end, first, size = _share(table, tensors, BLOCK)
-    out, x = _address(table, tensors, tensor, 0, DTYPE), _address(table, tensors, tensor, 1, DTYPE)
+    tensor, begin, end, first, size = _share(layout, tensors, BLOCK)
+    out, x = _address(addresses, tensors, tensor, 0, DTYPE), _address(addresses, tensors, tensor, 1, DTYPE)
     factor = tl.full((1, 1), eps, COMPUTE)
     for block in range(begin, end):
         w0, w1, w2, w3 = _words(key, first // BLOCK + block, GAUSSIAN)
@@ -182,11 +184,11 @@ def _products(x, low, high, places, z):
 
 
 @triton.jit(do_not_specialize=["tensors"])
-def _probe_dot(table, tensors, key, partial, DTYPE: tl.constexpr, GAUSSIAN: tl.constexpr):
+def _probe_dot(layout, addresses, tensors, key, partial, DTYPE: tl.constexpr, GAUSSIAN: tl.constexpr):
     """partial[tile] = Σ z x over the tile."""
     BLOCK: tl.constexpr = NORMALS if GAUSSIAN else SIGNS
-    tensor, begin, end, first, size = _share(table, tensors, BLOCK)
-    x = _address(table, tensors, tensor, 0, DTYPE)
+    tensor, begin, end, first, size = _share(layout, tensors, BLOCK)
+    x = _address(addresses, tensors, tensor, 0, DTYPE)
     sums = tl.zeros((BLOCK // 64, 16), tl.float64)
     for block in range(begin, end):
         w0, w1, w2, w3 = _words(key, first // BLOCK + block, GAUSSIAN)
@@ -199,11 +201,11 @@ def _probe_dot(table, tensors, key, partial, DTYPE: tl.constexpr, GAUSSIAN: tl.c
 
 
 @triton.jit(do_not_specialize=["tensors"])
-def _axpy_diff(table, tensors, scale, partial, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
+def _axpy_diff(layout, addresses, tensors, scale, partial, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
     """out += scale (a - b), partial[tile] = Σ (a - b)² over the tile; the lists are out, a and b."""
-    tensor, begin, end, first, size = _share(table, tensors, SIGNS)
-    out = _address(table, tensors, tensor, 0, DTYPE)
-    a, b = _address(table, tensors, tensor, 1, DTYPE), _address(table, tensors, tensor, 2, DTYPE)
+    tensor, begin, end, first, size = _share(layout, tensors, SIGNS)
+    out = _address(addresses, tensors, tensor, 0, DTYPE)
+    a, b = _address(addresses, tensors, tensor, 1, DTYPE), _address(addresses, tensors, tensor, 2, DTYPE)
     factor = tl.load(scale).to(COMPUTE)
     places = tl.arange(0, SIGNS)
     sums = tl.zeros((SIGNS,), tl.float64)
@@ -219,10 +221,10 @@ def _axpy_diff(table, tensors, scale, partial, DTYPE: tl.constexpr, COMPUTE: tl.
 
 
 @triton.jit(do_not_specialize=["tensors"])
-def _sum_squares(table, tensors, partial, DTYPE: tl.constexpr):
+def _sum_squares(layout, addresses, tensors, partial, DTYPE: tl.constexpr):
     """partial[tile] = Σ x² over the tile."""
-    tensor, begin, end, first, size = _share(table, tensors, SIGNS)
-    x = _address(table, tensors, tensor, 0, DTYPE)
+    tensor, begin, end, first, size = _share(layout, tensors, SIGNS)
+    x = _address(addresses, tensors, tensor, 0, DTYPE)
     places = tl.arange(0, SIGNS)
     sums = tl.zeros((SIGNS,), tl.float64)
     for block in range(begin, end):
@@ -232,83 +234,83 @@ def _sum_squares(table, tensors, partial, DTYPE: tl.constexpr):
     tl.store(partial + tl.program_id(0), tl.sum(sums))
 
 
-# ---- the table -------------------------------------------------------------------------------------------------------
+# ---- the tables ------------------------------------------------------------------------------------------------------
 
 
-def table_words(
-    sizes: Sequence[int], firsts: Sequence[int], addresses: Sequence[Sequence[int]], block: int
-) -> tuple[list[int], int]:
-    """The words of a table, column by column, and the number of its tiles.
+def layout_words(sizes: Sequence[int], firsts: Sequence[int], block: int) -> tuple[list[int], int]:
+    """The words of a layout, column by column, and the number of its tiles.
 
     Args:
         sizes: the elements of each tensor.
         firsts: the index of each tensor's first element in the probe; its blocks begin at multiples of ``block`` of
             that index.
-        addresses: for each list, the address of each tensor.
         block: the elements of a block.
     """
-    first_tiles, tiles = [], 0
-    for size, first in zip(sizes, firsts, strict=True):
-        first_tiles.append(tiles)
-        tiles += -(-(first % block + size) // TILE.value) if size else 0
-    return [*first_tiles, *firsts, *sizes, *(address for column in addresses for address in column)], tiles
+    tiles = [-(-(first % block + size) // TILE.value) if size else 0 for size, first in zip(sizes, firsts, strict=True)]
+    *first_tiles, total = itertools.accumulate(tiles, initial=0)
+    return [*first_tiles, *firsts, *sizes], total
+
+
+def _copied(words: Sequence[int], device: torch.device) -> Tensor:
+    """The words in device memory, copied in the order of the current stream."""
+    host = torch.tensor(words, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+def _written(words: Sequence[int], device: torch.device) -> Tensor:
+    """The same by kernels whose arguments are the words, for a graph that is being captured."""
+    table = torch.zeros(len(words), dtype=torch.int64, device=device)
+    torch._foreach_add_(table.unbind(), words)
+    return table
+
+
+_layouts: dict[Any, tuple[Tensor, int]] = {}
+
+
+def _layout(device: torch.device, capturing: bool, *sizes_firsts_block: Any) -> tuple[Tensor, int]:
+    """A layout in device memory, and its number of tiles."""
+    key = device, *sizes_firsts_block
+    if key not in _layouts:
+        words, tiles = layout_words(*sizes_firsts_block)
+        if capturing:
+            return _written(words, device), tiles
+        _layouts[key] = _copied(words, device), tiles
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # once: from now on, any stream and any graph may read it
+    return _layouts[key]
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_table(
-    device: torch.device, stream: int, sizes: tuple[int, ...], firsts: tuple[int, ...],
-    addresses: tuple[tuple[int, ...], ...], block: int,
-) -> tuple[Tensor, int]:  # fmt: skip
-    """A table in device memory and its number of tiles; ``stream`` is the one that the copy is ordered in."""
-    words, tiles = table_words(sizes, firsts, addresses, block)
-    table = torch.tensor(words, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return table.to(device, non_blocking=True), tiles
-
-
-def _table_of_graph(
-    device: torch.device, sizes: tuple[int, ...], firsts: tuple[int, ...], addresses: tuple[tuple[int, ...], ...],
-    block: int,
-) -> tuple[Tensor, int]:  # fmt: skip
-    """The same for a CUDA graph that is being captured: written anew by kernels whose arguments are the words."""
-    words, tiles = table_words(sizes, firsts, addresses, block)
-    table = torch.zeros(len(words), dtype=torch.int64, device=device)
-    torch._foreach_add_(table.unbind(), words)
-    return table, tiles
-
-
-def _table(device: torch.device, *layout: Any) -> tuple[Tensor, int]:
-    if device.type != "cuda":
-        return _kept_table(device, 0, *layout)
-    if torch.cuda.is_current_stream_capturing():
-        return _table_of_graph(device, *layout)
-    return _kept_table(device, torch.cuda.current_stream(device).cuda_stream, *layout)
+def _addresses(device: torch.device, stream: int, addresses: tuple[int, ...]) -> Tensor:
+    """Addresses in device memory, for the stream of that number."""
+    return _copied(addresses, device)
 
 
 class _Launch(NamedTuple):
-    """The tensors of one dtype."""
+    """The tensors of one dtype: what every kernel is told of them, and the number of programs."""
 
     dtype: torch.dtype
-    tensors: int
-    table: Tensor
+    arguments: tuple[Tensor, Tensor, int]
     tiles: int
 
 
 def _launches(lists: Sequence[Sequence[Tensor]], block: int, first: int | None = None) -> list[_Launch]:
     """One launch for each dtype in lists of tensors of equal sizes; ``first``: where in a probe the elements begin."""
     device = lists[0][0].device
-    groups: dict[torch.dtype, tuple[list[int], list[int]]] = {}
-    for i, tensor in enumerate(lists[0]):
-        places, firsts = groups.setdefault(tensor.dtype, ([], []))
-        places.append(i)
-        firsts.append(first or 0)
-        first = None if first is None else first + tensor.numel()
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    dtypes, sizes = [x.dtype for x in lists[0]], [x.numel() for x in lists[0]]
+    firsts = [0] * len(sizes) if first is None else list(itertools.accumulate(sizes, initial=first))[:-1]
+    pointers = [[x.data_ptr() for x in tensors] for tensors in lists]
     launches = []
-    for dtype, (places, firsts) in groups.items():
-        sizes = tuple(lists[0][i].numel() for i in places)
-        addresses = tuple(tuple(tensors[i].data_ptr() for i in places) for tensors in lists)
-        table, tiles = _table(device, sizes, tuple(firsts), addresses, block)
+    for dtype in dict.fromkeys(dtypes):
+        chosen = [other == dtype for other in dtypes]
+        some_sizes, some_firsts = (tuple(itertools.compress(column, chosen)) for column in (sizes, firsts))
+        layout, tiles = _layout(device, capturing, some_sizes, some_firsts, block)
+        some_pointers = tuple(itertools.chain.from_iterable(itertools.compress(column, chosen) for column in pointers))
+        addresses = _written(some_pointers, device) if capturing else _addresses(device, stream, some_pointers)
         if tiles:
-            launches.append(_Launch(dtype, len(places), table, tiles))
+            launches.append(_Launch(dtype, (layout, addresses, len(some_sizes)), tiles))
     return launches
 
 
@@ -336,21 +338,29 @@ def _block(distribution: str) -> int:
 
 def _check_list(tensors: Sequence[Tensor], name: str) -> None:
     check(len(tensors) > 0, f"{name}: expected at least one tensor")
-    for tensor in tensors:
+    for tensor in {x.dtype: x for x in tensors}.values():
         check_dtype(tensor, name)
-        check(tensor.device == tensors[0].device, f"{name}: expected tensors on one device")
+    check(len({x.get_device() for x in tensors}) == 1, f"{name}: expected tensors on one device")
+
+
+def _facts(tensors: Sequence[Tensor]) -> tuple[list[int], list[torch.dtype], list[int]]:
+    return [x.numel() for x in tensors], [x.dtype for x in tensors], [x.get_device() for x in tensors]
 
 
 def _check_pairs(first: Sequence[Tensor], second: Sequence[Tensor], names: str) -> None:
-    """Raises ValueError unless the lists match tensor by tensor, and are contiguous."""
+    """Raises ValueError unless the lists match tensor by tensor, and are contiguous.
+
+    It runs at each call, on hundreds of tensors: a message is made only where it is raised.
+    """
     check(len(first) == len(second), f"{names}: expected lists of one length, got {len(first)} and {len(second)}")
-    for i, (x, y) in enumerate(zip(first, second, strict=True)):
-        check(
-            x.numel() == y.numel() and x.dtype == y.dtype and x.device == y.device,
-            f"{names}: expected the same size and dtype on one device, got {x.numel()} {x.dtype} on {x.device} and "
-            f"{y.numel()} {y.dtype} on {y.device}",
-        )
-        check(x.is_contiguous() and y.is_contiguous(), f"{names}: expected contiguous tensors, tensor {i} is not")
+    if _facts(first) != _facts(second):
+        i = next(i for i, x in enumerate(first) if _facts([x]) != _facts([second[i]]))
+        got = " and ".join(f"{x.numel()} {x.dtype} on {x.device}" for x in (first[i], second[i]))
+        raise ValueError(f"{names}: expected the same size and dtype on one device, got {got}")
+    for tensors in (first, second):
+        dense = [x.is_contiguous() for x in tensors]
+        if not all(dense):
+            raise ValueError(f"{names}: expected contiguous tensors, tensor {dense.index(False)} is not")
 
 
 def _check_probe(key: Tensor, distribution: str, first: int, device: torch.device) -> None:
@@ -375,7 +385,7 @@ def perturb(
     with torch.cuda.device_of(out[0]):
         for launch in _launches([out, tensors or out], _block(distribution), first):
             _perturb[(launch.tiles,)](
-                launch.table, launch.tensors, key, eps, int(bool(tensors)), DTYPE=_stored(launch.dtype),
+                *launch.arguments, key, eps, int(bool(tensors)), DTYPE=_stored(launch.dtype),
                 COMPUTE=_compute(launch.dtype), GAUSSIAN=distribution == "gaussian", num_warps=2,
             )  # fmt: skip
 
@@ -394,7 +404,7 @@ def probe_dot(tensors: list[Tensor], key: Tensor, distribution: str, first: int 
         partial, parts = _partials(launches, key.device)
         for launch, part in zip(launches, parts, strict=True):
             _probe_dot[(launch.tiles,)](
-                launch.table, launch.tensors, key, part, DTYPE=_stored(launch.dtype),
+                *launch.arguments, key, part, DTYPE=_stored(launch.dtype),
                 GAUSSIAN=distribution == "gaussian", num_warps=2,
             )  # fmt: skip
     return partial.sum()
@@ -416,7 +426,7 @@ def axpy_diff(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: Tensor
         partial, parts = _partials(launches, out[0].device)
         for launch, part in zip(launches, parts, strict=True):
             _axpy_diff[(launch.tiles,)](
-                launch.table, launch.tensors, scale, part, DTYPE=_stored(launch.dtype), COMPUTE=_compute(launch.dtype),
+                *launch.arguments, scale, part, DTYPE=_stored(launch.dtype), COMPUTE=_compute(launch.dtype),
                 num_warps=4,
             )  # fmt: skip
     return partial.sum()
@@ -434,23 +444,23 @@ def sum_squares(tensors: list[Tensor]) -> Tensor:
         launches = _launches([dense], SIGNS.value)
         partial, parts = _partials(launches, dense[0].device)
         for launch, part in zip(launches, parts, strict=True):
-            _sum_squares[(launch.tiles,)](launch.table, launch.tensors, part, DTYPE=_stored(launch.dtype), num_warps=4)
+            _sum_squares[(launch.tiles,)](*launch.arguments, part, DTYPE=_stored(launch.dtype), num_warps=4)
     return partial.sum()
 
 
 def _configurations() -> list[Configuration]:
     found = []
-    table = {"table": "*i64", "tensors": "i32"}
+    tables = {"layout": "*i64", "addresses": "*i64", "tensors": "i32"}
     for dtype in TYPES:
         kind = _stored(dtype)
         compute = {"DTYPE": kind, "COMPUTE": _compute(dtype)}
         for gaussian in (False, True):
-            signature = {**table, "key": "*i64", "eps": "fp64", "reads": "i32"}
+            signature = {**tables, "key": "*i64", "eps": "fp64", "reads": "i32"}
             found.append(Configuration(_perturb, signature, {**compute, "GAUSSIAN": gaussian}, num_warps=2))
-            signature = {**table, "key": "*i64", "partial": "*fp64"}
+            signature = {**tables, "key": "*i64", "partial": "*fp64"}
             found.append(Configuration(_probe_dot, signature, {"DTYPE": kind, "GAUSSIAN": gaussian}, num_warps=2))
-        found.append(Configuration(_axpy_diff, {**table, "scale": "*fp64", "partial": "*fp64"}, compute, num_warps=4))
-        found.append(Configuration(_sum_squares, {**table, "partial": "*fp64"}, {"DTYPE": kind}, num_warps=4))
+        found.append(Configuration(_axpy_diff, {**tables, "scale": "*fp64", "partial": "*fp64"}, compute, num_warps=4))
+        found.append(Configuration(_sum_squares, {**tables, "partial": "*fp64"}, {"DTYPE": kind}, num_warps=4))
     return found
 
 

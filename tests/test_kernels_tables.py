@@ -195,11 +195,10 @@ def test_tiles_cover_every_element_once(block: int) -> None:
     generator = numpy.random.default_rng(0)
     sizes = [int(n) for n in generator.choice([0, 1, 100, 2047, 2048, 2049, 8192, 30_000], size=300)]
     firsts = [5 + sum(sizes[:i]) for i in range(len(sizes))]
-    addresses = [[1000 * i for i in range(len(sizes))], [7 * i for i in range(len(sizes))]]
-    words, tiles = tables.table_words(sizes, firsts, addresses, block)
-    columns = numpy.array(words).reshape(5, len(sizes))
+    words, tiles = tables.layout_words(sizes, firsts, block)
+    columns = numpy.array(words).reshape(3, len(sizes))
     first_tiles = columns[0]
-    assert columns[1].tolist() == firsts and columns[2].tolist() == sizes and columns[3:].tolist() == addresses
+    assert columns[1].tolist() == firsts and columns[2].tolist() == sizes
     covered = [0] * len(sizes)
     for tile in range(tiles):
         tensor = int((first_tiles <= tile).sum()) - 1  # what a program does
@@ -214,18 +213,18 @@ def test_a_program_finds_its_tensor_among_more_than_it_loads_at_once() -> None:
     assert float(tables.sum_squares(tensors)) == sum(n % 3 * n**2 for n in range(150))
 
 
-def test_a_table_is_built_once_for_a_list() -> None:
-    tables._kept_table.cache_clear()
+def test_tables_are_built_once_for_a_list() -> None:
+    tables._addresses.cache_clear()
+    tables._layouts.clear()
     tensors = tensors_for(torch.float32)
     for _ in range(3):
         tables.sum_squares(tensors)
-    assert tables._kept_table.cache_info().misses == 1
+    assert tables._addresses.cache_info().misses == len(tables._layouts) == 1
     tables.sum_squares([x.clone() for x in tensors])
-    assert tables._kept_table.cache_info().misses == 2
+    assert tables._addresses.cache_info().misses == 2 and len(tables._layouts) == 1
 
 
-def test_the_table_of_a_graph_is_that_which_is_kept() -> None:
-    layout = ((3, 0, 9000), (0, 3, 3), ((2**40 + 1, 2**62, 3),), tables.SIGNS.value)
-    kept, tiles = tables._kept_table(torch.device(DEVICE), 0, *layout)
-    written, same = tables._table_of_graph(torch.device(DEVICE), *layout)
-    assert torch.equal(kept, written) and tiles == same
+def test_what_a_graph_writes_is_what_is_copied() -> None:
+    words = (0, 1, -1, 2**40 + 1, 2**62, 2**63 - 1)
+    device = torch.device(DEVICE)
+    assert tables._copied(words, device).tolist() == tables._written(words, device).tolist() == list(words)

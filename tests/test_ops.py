@@ -387,7 +387,7 @@ def test_tensors_that_lie_otherwise_in_memory_take_the_fast_path() -> None:
     cases = [(out, a, b), (out, a.contiguous(), b), (out.contiguous(), a, b), (out[0, 0].t(), a[0, 0].t(), b[0, 0].t())]
     for target, x, y in cases:
         found, expected = target.clone(), target.clone()
-        sizes = [m.axpy_diff([t], [x], [y], 0.3) for m, t in ((ops, found), (reference, expected))]
+        sizes = [m.axpy_diff([t], [x], [y], scalar(0.3)) for m, t in ((ops, found), (reference, expected))]
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(*sizes)
         torch.testing.assert_close(ops.sum_squares([x]), reference.sum_squares([x]))
@@ -403,7 +403,7 @@ def test_targets_with_gaps_are_written_by_the_reference_which_says_so() -> None:
     with pytest.warns(
         fastfisher.SlowPathWarning, match="axpy_diff runs its PyTorch reference: a tensor of out has gaps"
     ):
-        ops.axpy_diff([out], [x], [torch.zeros_like(x)], 2.0)
+        ops.axpy_diff([out], [x], [torch.zeros_like(x)], scalar(2.0))
     torch.testing.assert_close(out, 2 * x)
     with pytest.warns(fastfisher.SlowPathWarning, match="perturb runs its PyTorch reference: a tensor of out is not"):
         ops.perturb([out], [x], KEY, 0.0, "gaussian")

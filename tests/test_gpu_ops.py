@@ -1,0 +1,181 @@
+"""Every operator on CUDA: the tests of the CPU's kernels over the same grids, and what only a GPU can show.
+
+The tests of tests/test_ops.py run here as they are, with operators that take their tensors to the GPU and bring the
+results back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fastfisher import ops, reference
+from tests import test_ops, test_probes
+from tests.test_ops import KEY, assert_labels_are_the_exact_inverse_cdf, logits_for
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+class OnTheGPU:
+    """The functions of fastfisher.ops, on copies of their tensors on the GPU."""
+
+    UNAVAILABLE = "values are not checked on a GPU"  # skips what test_ops expects of those checks
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            moved = tree_map_only(Tensor, lambda x: x.cuda(), args)
+            result = getattr(ops, name)(*moved)
+            if name == "gate_relu_":
+                args[0].copy_(moved[0])
+            elif name in ("axpy_diff", "perturb"):
+                for target, written in zip(args[0], moved[0], strict=True):
+                    target.copy_(written)
+            return tree_map_only(Tensor, lambda x: x.cpu(), result)
+
+        return call
+
+
+@pytest.fixture(autouse=True)
+def on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_ops, "ops", OnTheGPU())
+    monkeypatch.setattr(test_probes, "ops", OnTheGPU())
+
+
+test_values_err_at_most_twice_what_pytorch_errs = test_ops.test_values_err_at_most_twice_what_pytorch_errs
+test_labels_are_the_exact_inverse_cdf = test_ops.test_labels_are_the_exact_inverse_cdf
+test_draws_follow_the_softmax = test_ops.test_draws_follow_the_softmax
+test_each_tile_of_the_widest_row_is_drawn_within = test_ops.test_each_tile_of_the_widest_row_is_drawn_within
+test_extreme_and_masked_logits = test_ops.test_extreme_and_masked_logits
+test_derivatives_to_second_order = test_ops.test_derivatives_to_second_order
+test_gates_and_combines_agree_with_the_reference = test_ops.test_gates_and_combines_agree_with_the_reference
+test_max_pool_agrees_with_the_reference = test_ops.test_max_pool_agrees_with_the_reference
+test_max_pool_names_what_is_wrong = test_ops.test_max_pool_names_what_is_wrong
+test_max_pool_gates_agree_with_the_reference = test_ops.test_max_pool_gates_agree_with_the_reference
+test_norms_of_convolution_gradients = test_ops.test_norms_of_convolution_gradients
+test_norms_of_linear_gradients = test_ops.test_norms_of_linear_gradients
+test_the_gram_form_notices_that_it_cancels = test_ops.test_the_gram_form_notices_that_it_cancels
+test_channel_products_agree_with_the_reference = test_ops.test_channel_products_agree_with_the_reference
+test_rademacher_cotangents_agree_with_the_reference = test_ops.test_rademacher_cotangents_agree_with_the_reference
+test_rademacher_cotangents_have_the_covariance = test_ops.test_rademacher_cotangents_have_the_covariance_of_the_score
+test_signs_are_those_of_the_reference = test_probes.test_signs_are_those_of_the_reference
+test_normal_numbers_are_those_of_the_reference = (
+    test_probes.test_normal_numbers_are_those_of_the_reference_within_rounding
+)
+test_both_probe_operators_agree_with_the_reference = test_probes.test_both_operators_agree_with_the_reference
+test_the_probe_depends_on_key_and_element_alone = test_probes.test_the_probe_depends_on_key_and_element_alone
+
+
+# ---- what only a GPU can show ---------------------------------------------------------------------------------------
+
+
+def cases() -> dict[str, tuple[Any, ...]]:
+    """Arguments for each operator, on the GPU."""
+    torch.manual_seed(0)
+    x, key = torch.randn(300, 1000, device="cuda"), KEY.cuda()
+    lists = [torch.randn(n, device="cuda") for n in (3, 70_000, 1025)]
+    images, gradients = torch.randn(4, 6, 9, 8, device="cuda"), torch.randn(4, 10, 9, 8, device="cuda")
+    labels = torch.randint(1000, (300,), device="cuda")
+    words = torch.randint(-(2**31), 2**31 - 1, (9375,), dtype=torch.int32, device="cuda")
+    indices = torch.randint(-1, 1000, (300, 500), dtype=torch.int32, device="cuda")
+    same = ([3, 3], [1, 1], [1, 1], [1, 1], 1)
+    return {
+        "sample_cross_entropy": (x, key, 0.5),
+        "softmax_hessian_product": (x, labels, x + 1, 0.5),
+        "rademacher_cotangent": (x, key, 0.5),
+        "gate_relu": (x,),
+        "gate_relu_": (x.clone(),),
+        "gate_apply": (x, words),
+        "gate_max_pool": (images.flatten(0, 1), 3, 2, 1, 2, True),
+        "gate_take": (x, indices),
+        "gate_put": (x[:, :500].contiguous(), indices, 1000),
+        "axpy_diff": ([t.clone() for t in lists], lists, [2 * t for t in lists], 0.5),
+        "sum_squares": (lists,),
+        "probe_dot": (lists, key, "gaussian", 3),
+        "perturb": ([t.clone() for t in lists], lists, key, 0.1, "rademacher", 5),
+        "grad_sqnorm_linear": (images.flatten(2), gradients.flatten(2)[:, :6], True),
+        "grad_sqnorm_conv": (images, gradients, *same, False),
+        "channel_products": (images.flatten(2), images.flatten(2) + 1, images[0, :, 0, 0].contiguous()),
+    }
+
+
+OPERATORS = list(ops.GPU_KERNELS)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name: str) -> None:
+    torch.library.opcheck(getattr(torch.ops.fastfisher, name).default, cases()[name])
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_nothing_waits_for_the_gpu_and_the_bits_are_those_of_every_run(name: str) -> None:
+    call = getattr(ops, name)
+    first = call(*cases()[name])  # compiles
+    again = cases()[name]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = call(*again)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for one, other in zip(tree_leaves(first), tree_leaves(second), strict=True):
+        assert one is None or torch.equal(one, other)
+
+
+def test_a_graph_draws_by_the_key_that_it_finds() -> None:
+    logits, key = torch.zeros(64, 5000, device="cuda"), KEY.cuda()
+    ops.sample_cross_entropy(logits, key, 1.0)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _, labels, _ = ops.sample_cross_entropy(logits, key, 1.0)
+    for offset in (0, 1):
+        key[1] = offset
+        graph.replay()
+        assert torch.equal(labels, ops.sample_cross_entropy(logits, key, 1.0)[1])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, None])
+@pytest.mark.parametrize("classes", [10, 3000, 20_000])  # each form of the kernels
+def test_a_row_without_a_softmax_is_marked_and_harms_no_other(classes: int, bad: float | None) -> None:
+    logits = torch.randn(50, classes, device="cuda")
+    good = ops.sample_cross_entropy(logits, KEY.cuda(), 1.0)
+    if bad is None:
+        logits[17] = -math.inf
+    else:
+        logits[17, classes // 2] = bad
+    found = ops.sample_cross_entropy(logits, KEY.cuda(), 1.0)
+    assert found[1][17] == -1 and bool(found[0][17].isnan()) and bool(found[2][17].isnan().all())
+    others = torch.arange(50, device="cuda") != 17
+    assert all(torch.equal(x[others], y[others]) for x, y in zip(found, good, strict=True))
+    cotangent = ops.rademacher_cotangent(logits, KEY.cuda(), 1.0)
+    assert bool(cotangent[17].isnan().all()) and bool(cotangent[others].isfinite().all())
+
+
+def test_rows_beyond_2_31_elements() -> None:
+    rows, columns = 2**31 // 50257 + 2, 50257
+    last = logits_for(columns, torch.float16, rows=2)
+    logits = torch.zeros(rows, columns, dtype=torch.float16, device="cuda")
+    logits[-2:] = last.cuda()
+    nll, labels, dlogits = ops.sample_cross_entropy(logits, KEY.cuda(), 1.0)
+    u = reference.philox(KEY, torch.tensor([rows - 2, rows - 1])).double() * 2.0**-32
+    for i in range(2):  # the draw of these rows, by hand: their numbers are not those of a batch of two
+        weights = torch.nn.functional.pad(last[i].double().softmax(0), (0, -columns % 1024)).view(-1, 1024)
+        tile = int((weights.sum(1).cumsum(0) <= u[i, 0] * weights.sum()).sum())
+        element = int((weights[tile].cumsum(0) <= u[i, 1] * weights[tile].sum()).sum())
+        assert abs(int(labels[rows - 2 + i]) - (1024 * tile + element)) <= 1  # or the neighbour, by rounding
+        expected = last[i].double().softmax(0)
+        expected[labels[rows - 2 + i]] -= 1
+        torch.testing.assert_close(dlogits[rows - 2 + i].cpu().double(), expected, rtol=0, atol=1e-3)
+    assert bool(nll.isfinite().all())
+
+
+def test_labels_equal_those_of_the_cpu() -> None:
+    logits = logits_for(1000, torch.float32, rows=5000)
+    labels = ops.sample_cross_entropy(logits.cuda(), KEY.cuda(), 1.0)[1].cpu()
+    assert_labels_are_the_exact_inverse_cdf(logits, labels, KEY)
+    assert (labels != ops.sample_cross_entropy(logits, KEY, 1.0)[1]).float().mean() < 1e-3
