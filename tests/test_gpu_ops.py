@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+import fastfisher
 from fastfisher import ops, reference
 from tests import test_ops, test_probes
 from tests.test_ops import KEY, assert_labels_are_the_exact_inverse_cdf, logits_for
@@ -179,3 +180,18 @@ def test_labels_equal_those_of_the_cpu() -> None:
     labels = ops.sample_cross_entropy(logits.cuda(), KEY.cuda(), 1.0)[1].cpu()
     assert_labels_are_the_exact_inverse_cdf(logits, labels, KEY)
     assert (labels != ops.sample_cross_entropy(logits, KEY, 1.0)[1]).float().mean() < 1e-3
+
+
+def test_the_trace_of_the_hessian_equals_that_of_the_cpu() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 4)).double()
+    x, y = torch.randn(12, 6, dtype=torch.float64), torch.randint(4, (12,))
+    # The same seed gives the same key, and so the same probes, up to the rounding of a normal number in float32.
+    expected, found = (
+        fastfisher.trace_hessian(
+            model.to(device), x.to(device), y.to(device), method="hutchinson", probes=5,
+            generator=torch.Generator().manual_seed(3),
+        )
+        for device in ("cpu", "cuda")
+    )  # fmt: skip
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
