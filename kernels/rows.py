@@ -339,8 +339,8 @@ def plan(operator: str, dtype: torch.dtype, columns: int) -> Configuration:
     names = {"*T": f"*{TYPES[dtype]}", "*L": "*fp64" if dtype == torch.float64 else "*fp32"}
     types = {name: names.get(kind, kind) for name, kind in pointers.items()}
     signature = {**types, "rows": "i64", "columns": "i32", "scale": "fp64"}
-    # Narrow rows are read whole by neighbouring threads, whatever they are aligned to.
-    multiple = 8 if columns % 8 == 0 and columns > NARROW[-1] else 1
+    # Narrow rows are read whole by neighbouring threads, whatever they are aligned to; float64 need not be fast.
+    multiple = 8 if columns % 8 == 0 and columns > NARROW[-1] and dtype != torch.float64 else 1
     if columns > (NARROW[-1] if dtype == torch.float64 else WIDE[-1] * TILE):
         constants = {"STEPS": STEPS, "TILES": STEP_TILES, "WIDTH": TILE, "MULTIPLE": multiple}
         return Configuration(looped, signature, constants, num_warps=16)
