@@ -160,17 +160,22 @@ std::tuple<Tensor, Tensor> gate_relu(const Tensor& x) {
 
 Tensor gate_relu_(const Tensor& x) { return relu_into(x, x); }
 
+const uint32_t* checked_bits(const Tensor& bits, int64_t numel) {
+  const int64_t words = (numel + 31) / 32;
+  check(bits.scalar_type() == ScalarType::Int && bits.numel() == words && bits.is_contiguous(),
+        "bits: expected a contiguous int32 tensor of ", words, " words, got ", bits.numel());
+  return static_cast<const uint32_t*>(bits.const_data_ptr());
+}
+
 Tensor gate_apply(const Tensor& x, const Tensor& bits) {
   check(x.is_contiguous(), "x: expected a contiguous tensor");
   const Type type = type_of(x, "x");
-  const int64_t numel = x.numel(), words = (numel + 31) / 32;
-  check(bits.scalar_type() == ScalarType::Int && bits.numel() == words && bits.is_contiguous(),
-        "bits: expected a contiguous int32 tensor of ", words, " words, got ", bits.numel());
+  const auto* gates = checked_bits(bits, x.numel());
   Tensor out = torch::stable::empty_like(x);
   const void* source = x.const_data_ptr();
-  const auto* gates = static_cast<const uint32_t*>(bits.const_data_ptr());
   void* target = out.mutable_data_ptr();
-  torch::stable::parallel_for(0, words, kGrain / 32, [&](int64_t begin, int64_t end) {
+  const int64_t numel = x.numel();
+  torch::stable::parallel_for(0, (numel + 31) / 32, kGrain / 32, [&](int64_t begin, int64_t end) {
     kernels().gate_apply(type, source, numel, gates, target, begin, end);
   });
   return out;
@@ -270,7 +275,9 @@ Tensor reduce(const std::vector<Piece>& pieces, Function piece_sum) {
 }
 
 Tensor axpy_diff(const std::vector<Tensor>& out, const std::vector<Tensor>& a, const std::vector<Tensor>& b,
-                 double scale) {
+                 const Tensor& scale) {
+  check(scale.numel() == 1 && scale.scalar_type() == ScalarType::Double, "scale: expected a float64 scalar");
+  const double factor = *static_cast<const double*>(scale.const_data_ptr());
   check(out.size() == a.size() && out.size() == b.size(), "out, a and b: expected lists of one length, got ",
         out.size(), ", ", a.size(), " and ", b.size());
   // Everything is checked before anything is written.
@@ -284,7 +291,7 @@ Tensor axpy_diff(const std::vector<Tensor>& out, const std::vector<Tensor>& a, c
   return reduce(pieces_of(out), [&](const Piece& piece) {
     const auto& [i, begin, end] = piece;
     return kernels().axpy_diff(type_of(out[i], "out"), out[i].mutable_data_ptr(), a[i].const_data_ptr(),
-                               b[i].const_data_ptr(), scale, begin, end);
+                               b[i].const_data_ptr(), factor, begin, end);
   });
 }
 
@@ -332,12 +339,13 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm(const Tensor& x, const std::option
   return {y, mean, variance};
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const Tensor& x,
-                                                       const std::optional<Tensor>& weight, const Tensor& mean,
-                                                       const Tensor& variance, double eps) {
+std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const std::optional<Tensor>& bits,
+                                                       const Tensor& x, const std::optional<Tensor>& weight,
+                                                       const Tensor& mean, const Tensor& variance, double eps) {
   const auto shape = batch_shape(x, weight);
   check_same(grad, "grad", x, "x");
   check(grad.is_contiguous(), "grad: expected a contiguous tensor");
+  const uint32_t* gates = bits ? checked_bits(*bits, x.numel()) : nullptr;
   for (const Tensor* statistic : {&mean, &variance})
     check(statistic->is_contiguous() && statistic->numel() == shape.channels &&
               statistic->scalar_type() == ScalarType::Double,
@@ -353,8 +361,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const
   void* bias_out = grad_bias.mutable_data_ptr();
   torch::stable::parallel_for(0, shape.channels, rows_per_task(shape.examples * shape.size),
                               [&](int64_t begin, int64_t end) {
-                                kernels().batch_norm_backward(type, g, source, shape, weights, means, variances, eps,
-                                                              x_out, weight_out, bias_out, begin, end);
+                                kernels().batch_norm_backward(type, g, gates, source, shape, weights, means, variances,
+                                                              eps, x_out, weight_out, bias_out, begin, end);
                               });
   return {grad_x, grad_weight, grad_bias};
 }
@@ -562,11 +570,12 @@ STABLE_TORCH_LIBRARY(fastfisher, m) {
       "values, Tensor indices)");
   m.def("gate_take(Tensor x, Tensor indices) -> Tensor");
   m.def("gate_put(Tensor y, Tensor indices, int elements) -> Tensor");
-  m.def("axpy_diff(Tensor(a!)[] out, Tensor[] a, Tensor[] b, float scale) -> Tensor");
+  m.def("axpy_diff(Tensor(a!)[] out, Tensor[] a, Tensor[] b, Tensor scale) -> Tensor");
   m.def("sum_squares(Tensor[] tensors) -> Tensor");
   m.def("batch_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor variance)");
   m.def(
-      "batch_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor variance, float eps) -> (Tensor "
+      "batch_norm_backward(Tensor grad, Tensor? bits, Tensor x, Tensor? weight, Tensor mean, Tensor variance, float "
+      "eps) -> (Tensor "
       "grad_x, Tensor grad_weight, Tensor grad_bias)");
   m.def("rademacher_cotangent(Tensor logits, Tensor key, float scale) -> Tensor");
   m.def("grad_sqnorm_linear(Tensor a, Tensor d, bool gram) -> Tensor");

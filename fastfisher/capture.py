@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import itertools
 import types
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,20 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastfisher.layers import Layer, Layout, bind, depends, tensors_in
-from fastfisher.penalty import Inputs, call_model, input_tensors, map_inputs
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts the model in eval mode and, on leaving, every module back in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
+from fastfisher.model import Inputs, call_model, input_tensors, map_inputs
 
 Receive = Callable[[Layer, Tensor], None]
 
@@ -91,7 +77,6 @@ class Capture:
             )
         if not isinstance(self.logits, Tensor):
             raise TypeError(f"model: expected a tensor of logits as output, got {type(self.logits).__name__}")
-        mode.finish()
         self.direct, self.joint = self._plan(mode)
 
     def backward(self, cotangent: Tensor, receive: Receive, *, retain_graph: bool = False) -> None:
@@ -159,10 +144,13 @@ class _Tap(torch.autograd.Function):
 
 
 class _Own(torch.autograd.Function):
-    """A layer that has its own backward, which also hands the gradient of the output over."""
+    """A layer's own forward and backward, which also hands the gradient of the output over.
+
+    Without an operand the output is a copy of a parameter for each example.
+    """
 
     @staticmethod
-    def forward(ctx: Any, operand: Tensor, anchor: Tensor, capture: Capture, layer: Layer) -> Tensor:
+    def forward(ctx: Any, operand: Tensor | None, anchor: Tensor, capture: Capture, layer: Layer) -> Tensor:
         ctx.capture, ctx.layer = capture, layer
         ctx.set_materialize_grads(False)
         return layer.output()
@@ -173,22 +161,6 @@ class _Own(torch.autograd.Function):
             ctx.capture.receive(ctx.layer, grad)
             grad = ctx.layer.pull_back(grad) if ctx.needs_input_grad[0] else None
         return grad, None, None, None
-
-
-class _Source(torch.autograd.Function):
-    """A copy of a parameter for each example, whose gradient is handed over."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, capture: Capture, layer: Layer) -> Tensor:
-        ctx.capture, ctx.layer = capture, layer
-        ctx.set_materialize_grads(False)
-        return layer.output()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> Any:
-        if grad is not None:
-            ctx.capture.receive(ctx.layer, grad)
-        return None, None, None
 
 
 class _Watch(TorchFunctionMode):
@@ -213,10 +185,6 @@ class _Watch(TorchFunctionMode):
         """The model's output."""
         with self:
             return call_model(self.model, self.inputs)
-
-    def finish(self) -> None:
-        """Lets go of what only the forward needs."""
-        self.probed = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -280,7 +248,7 @@ class _Watch(TorchFunctionMode):
             return layer.finish(tapped)
         (original,) = layer.tensors.values()
         narrowed = self._follow(layer.narrow(), [original])
-        copies = _Source.apply(self.capture.anchor, self.capture, layer)  # type: ignore[no-untyped-call]
+        copies = _Own.apply(None, self.capture.anchor, self.capture, layer)  # type: ignore[no-untyped-call]
 
         def swap(tensor: Tensor) -> Tensor:
             return copies if tensor is original else self._detached(tensor)

@@ -6,7 +6,10 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastfisher.training.replicas import Replicas
 
 TRAIN_EXTRA = ("sklearn", "tqdm", "tensorboard")
 
@@ -14,7 +17,7 @@ TRAIN_EXTRA = ("sklearn", "tqdm", "tensorboard")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code.
 
-    0: done; 1: the run failed or an extra is not installed; 2: an option cannot be used, nothing was written;
+    0: done; 1: a run failed or an extra is not installed; 2: an option cannot be used, nothing was written;
     130: interrupted by Ctrl-C, after saving a checkpoint.
     """
     parser = argparse.ArgumentParser(
@@ -32,6 +35,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from fastfisher.training.config import add_arguments
 
     add_arguments(train_parser)
+    seeds = train_parser.add_argument_group("many seeds")
+    seeds.add_argument(
+        "--seeds",
+        type=int,
+        metavar="INT",
+        default=argparse.SUPPRESS,
+        help="train this many runs, with --seed and the numbers that follow, each in a folder seed-<seed> of --out and "
+        "each as it is alone; the label noise has each run's seed unless --noise-seed is given",
+    )
+    seeds.add_argument(
+        "--together",
+        type=int,
+        metavar="INT",
+        default=argparse.SUPPRESS,
+        help="how many of --seeds train at the same time, each in a process of its own (default: 1); on a GPU all "
+        "use the same device, and each gets its share of the CPU's threads unless --threads is given",
+    )
     given = vars(parser.parse_args(arguments))
     if given.pop("command") == "info":
         from fastfisher.info import describe
@@ -54,8 +74,11 @@ def _train(given: dict[str, Any]) -> int:
     from fastfisher.training.config import ConfigError, from_values, to_values
     from fastfisher.training.folder import RunFolder
     from fastfisher.training.loop import TrainingDivergedError, train
+    from fastfisher.training.replicas import asked_for
 
     try:
+        if replicas := asked_for(given):
+            return _train_replicas(replicas)
         config = from_values(given)
         if config.resume:
             # What is not on the command line is as it was when the run was started.
@@ -68,7 +91,24 @@ def _train(given: dict[str, Any]) -> int:
         print(f"fastfisher train: {error}", file=sys.stderr)
         return 1
     if outcome == "interrupted":
-        print(f"interrupted; continue with: fastfisher train --resume --out {shlex.quote(config.out)}")
-        return 130
+        return _interrupted(config.out)
     print(f"{outcome}: {config.out}")
     return 0
+
+
+def _train_replicas(replicas: Replicas) -> int:
+    from fastfisher.training.replicas import describe_summary, train_replicas
+
+    try:
+        summary, failures = train_replicas(replicas)
+    except KeyboardInterrupt:
+        return _interrupted(replicas.config.out)
+    print(describe_summary(summary))
+    for failure in failures:
+        print(f"fastfisher train: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _interrupted(out: str) -> int:
+    print(f"interrupted; continue with: fastfisher train --resume --out {shlex.quote(out)}")
+    return 130

@@ -11,6 +11,7 @@ already; the ReLU recognises that gradient (and only that one) and hands it on a
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,6 +37,27 @@ class Passage:
         """Whether ``x`` is this ReLU's output, unchanged since."""
         return self.output is not None and self.output() is x and x._version == self.version
 
+    def has_gated(self, grad: Tensor) -> bool:
+        """Whether ``grad`` came through a max-pool that has gated it; asked once in a backward."""
+        gated, self.gated = self.gated, None
+        return grad is gated
+
+    def through(self, x: Tensor, inplace: bool) -> Tensor:
+        """``x`` where the gates are open, else 0; outside of autograd."""
+        if self.bits is None and not x.is_contiguous():
+            self.order = _memory_order(x)
+        order = self.order
+        ordered = x if order is None else x.permute(order)
+        if self.bits is None and inplace and ordered.is_contiguous():
+            self.bits = ops.gate_relu_(ordered)
+            return x
+        if self.bits is None:
+            out, self.bits = ops.gate_relu(ordered.contiguous())
+        else:
+            out = ops.gate_apply(ordered.contiguous(), self.bits)
+        out = out if order is None else alias(out, x.shape, order)
+        return x.copy_(out) if inplace else out
+
 
 class _Gate(torch.autograd.Function):
     """x where the gates are open, else 0."""
@@ -44,33 +66,23 @@ class _Gate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, passage: Passage, inplace: bool) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.passage = passage
-        if passage.bits is None and not x.is_contiguous():
-            passage.order = _memory_order(x)
-        order = passage.order
-        ordered = x if order is None else x.permute(order)
-        if passage.bits is None and inplace and ordered.is_contiguous():
-            passage.bits = ops.gate_relu_(ordered)
-        else:
-            if passage.bits is None:
-                out, passage.bits = ops.gate_relu(ordered.contiguous())
-            else:
-                out = ops.gate_apply(ordered.contiguous(), passage.bits)
-            out = out if order is None else _alias(out, x.shape, order)
-            if inplace:
-                x.copy_(out)
+        out = passage.through(x, inplace)
         ctx.save_for_backward(passage.bits)
         if inplace:
             ctx.mark_dirty(x)
-        return x if inplace else out
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Any:
-        passage: Passage = ctx.passage
-        gated, passage.gated = passage.gated, None
-        if grad is not None and grad is not gated:
+        if grad is not None and not ctx.passage.has_gated(grad):
             (bits,) = ctx.saved_tensors
-            grad = _Gate.apply(grad, Passage(bits, passage.order), False)  # type: ignore[no-untyped-call]
+            grad = gate(grad, Passage(bits, ctx.passage.order), False)
         return grad, None, None
+
+
+def gate(x: Tensor, passage: Passage, inplace: bool) -> Tensor:
+    """ReLU of ``x`` by the gates of ``passage``, or by its own, which ``passage`` has afterwards."""
+    return _Gate.apply(x, passage, inplace)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Take(torch.autograd.Function):
@@ -82,7 +94,7 @@ class _Take(torch.autograd.Function):
         ctx.shape, ctx.dims, ctx.passage = x.shape, dims, passage
         if taken is None:
             taken = ops.gate_take(_planes(x, dims), _planes(indices, dims))
-        return _alias(taken, indices.shape)
+        return alias(taken, indices.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -108,14 +120,16 @@ class _Put(torch.autograd.Function):
         return _Take.apply(grad, indices, ctx.dims, None, None), None, None, None  # type: ignore[no-untyped-call]
 
 
-def relu(x: Tensor, *, inplace: bool, gates: Passage | None = None) -> tuple[Tensor, Passage]:
-    """ReLU of ``x``, by the gates of another forward if given.
+def relu(
+    x: Tensor, *, inplace: bool, gates: Passage | None = None, by: Callable[[Tensor, Passage, bool], Tensor] = gate
+) -> tuple[Tensor, Passage]:
+    """ReLU of ``x``, by the gates of another forward if given; ``by`` does the work.
 
     Returns:
         The output (``x`` itself where ``inplace``), and the passage that holds its gates.
     """
     passage = Passage() if gates is None else Passage(gates.bits, gates.order)
-    out: Tensor = _Gate.apply(x, passage, inplace)  # type: ignore[no-untyped-call]
+    out = by(x, passage, inplace)
     passage.output, passage.version = weakref.ref(out), out._version
     return out, passage
 
@@ -151,7 +165,7 @@ def _memory_order(x: Tensor) -> list[int]:
     return sorted(range(x.dim()), key=lambda i: (-strides[i], i))
 
 
-def _alias(x: Tensor, shape: torch.Size, order: list[int] | None = None) -> Tensor:
+def alias(x: Tensor, shape: torch.Size, order: list[int] | None = None) -> Tensor:
     """The contiguous ``x`` as a tensor of this shape, its dimensions in memory in this order.
 
     Not a view: autograd forbids in-place changes of views that come out of a Function.

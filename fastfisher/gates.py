@@ -4,6 +4,9 @@ Finite differences of the gradient converge to the Hessian that autograd sees on
 points, and in a ReLU network kinks are everywhere. Replaying at θ + ρd the gates of the forward at θ leaves a network
 that is smooth in ρ, with the same value, gradient and (autograd's) Hessian at θ.
 
+Recorded, replayed or neither (:func:`fused_forward`), a forward of the penalty runs ReLU, max-pool, large convolutions
+and batch normalisation through our own Functions, which take less time and memory.
+
 A replayed forward also repeats every random draw of the recorded one (dropout masks, stochastic depth): the state of
 the random number generators at the start of the recording is restored for the replay, and the caller's put back.
 """
@@ -12,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from fastfisher import gated, ops
 from fastfisher.convolution import in_pieces
 from fastfisher.gated import Passage
-from fastfisher.normalization import by_batch
+from fastfisher.normalization import by_batch, relu_after
 
 
 @dataclass
@@ -59,7 +62,7 @@ class _Entry:
 class Gates:
     """The gates of one forward. Made by :func:`record_gates`; pass it as ``gates=`` beside ``logits=``."""
 
-    random: RandomState
+    random: RandomState | None
     frozen: bool = True
     entries: list[_Entry] = field(default_factory=list)
 
@@ -70,21 +73,30 @@ class Gates:
         Raises:
             RuntimeError: the forward took another path than the recorded one.
         """
+        if self.random is None:
+            with self._replay_gates():
+                yield
+            return
         outer = RandomState.current(frozenset(self.random.cuda))
         self.random.restore()
         try:
-            if self.frozen:
-                with _Replay(self.entries) as replay:
-                    yield
-                replay.check_complete()
-            else:
+            with self._replay_gates():
                 yield
         finally:
             outer.restore()
 
+    @contextmanager
+    def _replay_gates(self) -> Iterator[None]:
+        if not self.frozen:
+            yield
+            return
+        with _Replay(self.entries, keep_random=self.random is None) as replay:
+            yield
+        replay.check_complete()
+
 
 @contextmanager
-def record_gates(model: torch.nn.Module | None = None, *, frozen: bool = True) -> Iterator[Gates]:
+def record_gates(model: torch.nn.Module | None = None, *, frozen: bool = True, rewind: bool = True) -> Iterator[Gates]:
     """Records the gates and the random state of the forward run within.
 
     Example:
@@ -95,14 +107,22 @@ def record_gates(model: torch.nn.Module | None = None, *, frozen: bool = True) -
     Args:
         model: the model about to run; tells which CUDA devices' random states matter.
         frozen: False records the random state alone (for ``gates="free"``).
+        rewind: False keeps the masks of dropout instead of the random state, which a CUDA graph cannot go back to.
+
+    Raises:
+        ValueError: a module is compiled or scripted; or, without ``rewind``, a function draws numbers that are not
+            those of a dropout, or free gates meet a dropout.
     """
     parameters = model.parameters() if model is not None else ()
     devices = frozenset(p.device.index for p in parameters if p.device.type == "cuda")
-    gates = Gates(RandomState.current(devices), frozen)
+    gates = Gates(RandomState.current(devices) if rewind else None, frozen)
     if frozen:
         if model is not None:
             check_recordable(model)
-        with _Record(gates.entries):
+        with _Record(gates.entries, keep_random=not rewind):
+            yield gates
+    elif not rewind:
+        with fused_forward(model) if model is not None else nullcontext(), _NoRandom():
             yield gates
     elif model is not None:
         with fused_forward(model):
@@ -217,8 +237,47 @@ class _Relu(_Rule):
     ) -> tuple[Tensor, Passage]:
         """The output, by the given gates or its own, and its passage."""
         (x, *_), _, inplace = _Elementwise.split(args, kwargs)
-        out, self.last = gated.relu(x, inplace=inplace or _names_inplace(function), gates=gates)
+        by = relu_after(x) or gated.gate
+        out, self.last = gated.relu(x, inplace=inplace or _names_inplace(function), gates=gates, by=by)
         return out, self.last
+
+
+_DIMENSIONS: dict[Callable[..., Any], int] = {F.dropout1d: 3, F.dropout2d: 4, F.dropout3d: 5}
+"""Of the inputs of functions that drop channels; one without a batch has no rule."""
+
+
+class _Dropout(_Rule):
+    """A dropout, of elements or of whole channels, that keeps its mask."""
+
+    def record(self, function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
+        x, p, training, inplace = self.arguments(function, *args, **kwargs)
+        if not training or p == 0.0:
+            return function(*args, **kwargs), None
+        shape = x.shape
+        if function in _DIMENSIONS:
+            if x.dim() != _DIMENSIONS[function]:
+                _refuse_random(function, args, kwargs)
+            shape = torch.Size([*x.shape[:2], *[1] * (x.dim() - 2)])
+        mask = torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - p)
+        return self.apply(x, mask, p, inplace), mask
+
+    def replay(self, saved: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        x, p, _, inplace = self.arguments(function, *args, **kwargs)
+        return function(*args, **kwargs) if saved is None else self.apply(x, saved, p, inplace)
+
+    @staticmethod
+    def apply(x: Tensor, mask: Tensor, p: float, inplace: bool) -> Tensor:
+        scale = 0.0 if p == 1.0 else 1.0 / (1.0 - p)
+        return x.mul_(mask).mul_(scale) if inplace else (x * mask).mul_(scale)
+
+    @staticmethod
+    def arguments(
+        function: Callable[..., Any], input: Tensor, p: float | None = None, *flags: bool, **named: bool
+    ) -> tuple[Tensor, float, bool, bool]:
+        """Input, p, training and inplace, of a functional or of torch.dropout(input, p, train)."""
+        training = named.get("training", named.get("train", flags[0] if flags else True))
+        inplace = named.get("inplace", flags[1] if len(flags) > 1 else function is torch.dropout_)
+        return input, 0.5 if p is None else p, training, inplace
 
 
 def _keep_sides(x: Tensor, low: Any = None, high: Any = None) -> Tensor:
@@ -429,9 +488,43 @@ _UNREACHED = {
 """Functions with kinks that no rule replays: met in a recording, they are named in a warning."""
 
 
-def _gated(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[str, _Rule] | None:
+_DROPOUTS: dict[Callable[..., Any], tuple[str, _Rule]] = dict.fromkeys(
+    (F.dropout, torch.dropout, torch.dropout_, F.dropout1d, F.dropout2d, F.dropout3d), ("dropout", _Dropout())
+)
+
+_DRAWN = (
+    "rand rand_like randn randn_like randint randint_like randperm bernoulli bernoulli_ normal normal_ uniform_ "
+    "exponential_ geometric_ cauchy_ log_normal_ random_ multinomial poisson binomial rrelu rrelu_ gumbel_softmax "
+    "alpha_dropout alpha_dropout_ feature_dropout feature_alpha_dropout feature_dropout_ feature_alpha_dropout_ "
+    "dropout dropout_ dropout1d dropout2d dropout3d"
+)
+_RANDOM = {
+    getattr(place, name): name for name in _DRAWN.split() for place in (torch, Tensor, F) if hasattr(place, name)
+}
+
+
+def _refuse_random(function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    """Raises ValueError where the call draws random numbers that nothing keeps."""
+    name = _RANDOM.get(function)
+    if function is F.scaled_dot_product_attention and (kwargs.get("dropout_p") or (len(args) > 4 and args[4])):
+        name = "scaled_dot_product_attention"
+    off = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 and isinstance(args[2], bool) else True))
+    if name is not None and off is not False:
+        raise ValueError(
+            f"graphs: {name} draws random numbers in the forward, which a captured step cannot repeat in its second "
+            'forward; dropout with gates="frozen" can be repeated, anything else needs graphs=False'
+        )
+
+
+class _NoRandom(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        _refuse_random(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+def _gated(function: Callable[..., Any], args: Any, kwargs: Any, keep_random: bool = False) -> tuple[str, _Rule] | None:
     """The rule for this call, or None where the function has no gates or its input is not real-valued."""
-    found = _RULES.get(function)
+    found = _RULES.get(function) or (_DROPOUTS.get(function) if keep_random else None)
     if found is None:
         return None
     x = args[0] if args else kwargs.get("input")
@@ -459,14 +552,16 @@ class _Fused(TorchFunctionMode):
 
 
 class _Record(TorchFunctionMode):
-    def __init__(self, entries: list[_Entry]) -> None:
+    def __init__(self, entries: list[_Entry], *, keep_random: bool) -> None:
         super().__init__()
-        self.entries = entries
+        self.entries, self.keep_random = entries, keep_random
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        found = _gated(func, args, kwargs)
+        found = _gated(func, args, kwargs, self.keep_random)
         if found is None:
+            if self.keep_random:
+                _refuse_random(func, args, kwargs)
             if func in _UNREACHED:
                 warnings.warn(
                     f'gates="frozen" does not reach {_UNREACHED[func]}: its kinks stay free, and finite differences '
@@ -482,14 +577,14 @@ class _Record(TorchFunctionMode):
 
 
 class _Replay(TorchFunctionMode):
-    def __init__(self, entries: list[_Entry]) -> None:
+    def __init__(self, entries: list[_Entry], *, keep_random: bool) -> None:
         super().__init__()
-        self.entries = entries
+        self.entries, self.keep_random = entries, keep_random
         self.position = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        found = _gated(func, args, kwargs)
+        found = _gated(func, args, kwargs, self.keep_random)
         if found is None:
             return _ungated(func, args, kwargs)
         name, rule = found

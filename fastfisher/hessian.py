@@ -12,7 +12,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,17 +21,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastfisher import ops
+from fastfisher.batches import Batches
 from fastfisher.estimate import TraceEstimate
 from fastfisher.gates import RandomState, record_gates
 from fastfisher.labels import cross_entropy, new_key
-from fastfisher.penalty import (
-    Inputs,
-    call_copy,
-    call_model,
-    chosen_names,
-    map_inputs,
-    trainable_parameters,
-)
+from fastfisher.model import Inputs, call_copy, call_model, chosen_names, eval_mode, map_inputs, trainable_parameters
 from fastfisher.slow_path import warn_slow_path
 from fastfisher.taylor import NoRule, Tape
 from fastfisher.traces import trace_fisher
@@ -69,7 +63,7 @@ def trace_hessian(
 ) -> TraceEstimate:
     """Tr(H) of L(θ) = mean over examples of −log softmax(model(x))[y], with its standard error.
 
-    In units of a plain step (one forward and backward over the same examples): ``"fisher"`` costs 5 to 9 over all
+    In units of a plain step (one forward and backward over the same examples): ``"fisher"`` costs 3 to 7 over all
     labels where there are 10 classes, and about 2 by Rademacher cotangents, which serve above 16 classes;
     ``"hutchinson"`` about 0.8 per probe with ``hvp="taylor"``, 2 to 3 with ``"autograd"`` and 2 with
     ``"finite_difference"``; ``"reduced"`` and the rest in ``"split"`` 0.5 to 0.6 per probe.
@@ -115,7 +109,7 @@ def trace_hessian(
     """
     _check_options(method, probes, distribution, hvp, tolerance, batch_size, mode)
     key = new_key(generator, torch.device("cpu"))
-    batches = _Batches(data, targets, batch_size)
+    batches = _pairs(data, targets, batch_size, next(model.parameters()).device)
     with _measuring(model, params, mode) as parameters:
         product: str = "reduced" if method == "reduced" else hvp
         fisher = None
@@ -177,7 +171,7 @@ def logits_form(model: nn.Module, parameters: dict[str, Tensor], inputs: Inputs)
 
 def _fisher(
     model: nn.Module,
-    batches: _Batches,
+    batches: _Pairs,
     classes: int,
     tolerance: float | None,
     generator: torch.Generator | None,
@@ -185,7 +179,14 @@ def _fisher(
     """Tr(F), over all labels where there are few; by two Rademacher cotangents, whose spread is the error bar, else."""
     labels: Literal["exact", "rademacher"] = "exact" if classes <= EXACT_CLASSES else "rademacher"
     draws = 1 if labels == "exact" else 2
-    return trace_fisher(model, batches.labelled(), labels=labels, draws=draws, tolerance=tolerance, generator=generator)
+    return trace_fisher(
+        model,
+        _Pairs(batches.batches, counted=True),
+        labels=labels,
+        draws=draws,
+        tolerance=tolerance,
+        generator=generator,
+    )
 
 
 # ---- Hutchinson ------------------------------------------------------------------------------------------------------
@@ -194,7 +195,7 @@ def _fisher(
 def _hutchinson(
     model: nn.Module,
     parameters: dict[str, Tensor],
-    batches: _Batches,
+    batches: _Pairs,
     key: Tensor,
     probes: int,
     distribution: str,
@@ -323,31 +324,21 @@ def _by_difference(
 # ---- data, options, and what has to be put back ----------------------------------------------------------------------
 
 
-class _Batches:
-    """Pairs (inputs, targets), as often as they are wanted."""
+class _Pairs:
+    """Inputs with their targets, as often as they are iterated; where ``counted``, without the targets −100."""
 
-    def __init__(self, data: Any, targets: Tensor | None, batch_size: int | None) -> None:
-        if targets is None and isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[1], Tensor):
-            data, targets = data
-        self.data, self.targets, self.batch_size = data, targets, batch_size
-        if targets is None:
-            if isinstance(data, (Tensor, dict)):
-                raise ValueError("targets: expected labels beside a tensor of inputs, got None")
-            if isinstance(data, Iterator):  # it can be read only once
-                self.data = list(data)
+    def __init__(self, batches: Batches, *, counted: bool = False) -> None:
+        self.batches, self.counted = batches, counted
 
     def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
-        if self.targets is None:
-            yield from self.data
-            return
-        size = self.batch_size or max(1, len(self.targets))
-        for start in range(0, len(self.targets), size):
-            part = slice(start, start + size)
-            yield map_inputs(self.data, lambda x, part=part: x[part]), self.targets[part]  # type: ignore[misc]
-
-    def labelled(self) -> _Labelled:
-        """The same without the examples whose target is −100."""
-        return _Labelled(self)
+        for inputs, targets in self.batches:
+            if targets is None:
+                raise ValueError("targets: expected labels beside the inputs, got None")
+            kept = targets != -100 if self.counted and targets.dim() == 1 else None
+            if kept is None or kept.all():
+                yield inputs, targets
+            elif kept.any():
+                yield map_inputs(inputs, lambda x, kept=kept: x[kept] if x.dim() else x), targets[kept]  # type: ignore[misc]
 
     def first(self) -> tuple[Inputs, Tensor]:
         """The first batch.
@@ -361,19 +352,14 @@ class _Batches:
         raise ValueError("data: expected at least one example, got none")
 
 
-class _Labelled:
-    """The examples of batches that the loss counts."""
-
-    def __init__(self, batches: _Batches) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
-        for inputs, targets in self.batches:
-            kept = torch.ones(len(targets), dtype=torch.bool) if targets.dim() != 1 else targets != -100
-            if kept.all():
-                yield inputs, targets
-            elif kept.any():
-                yield map_inputs(inputs, lambda x, kept=kept: x[kept]), targets[kept]  # type: ignore[misc]
+def _pairs(data: Any, targets: Tensor | None, batch_size: int | None, device: torch.device) -> _Pairs:
+    if targets is not None:
+        data = (data, targets)
+    elif isinstance(data, list) and len(data) == 2 and isinstance(data[1], Tensor):
+        data = tuple(data)
+    elif isinstance(data, Iterator):  # it can be read only once
+        data = list(data)
+    return _Pairs(Batches(data, device, batch_size=batch_size))
 
 
 @contextmanager
@@ -381,19 +367,15 @@ def _measuring(model: nn.Module, params: Iterable[Tensor] | None, mode: str) -> 
     """The wanted parameters, alone in requiring a gradient; the model in the wanted mode; all put back afterwards."""
     trainable = trainable_parameters(model)
     chosen = chosen_names(trainable, params)
-    modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = frozenset(p.device.index for p in trainable.values() if p.device.type == "cuda")
     random = RandomState.current(devices)
     try:
-        if mode == "eval":
-            model.eval()
         for name, parameter in trainable.items():
             parameter.requires_grad_(name in chosen)
-        yield {name: parameter for name, parameter in trainable.items() if name in chosen}
+        with eval_mode(model) if mode == "eval" else nullcontext():
+            yield {name: parameter for name, parameter in trainable.items() if name in chosen}
     finally:
-        for module, training in modes:
-            module.training = training
         for parameter in trainable.values():
             parameter.requires_grad_(True)
         with torch.no_grad():

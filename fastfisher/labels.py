@@ -87,20 +87,26 @@ def check_targets(labels: str | Tensor, targets: Tensor | None) -> None:
         raise ValueError('targets: expected the true labels with labels="true", got None')
 
 
+def are_drawn(labels: str | Tensor) -> bool:
+    """Whether it takes a key to have such labels."""
+    return isinstance(labels, str) and labels != "true"
+
+
 def label_loss(
-    logits: Tensor, labels: str | Tensor, targets: Tensor | None, generator: torch.Generator | None
+    logits: Tensor, labels: str | Tensor, targets: Tensor | None, key: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The mean cross-entropy at the chosen labels, and those labels, so that it can be taken again elsewhere."""
+    """The mean cross-entropy at the chosen labels, and those labels, so that it can be taken again elsewhere.
+
+    ``key`` is what they are drawn with, where they :func:`are_drawn`.
+    """
     if isinstance(labels, Tensor):
         chosen = labels
     elif labels == "sampled":
-        return sample_cross_entropy(logits, generator=generator)
+        return sample_cross_entropy(logits, key=key)
     elif labels == "uniform":
-        source = generator.device if generator is not None else logits.device
-        chosen = torch.randint(logits.shape[-1], logits.shape[:-1], generator=generator, device=source)
-        chosen = chosen.to(logits.device)
+        _, chosen = sample_cross_entropy(torch.zeros_like(logits), key=key)
     elif labels == "rademacher":
-        key = new_key(generator, logits.device)
+        assert key is not None
         signs = reference.rademacher_signs(logits[..., 0].numel(), logits.shape[-1], key)
         chosen = signs.view(logits.shape).to(logits.device)
     else:

@@ -44,6 +44,13 @@ GPU_KERNELS: dict[str, str] = {
     "gate_max_pool": "gates",
     "gate_take": "gates",
     "gate_put": "gates",
+    "perturb": "tables",
+    "probe_dot": "tables",
+    "axpy_diff": "tables",
+    "sum_squares": "tables",
+    "grad_sqnorm_linear": "gradient_norms",
+    "grad_sqnorm_conv": "gradient_norms",
+    "channel_products": "gradient_norms",
 }
 """The file of kernels/ that serves each operator on CUDA devices. An operator that is not named takes the reference."""
 
@@ -136,17 +143,31 @@ def gate_put(y: Tensor, indices: Tensor, elements: int) -> Tensor:
     return _serving("gate_put", y.device)(y, indices, elements)  # type: ignore[no-any-return]
 
 
-def axpy_diff(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: float) -> Tensor:
+def _as_stored(x: Tensor, like: Tensor) -> Tensor:
+    """A view of ``x`` with its dimensions in the order in which those of ``like`` lie in memory (channels last)."""
+    return x.permute(sorted(range(like.dim()), key=like.stride, reverse=True))
+
+
+def axpy_diff(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: Tensor) -> Tensor:
     """See :func:`fastfisher.reference.axpy_diff`."""
-    dense = all(x.is_contiguous() for tensors in (out, a, b) for x in tensors)
-    if not (dense and _compiled("axpy_diff", out[0].device)):
+    if not _compiled("axpy_diff", out[0].device):
         return reference.axpy_diff(out, a, b, scale)
-    return torch.ops.fastfisher.axpy_diff(out, a, b, scale)  # type: ignore[no-any-return]
+    lists = [list(out), list(a), list(b)]
+    if not all(x.is_contiguous() for tensors in lists for x in tensors):
+        for i, (target, *read) in enumerate(zip(*lists, strict=False)):
+            if not _as_stored(target, target).is_contiguous():
+                warn_slow_path("axpy_diff runs its PyTorch reference: a tensor of out has gaps in memory")
+                return reference.axpy_diff(out, a, b, scale)
+            if all(x.shape == target.shape for x in read):
+                for tensors in lists:
+                    tensors[i] = _as_stored(tensors[i], target).contiguous()
+    return torch.ops.fastfisher.axpy_diff(*lists, scale)  # type: ignore[no-any-return]
 
 
 def sum_squares(tensors: list[Tensor]) -> Tensor:
     """See :func:`fastfisher.reference.sum_squares`."""
-    return _serving("sum_squares", tensors[0].device)(tensors)  # type: ignore[no-any-return]
+    stored = [x if x.is_contiguous() else _as_stored(x, x) for x in tensors]  # the order of a sum is free: no copy
+    return _serving("sum_squares", tensors[0].device)(stored)  # type: ignore[no-any-return]
 
 
 def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,10 +176,10 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 def batch_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float
+    grad: Tensor, bits: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`fastfisher.reference.batch_norm_backward`."""
-    return _serving("batch_norm_backward", x.device)(grad, x, weight, mean, variance, eps)  # type: ignore[no-any-return]
+    return _serving("batch_norm_backward", x.device)(grad, bits, x, weight, mean, variance, eps)  # type: ignore[no-any-return]
 
 
 def rademacher_cotangent(logits: Tensor, key: Tensor, scale: float) -> Tensor:
@@ -197,9 +218,13 @@ def perturb(
     out: list[Tensor], tensors: list[Tensor], key: Tensor, eps: float, distribution: str, first: int = 0
 ) -> None:
     """See :func:`fastfisher.reference.perturb`."""
-    dense = all(x.is_contiguous() for x in (*out, *tensors))
-    namespace = torch.ops.fastfisher if dense and _compiled("perturb", out[0].device) else reference
-    namespace.perturb(out, tensors, key, eps, distribution, first)
+    if not _compiled("perturb", out[0].device):
+        return reference.perturb(out, tensors, key, eps, distribution, first)
+    if not all(x.is_contiguous() for x in out):
+        warn_slow_path("perturb runs its PyTorch reference: a tensor of out is not contiguous")
+        return reference.perturb(out, tensors, key, eps, distribution, first)
+    dense = [x.contiguous() for x in tensors]
+    return torch.ops.fastfisher.perturb(out, dense, key, eps, distribution, first)  # type: ignore[no-any-return]
 
 
 # ---- fakes and derivatives of the compiled operators ------------------------------------------------------------
@@ -246,7 +271,7 @@ def _register() -> None:
         return y.new_empty(y.shape[0], elements)
 
     @fake("fastfisher::axpy_diff")
-    def _(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: float) -> Tensor:
+    def _(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: Tensor) -> Tensor:
         return out[0].new_empty((), dtype=torch.float64)
 
     @fake("fastfisher::sum_squares")
@@ -259,7 +284,9 @@ def _register() -> None:
         return torch.empty_like(x), statistic, torch.empty_like(statistic)
 
     @fake("fastfisher::batch_norm_backward")
-    def _(grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float) -> Any:
+    def _(
+        grad: Tensor, bits: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float
+    ) -> Any:
         return torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
 
     @fake("fastfisher::rademacher_cotangent")

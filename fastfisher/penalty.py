@@ -28,10 +28,19 @@ from torch import Tensor, nn
 
 from fastfisher import ops
 from fastfisher.gates import Gates, fused_forward, record_gates
-from fastfisher.labels import check_labels, check_targets, cross_entropy, label_loss
+from fastfisher.labels import are_drawn, check_labels, check_targets, cross_entropy, label_loss, new_key
+from fastfisher.model import (
+    Inputs,
+    call_copy,
+    chosen_names,
+    couples_examples,
+    input_tensors,
+    map_inputs,
+    requiring_grad,
+    trainable_parameters,
+)
 from fastfisher.slow_path import warn_slow_path
 
-Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
 Method = Literal["double_backprop", "finite_difference"]
 Difference = Literal["forward", "central"]
 
@@ -56,7 +65,6 @@ FREE_START = 1e-2
 """The first ρ with free gates, as a fraction of ‖θ‖; :class:`AdaptiveStep` takes it from there."""
 
 
-@dataclass
 class AdaptiveStep:
     """A step ρ for free gates that follows the relative change of the gradient, ‖∇ℓ_ŷ(θ + ρd) − g‖/‖g‖.
 
@@ -64,24 +72,39 @@ class AdaptiveStep:
     fixed fraction of ‖θ‖ carries over between networks, but the relative change it causes does. After each penalty ρ
     is multiplied by target/change, at most doubled or halved: no pass is spent on it.
 
-    Attributes:
+    Args:
         target: the relative change to hold.
-        rho: the current ρ; None before the first penalty, which starts at ``FREE_START``·‖θ‖.
+        rho: the ρ to start with; ``FREE_START``·‖θ‖ at the first penalty otherwise.
     """
 
-    target: float = 0.5
-    rho: float | None = None
+    def __init__(self, target: float = 0.5, rho: float | None = None) -> None:
+        self.target = target
+        self._rho: Tensor | None = None  # on the device, so that no step waits for it
+        self.rho = rho
 
-    def current(self, norm: float) -> float:
-        """The ρ to use where the shifted quantity has norm ``norm``."""
-        if self.rho is None:
-            self.rho = FREE_START * (norm if norm > 0 else 1.0)
-        return self.rho
+    @property
+    def rho(self) -> float | None:
+        """The current ρ; None before the first penalty."""
+        return None if self._rho is None else float(self._rho)
 
-    def update(self, change: float) -> None:
-        """Takes note of the relative change that the current ρ caused."""
-        if self.rho is not None and math.isfinite(change):
-            self.rho *= min(2.0, max(0.5, self.target / max(change, 1e-12)))
+    @rho.setter
+    def rho(self, value: float | None) -> None:
+        self._rho = None if value is None else torch.tensor(value, dtype=torch.float64)
+
+    def current(self, norm: Callable[[], Tensor], device: torch.device) -> Tensor:
+        """The ρ to use, a float64 scalar on the device, where the shifted quantity has norm ``norm()``."""
+        if self._rho is None:
+            start = norm()
+            self._rho = FREE_START * torch.where(start > 0, start, 1.0)
+        elif self._rho.device != device:
+            self._rho = self._rho.to(device)
+        return self._rho
+
+    def update(self, change: Tensor) -> None:
+        """Takes note of the relative change that the current ρ caused; one that is not finite says nothing."""
+        if self._rho is not None:
+            factor = (self.target / change.clamp(min=1e-12)).clamp(0.5, 2.0)
+            self._rho.mul_(torch.where(change.isfinite(), factor, 1.0))
 
 
 Step = Literal["auto"] | float | AdaptiveStep
@@ -137,89 +160,17 @@ class Settings:
         return self.gates.frozen if isinstance(self.gates, Gates) else self.gates == "frozen"
 
 
-def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that require a gradient, by name; a shared one once.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not found:
-        raise ValueError("model: expected at least one parameter with requires_grad, found none")
-    return found
-
-
-def chosen_names(trainable: dict[str, Tensor], params: Iterable[Tensor] | None) -> frozenset[str]:
-    """The names of the parameters whose gradient's norm is penalised: all, or those in ``params``.
-
-    Raises:
-        ValueError: ``params`` is empty or holds a tensor that is no trainable parameter of the model.
-    """
-    if params is None:
-        return frozenset(trainable)
-    names = {id(p): name for name, p in trainable.items()}
-    chosen = []
-    for position, p in enumerate(params):
-        if id(p) not in names:
-            raise ValueError(f"params: item {position} (shape {tuple(p.shape)}) is no trainable parameter of the model")
-        chosen.append(names[id(p)])
-    if not chosen:
-        raise ValueError("params: expected at least one parameter, got none")
-    return frozenset(chosen)
-
-
-def map_inputs(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
-    """Applies a function to every tensor of ``inputs``, which keep their structure."""
-
-    def visit(value: Any) -> Any:
-        return function(value) if isinstance(value, Tensor) else value
-
-    if isinstance(inputs, Tensor):
-        return function(inputs)
-    if isinstance(inputs, tuple):
-        return tuple(visit(value) for value in inputs)
-    if isinstance(inputs, dict):
-        return {name: visit(value) for name, value in inputs.items()}
-    raise TypeError(f"inputs: expected a tensor, a tuple or a dict of tensors, got {type(inputs).__name__}")
-
-
-def input_tensors(inputs: Inputs) -> list[Tensor]:
-    """The tensors of ``inputs`` in order."""
-    found: list[Tensor] = []
-    map_inputs(inputs, lambda x: found.append(x) or x)  # type: ignore[func-returns-value]
-    return found
-
-
-def call_model(model: nn.Module, inputs: Inputs) -> Tensor:
-    """The logits: the model called with a tensor, with a tuple's items, or with a dict's items by name."""
-    if isinstance(inputs, tuple):
-        return model(*inputs)  # type: ignore[no-any-return]
-    if isinstance(inputs, dict):
-        return model(**inputs)  # type: ignore[no-any-return]
-    return model(inputs)  # type: ignore[no-any-return]
-
-
-def call_copy(model: nn.Module, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
-    """The logits with other parameters and with copies of the buffers: the model itself stays as it is."""
-    state = {name: buffer.clone() for name, buffer in model.named_buffers()} | parameters
-    args: tuple[Any, ...] = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
-    kwargs = inputs if isinstance(inputs, dict) else None
-    return torch.func.functional_call(model, state, args, kwargs)  # type: ignore[no-any-return]
-
-
-def couples_examples(model: nn.Module) -> bool:
-    """Whether one example's output depends on the others: a BatchNorm in train mode."""
-    return any(m.training and isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-
-
 def _autocast_of(device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
     """A context as the caller's autocast is now, for a backward, where autograd does not restore it."""
     enabled, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
     return lambda: torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
-def _norm(tensors: dict[str, Tensor]) -> float:
-    return math.sqrt(float(ops.sum_squares(list(tensors.values())))) if tensors else 0.0
+def _norm(tensors: dict[str, Tensor], device: torch.device) -> Tensor:
+    """A float64 scalar on the device."""
+    if not tensors:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return ops.sum_squares(list(tensors.values())).sqrt()
 
 
 # ---- finite differences ----------------------------------------------------------------------------------------------
@@ -236,6 +187,7 @@ class FiniteDifference:
         direction: what the norm is taken of, by name: the gradients of the chosen parameters, or those of the inputs
             (named by position).
         factor: R = factor·‖direction‖² (1; the number of examples for inputs, where R = mean_i ‖∂ℓ_i/∂x_i‖²).
+        norm: ‖direction‖. This, ρ, R and the relative change are float64 scalars on the device: nothing here waits.
     """
 
     model: nn.Module
@@ -247,67 +199,70 @@ class FiniteDifference:
     gradient: dict[str, Tensor]
     direction: dict[str, Tensor]
     factor: float
-    norm: float = field(init=False)
+    norm: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.norm = _norm(self.direction)
-        whole = self.settings.wrt == "parameters" and len(self.direction) == len(self.gradient)
-        self.size = self.norm if whole else _norm(self.gradient)
         self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
         self.device = next(iter(self.parameters.values())).device
+        self.norm = _norm(self.direction, self.device)
+        whole = self.settings.wrt == "parameters" and len(self.direction) == len(self.gradient)
+        self.size = self.norm if whole else _norm(self.gradient, self.device)
         self.autocast = _autocast_of(self.device)
 
     @property
-    def value(self) -> float:
+    def value(self) -> Tensor:
         """R."""
-        return self.factor * self.norm**2
+        return self.factor * self.norm.square()
 
-    def add_to(self, out: dict[str, Tensor], weight: float) -> float:
+    def add_to(self, out: dict[str, Tensor], weight: float | Tensor) -> Tensor:
         """out += weight·∇R, in place, for the parameters in ``gradient``.
 
         ``out`` may be ``gradient`` itself with a forward difference, which reads each of its tensors once.
-        Returns the relative change of the gradient that the step caused.
+        Returns the relative change of the gradient that the step caused; NaN where there was nothing to change.
         """
-        if self.norm == 0.0:
-            return 0.0  # ∇R = 2 H g = 0
         rho = self.rho()
         scale = weight * self.coefficient(rho)
         squared = self._accumulate(out, rho, scale)
         if self.settings.difference == "central":
             self._accumulate(out, -rho, -scale)
-        change = math.sqrt(squared) / self.size
-        self._judge(change, rho)
+        change = torch.where(self.norm > 0, squared.sqrt() / self.size, math.nan)
+        if isinstance(self.settings.step, AdaptiveStep):
+            self.settings.step.update(change)
         return change
 
     def mixed_gradient(self, weight: float, loss: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """∇L(θ + ρd) + weight·∇R with one backward for both; ``loss`` is L as a function of the logits."""
         rho = self.rho()
-        coefficient = weight * self.coefficient(rho) if self.norm > 0.0 else 0.0
+        coefficient = weight * self.coefficient(rho)
         combined, leaves = self.shifted_loss(rho, coefficient, loss)
         total = dict(zip(leaves, torch.autograd.grad(combined, list(leaves.values())), strict=True))
         for name, gradient in self.gradient.items():
-            total[name].sub_(gradient, alpha=coefficient)
+            total[name].addcmul_(gradient, -coefficient.to(gradient.dtype))
         return total
 
-    def coefficient(self, rho: float) -> float:
+    def coefficient(self, rho: Tensor) -> Tensor:
         """∇R = coefficient·(the difference of the gradients)."""
         return self.factor * self.norm * (2.0 if self.settings.difference == "forward" else 1.0) / rho
 
-    def rho(self) -> float:
+    def rho(self) -> Tensor:
         """The length of the step: as given, or the default for the gates and the precision."""
         step = self.settings.step
         if isinstance(step, AdaptiveStep):
-            return step.current(self._shifted_norm())
-        if step != "auto":
-            return float(step)
-        rho = FROZEN_STEP[self._precision()][self.settings.difference]
-        return rho * math.sqrt(self.factor) if self.settings.wrt == "inputs" else rho
+            return step.current(self._shifted_norm, self.device)
+        if step == "auto":
+            step = FROZEN_STEP[self._precision()][self.settings.difference]
+            step *= math.sqrt(self.factor) if self.settings.wrt == "inputs" else 1.0
+        return torch.full((), float(step), dtype=torch.float64, device=self.device)
 
     def shifted_loss(
-        self, rho: float, weight: float = 1.0, loss: Callable[[Tensor], Tensor] | None = None
+        self, rho: Tensor, weight: Tensor | None = None, loss: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """weight·(mean loss at the labels) + loss(logits) at θ + ρd (or shifted inputs), and its leaves by name."""
-        length = rho / self.norm if self.norm > 0.0 else 0.0
+        length = torch.where(self.norm > 0, rho / self.norm, 0.0)
+
+        def shifted(x: Tensor, direction: Tensor) -> Tensor:
+            return torch.addcmul(x.detach(), direction, length.to(x.dtype))
+
         inputs = self.inputs
         parameters = {name: p.detach() for name, p in self.parameters.items()}
         if self.settings.wrt == "inputs":
@@ -315,23 +270,25 @@ class FiniteDifference:
 
             def shift(x: Tensor) -> Tensor:
                 direction = self.direction.get(str(next(position)))
-                return x.detach() if direction is None else torch.add(x.detach(), direction, alpha=length)
+                return x.detach() if direction is None else shifted(x, direction)
 
             inputs = map_inputs(inputs, shift)
         else:
             for name, direction in self.direction.items():
-                parameters[name] = torch.add(parameters[name], direction, alpha=length)
+                parameters[name] = shifted(parameters[name], direction)
         leaves = {name: parameters[name].detach().requires_grad_() for name in self.gradient}
         with torch.enable_grad(), self.autocast():
             free = contextlib.nullcontext() if self.gates.frozen else fused_forward(self.model)
             with self.gates.replay(), free:
                 logits = call_copy(self.model, parameters | leaves, inputs)
-            total = weight * cross_entropy(logits[:1] if self.first_only else logits, self.labels)
+            total = cross_entropy(logits[:1] if self.first_only else logits, self.labels)
+            if weight is not None:
+                total = weight.to(total.dtype) * total
             if loss is not None:
                 total = total + loss(logits)
         return total, leaves
 
-    def _accumulate(self, out: dict[str, Tensor], rho: float, scale: float) -> float:
+    def _accumulate(self, out: dict[str, Tensor], rho: Tensor, scale: Tensor) -> Tensor:
         """out += scale·(∇ℓ(θ + ρd) − ∇ℓ(θ)); returns ‖∇ℓ(θ + ρd) − ∇ℓ(θ)‖².
 
         A large parameter's difference is added as soon as the backward has made it, so that the shifted gradient never
@@ -361,13 +318,13 @@ class FiniteDifference:
                 leaf.register_post_accumulate_grad_hook(functools.partial(add_at_once, name))  # type: ignore[no-untyped-call]
         loss.backward()  # type: ignore[no-untyped-call]
         add({name: leaf for name, leaf in leaves.items() if name not in made})
-        return float(torch.stack(squares).sum()) if squares else 0.0
+        return torch.stack(squares).sum() if squares else torch.zeros_like(self.norm)
 
-    def _judge(self, change: float, rho: float) -> None:
-        """Adapts the step, and warns where it was too short to measure anything."""
-        if isinstance(self.settings.step, AdaptiveStep):
-            self.settings.step.update(change)
-        elif not self.settings.frozen and change < 0.05:
+    def judge(self, relative_change: Tensor) -> None:
+        """Warns where the step was too short to measure anything; the host waits for the change."""
+        change = float(relative_change)
+        if not isinstance(self.settings.step, AdaptiveStep) and not self.settings.frozen and change < 0.05:
+            rho = float(self.rho())
             warnings.warn(
                 f"step: with free gates a step of {rho:.1e} changed the gradient by only {change:.1e} of its norm; so "
                 'short a step measures the noise of single kinks and can destroy training. Use step="auto", or '
@@ -378,8 +335,8 @@ class FiniteDifference:
         floor = 50 * torch.finfo(self._precision()).eps
         if 0.0 < change < floor and self._precision() in (torch.float32, torch.float64):
             warnings.warn(
-                f"step: {rho:.1e} changed the gradient by {change:.1e} of its norm, less than {floor:.0e}, where "
-                "rounding shows; use a longer step or a higher precision",
+                f"step: {float(self.rho()):.1e} changed the gradient by {change:.1e} of its norm, less than "
+                f"{floor:.0e}, where rounding shows; use a longer step or a higher precision",
                 UserWarning,
                 stacklevel=2,
             )
@@ -388,19 +345,14 @@ class FiniteDifference:
         with self.autocast():
             return _precision(list(self.parameters.values()), self.device)
 
-    def _shifted_norm(self) -> float:
+    def _shifted_norm(self) -> Tensor:
         named = self.parameters
         if self.settings.wrt == "inputs":
             named = {str(i): x for i, x in enumerate(input_tensors(self.inputs))}
-        return _norm({name: named[name].detach() for name in self.direction})
+        return _norm({name: named[name].detach() for name in self.direction}, self.device)
 
 
 # ---- the gradient at θ -----------------------------------------------------------------------------------------------
-
-
-def requiring_grad(inputs: Inputs) -> Inputs:
-    """The inputs with every floating-point tensor detached and requiring a gradient."""
-    return map_inputs(inputs, lambda x: x.detach().requires_grad_() if x.is_floating_point() else x)
 
 
 def gradient_at(
@@ -434,7 +386,7 @@ class _Penalty(torch.autograd.Function):
     def forward(ctx: Any, difference: FiniteDifference, names: list[str], *parameters: Tensor) -> Tensor:
         ctx.difference, ctx.names = difference, names
         ctx.save_for_backward(*parameters)  # autograd then raises if one was changed in between
-        return parameters[0].new_tensor(difference.value)
+        return difference.value.to(parameters[0].dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -443,12 +395,13 @@ class _Penalty(torch.autograd.Function):
         out = {name: torch.zeros_like(parameters[name]) for name in ctx.difference.gradient}
         difference: FiniteDifference = ctx.difference
         if difference.settings.step != "auto" or difference.settings.frozen:
-            difference.add_to(out, float(grad))
+            difference.judge(difference.add_to(out, grad.double()))
         else:  # nothing is known of the step yet: retake it until the gradient's change is near its target
             step = AdaptiveStep()
             difference.settings = dataclasses.replace(difference.settings, step=step)
             for _ in range(8):
-                if 0.5 * step.target <= difference.add_to(out, float(grad)) <= 2 * step.target:
+                change = float(difference.add_to(out, grad.double()))
+                if math.isnan(change) or 0.5 * step.target <= change <= 2 * step.target:
                     break
                 for tensor in out.values():
                     tensor.zero_()
@@ -547,7 +500,8 @@ def penalty(
         targets = targets[:1]
     if isinstance(labels, Tensor) and first_only:
         labels = labels[:1]
-    loss, chosen_labels = label_loss(rows, labels, targets, generator)
+    key = new_key(generator, rows.device) if are_drawn(labels) else None
+    loss, chosen_labels = label_loss(rows, labels, targets, key)
     factor = float(len(rows)) if wrt == "inputs" else 1.0
 
     if not finite:

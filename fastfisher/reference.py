@@ -18,11 +18,13 @@ _MASK = 0xFFFFFFFF
 
 
 def philox(key: Tensor, elements: Tensor) -> Tensor:
-    """Philox4x32-10 at counter (element, offset), key (seed, offset): int64[..., 4] holding 32-bit words."""
-    seed, offset = int(key[0]) & (1 << 64) - 1, int(key[1]) & (1 << 64) - 1
+    """Philox4x32-10 at counter (element, offset), key (seed, offset): int64[..., 4] holding 32-bit words.
+
+    ``elements`` are on the key's device; no word is read by the host.
+    """
     c0, c1 = elements & _MASK, (elements >> 32) & _MASK
-    c2, c3 = torch.full_like(c0, offset & _MASK), torch.full_like(c0, offset >> 32)
-    k0, k1 = seed & _MASK, seed >> 32
+    c2, c3 = ((key[1] >> shift & _MASK).expand_as(c0) for shift in (0, 32))
+    k0, k1 = key[0] & _MASK, key[0] >> 32 & _MASK
     for _ in range(10):
         # int64 products wrap, but the 64 bits they keep are those of the unsigned product.
         product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
@@ -48,7 +50,7 @@ def sample_labels(logits: Tensor, key: Tensor) -> Tensor:
     rows, columns = logits.shape
     weights = (logits.double() - logits.double().amax(1, keepdim=True)).exp()
     tiles = torch.nn.functional.pad(weights, (0, -columns % TILE)).view(rows, -1, TILE)
-    u = philox(key.cpu(), torch.arange(rows)).to(logits.device).double() * 2.0**-32
+    u = philox(key, torch.arange(rows, device=key.device)).to(logits.device).double() * 2.0**-32
     tile = _first_above(tiles.sum(-1), u[:, 0])
     return tile * TILE + _first_above(tiles[torch.arange(rows, device=tile.device), tile], u[:, 1])
 
@@ -142,11 +144,14 @@ def gate_put(y: Tensor, indices: Tensor, elements: int) -> Tensor:
     return y.new_zeros(len(y), elements).scatter_add_(1, indices.clamp(min=0).long(), y)
 
 
-def axpy_diff(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: float) -> Tensor:
-    """``out += scale (a − b)``, tensor by tensor in place; returns Σ (a − b)² over all of them, a float64 scalar."""
+def axpy_diff(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: Tensor) -> Tensor:
+    """``out += scale (a − b)``, tensor by tensor in place; returns Σ (a − b)² over all of them.
+
+    ``scale`` and the result are float64 scalars on the tensors' device: on a GPU the host waits for neither.
+    """
     differences = [x - y for x, y in zip(a, b, strict=True)]
     for target, difference in zip(out, differences, strict=True):
-        target.add_(difference, alpha=scale)
+        target.add_(difference * scale.to(difference.dtype))
     return sum_squares(differences)
 
 
@@ -168,14 +173,15 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 def batch_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float
+    grad: Tensor, bits: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of :func:`batch_norm` with respect to x, weight and bias.
 
+    Where ``bits`` are given, the gates of a ReLU after it (see :func:`gate_relu`), ``grad`` is that of the ReLU.
     With x̂ the normalised input and E the mean over examples and positions of a channel:
     dx = weight (g − E[g] − x̂ E[g x̂]) / sqrt(variance + eps), dweight = Σ g x̂, dbias = Σ g.
     """
-    g, inverse = grad.double(), (variance + eps).rsqrt()[:, None]
+    g, inverse = (grad if bits is None else gate_apply(grad, bits)).double(), (variance + eps).rsqrt()[:, None]
     normalised = (x.double() - mean[:, None]) * inverse
     grad_weight, grad_bias = (g * normalised).sum((0, 2)), g.sum((0, 2))
     count = x.shape[0] * x.shape[2]
@@ -191,8 +197,8 @@ def rademacher_signs(rows: int, columns: int, key: Tensor) -> Tensor:
     ``philox(key, i·⌈columns/128⌉ + c // 128)``.
     """
     blocks = (columns + 127) // 128
-    words = philox(key.cpu(), torch.arange(rows * blocks)).view(rows, blocks, 4, 1)
-    bits = (words >> torch.arange(32)) & 1
+    words = philox(key, torch.arange(rows * blocks, device=key.device)).view(rows, blocks, 4, 1)
+    bits = (words >> torch.arange(32, device=key.device)) & 1
     return (1 - 2 * bits).reshape(rows, -1)[:, :columns].to(torch.int8)
 
 
@@ -262,8 +268,8 @@ def probe(numel: int, key: Tensor, distribution: str, first: int = 0) -> Tensor:
     if distribution not in ("gaussian", "rademacher"):
         raise ValueError(f'distribution: expected "gaussian" or "rademacher", got "{distribution}"')
     per_call = 4 if distribution == "gaussian" else 128
-    e = torch.arange(first, first + numel)
-    words = philox(key.cpu(), e // (16 * per_call) * 16 + e % 16)
+    e = torch.arange(first, first + numel, device=key.device)
+    words = philox(key, e // (16 * per_call) * 16 + e % 16)
     k = e // 16 % per_call
     if distribution == "rademacher":
         word = words.gather(-1, (k // 32)[:, None]).squeeze(-1)

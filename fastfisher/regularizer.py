@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,27 +14,35 @@ from torch import Tensor, nn
 
 from fastfisher.convolution import saving_memory
 from fastfisher.gates import Gates, fused_forward, record_gates
-from fastfisher.labels import check_targets, cross_entropy, label_loss
-from fastfisher.penalty import (
-    AdaptiveStep,
-    Difference,
-    FiniteDifference,
+from fastfisher.graphs import CapturedSteps, CudaCapture
+from fastfisher.labels import are_drawn, check_targets, cross_entropy, label_loss, new_key
+from fastfisher.model import (
     Inputs,
-    Method,
-    Settings,
-    Step,
     call_copy,
     call_model,
     chosen_names,
     couples_examples,
-    gradient_at,
     input_tensors,
     map_inputs,
     requiring_grad,
     trainable_parameters,
 )
+from fastfisher.penalty import AdaptiveStep, Difference, FiniteDifference, Method, Settings, Step, gradient_at
 
 Gradients = dict[str, Tensor]
+
+
+@dataclass
+class _Outcome:
+    """What one step computes: the training loss and its logits, the gradient for the optimiser, and of a step that
+    recomputes the penalty R, the rows of logits it is the mean over, and R's gradient where it is to be reused."""
+
+    loss: Tensor
+    logits: Tensor
+    total: Gradients
+    value: Tensor | None = None
+    rows: int | None = None
+    reused: Gradients | None = None
 
 
 class FisherPenalty:
@@ -62,9 +72,15 @@ class FisherPenalty:
             "finite_difference", with a "forward" difference.
         examples: take R on the first so many examples, with the coefficient α·examples/B, which keeps the expected
             penalty (Tr(F)/B) and lowers the cost. None: on all.
+        graphs: capture the steps as CUDA graphs once each kind has come three times (see :mod:`fastfisher.graphs`), and
+            launch them by replay. Values of tensors may change from step to step, and what is hashed with a captured
+            step: shapes, dtypes, train and eval mode, ``alpha``, which parameters require a gradient and where they
+            are. Anything else that the model's Python code decides is decided once. ``.grad`` and ``logits`` are
+            overwritten by the next step. Dropout repeats its masks; of other random functions none may be met.
         loss: the training loss as a callable of (logits, targets); mean cross-entropy otherwise. R is always taken of
             the cross-entropy at ``labels``.
-        generator: where labels are drawn; torch's default generator otherwise.
+        generator: where the key of the drawn labels comes from, at the first penalty; torch's default generator
+            otherwise. Each further penalty advances the key, on the device.
 
     Attributes:
         value: R at the last recomputation, a float64 scalar tensor; None before.
@@ -94,6 +110,7 @@ class FisherPenalty:
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         generator: torch.Generator | None = None,
         params: Iterable[Tensor] | None = None,
+        graphs: bool = False,
     ) -> None:
         if not (math.isfinite(alpha) and alpha >= 0):
             raise ValueError(f"alpha: expected a finite number >= 0, got {alpha!r}")
@@ -131,6 +148,13 @@ class FisherPenalty:
         self.steps = 0
         self._rows: int | None = None
         self._reused: Gradients | None = None
+        self._captured: CapturedSteps[_Outcome] | None = None
+        if graphs:
+            device = next(iter(trainable_parameters(model).values())).device
+            if device.type != "cuda":
+                raise ValueError(f"graphs: expected False with a model on {device}; graphs are for CUDA devices")
+            self._captured = CapturedSteps(CudaCapture())
+        self._key: Tensor | None = None
 
     @property
     def trace_estimate(self) -> Tensor | None:
@@ -160,36 +184,30 @@ class FisherPenalty:
         """
         trainable = trainable_parameters(self.model)
         due = self.steps >= self.start and self.alpha > 0 and (self.steps - self.start) % self.every == 0
-        if due:
-            if not input_tensors(inputs):
-                raise ValueError("inputs: expected at least one tensor, found none")
-            loss, total = self._penalised(inputs, targets, trainable)
-        else:
-            with torch.enable_grad():
-                with fused_forward(self.model):
-                    logits = call_model(self.model, inputs)
-                loss = self._training_loss(logits, targets)
-            self.logits = logits.detach()
-            total = _gradients(loss, trainable)
-            if self._reused is not None:
-                for name, gradient in self._reused.items():
-                    _add(total, name, gradient, self.alpha)
+        if not input_tensors(inputs):
+            raise ValueError("inputs: expected at least one tensor, found none")
+        step = self._penalised if due else self._plain
+        outcome = step(inputs, targets) if self._captured is None else self._replayed(due, step, inputs, targets)
         with torch.no_grad():
-            for name, gradient in total.items():
+            for name, gradient in outcome.total.items():
                 parameter = trainable[name]
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        self.logits = outcome.logits
+        if due:
+            self.value, self._rows = outcome.value, outcome.rows
+            if outcome.reused is not None:
+                self._reused = outcome.reused
         self.steps += 1
-        return loss.detach()
+        return outcome.loss
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to be the same run, as tensors and plain values.
 
-        The step count, the reused gradient, the adaptive step, and the state of ``generator``; where labels are drawn
-        from torch's default generator, its state is the caller's to keep.
+        The step count, the key of the labels, the reused gradient, and the adaptive step.
         """
         step = self.settings.step
         return {
-            "generator": None if self.generator is None else self.generator.get_state(),
+            "key": None if self._key is None else self._key.clone(),
             "steps": self.steps,
             "value": self.value,
             "rows": self._rows,
@@ -203,37 +221,61 @@ class FisherPenalty:
         Raises:
             ValueError: a key is missing or unknown, or a gradient does not fit the model; nothing is restored then.
         """
-        expected = {"generator", "steps", "value", "rows", "reused", "rho"}
+        expected = {"key", "steps", "value", "rows", "reused", "rho"}
         if set(state) != expected:
             raise ValueError(f"state: expected the keys {sorted(expected)}, got {sorted(state)}")
-        if (state["generator"] is None) != (self.generator is None):
-            held, here = ("no", "one") if state["generator"] is None else ("a", "none")
-            raise ValueError(f"state: holds {held} generator state, this penalty has {here}")
         trainable = trainable_parameters(self.model)
         for name, gradient in (state["reused"] or {}).items():
             if name not in trainable or trainable[name].shape != gradient.shape:
                 raise ValueError(f"state: the reused gradient of {name!r} does not fit a parameter of the model")
-        if self.generator is not None:
-            self.generator.set_state(state["generator"])
+        device = next(iter(trainable.values())).device
+        self._key = None if state["key"] is None else state["key"].to(device, copy=True)
         self.steps, self.value, self._rows = state["steps"], state["value"], state["rows"]
         reused = state["reused"]
         self._reused = None if reused is None else {n: g.to(trainable[n], copy=True) for n, g in reused.items()}
         if isinstance(self.settings.step, AdaptiveStep):
             self.settings.step.rho = state["rho"]
 
-    # ---- one step that recomputes the penalty ------------------------------------------------------------------------
+    # ---- the steps ---------------------------------------------------------------------------------------------------
 
-    def _penalised(self, inputs: Inputs, targets: Any, trainable: dict[str, Tensor]) -> tuple[Tensor, Gradients]:
-        """The training loss and the gradient of loss + α·R; keeps R and, for reuse, its gradient."""
+    def _replayed(self, due: bool, step: Callable[[Inputs, Any], _Outcome], inputs: Inputs, targets: Any) -> _Outcome:
+        """The step's outcome by its captured graph, if there is one by now."""
+        assert self._captured is not None
+        handed_out = {id(g) for captured in self._captured.captured.values() for g in captured.result.total.values()}
+        for parameter in self.model.parameters():
+            if id(parameter.grad) in handed_out:  # kept by the caller, to accumulate: the replay would overwrite it
+                parameter.grad = None if parameter.grad is None else parameter.grad.clone()
+        modes = tuple(module.training for module in self.model.modules())
+        places = tuple(p.data_ptr() for p in trainable_parameters(self.model).values())
+        kind = due, self.alpha, self._reused is None, modes, places
+        outcome = self._captured.run(kind, step, inputs, targets)
+        value = None if outcome.value is None else outcome.value.clone()
+        return dataclasses.replace(outcome, loss=outcome.loss.clone(), value=value)
+
+    def _plain(self, inputs: Inputs, targets: Any) -> _Outcome:
+        """The gradient of loss + α·(R as it was recomputed last)."""
+        trainable = trainable_parameters(self.model)
+        with torch.enable_grad():
+            with fused_forward(self.model):
+                logits = call_model(self.model, inputs)
+            loss = self._training_loss(logits, targets)
+        total = _gradients(loss, trainable)
+        for name, gradient in (self._reused or {}).items():
+            _add(total, name, gradient, self.alpha)
+        return _Outcome(loss.detach(), logits.detach(), total)
+
+    def _penalised(self, inputs: Inputs, targets: Any) -> _Outcome:
+        """The gradient of loss + α·R, with R, and its gradient for reuse."""
+        trainable = trainable_parameters(self.model)
         if self.settings.wrt == "inputs":
             inputs = requiring_grad(inputs)
         with torch.enable_grad():
             logits, part, part_inputs, first_only, gates = self._forwards(inputs, trainable)
-            self.logits = logits.detach()
+            detached = logits.detach()
             loss = self._training_loss(logits, targets)
             true = targets[: len(part)] if isinstance(targets, Tensor) else None
             check_targets(self.settings.labels, true)
-            penalised, labels = label_loss(part, self.settings.labels, true, self.generator)
+            penalised, labels = label_loss(part, self.settings.labels, true, self._next_key(part.device))
             rows = part[..., 0].numel()
         alpha = self.alpha
         if self.settings.reduction == "batch":
@@ -248,7 +290,7 @@ class FisherPenalty:
                 sources = [x for x in input_tensors(part_inputs) if x.requires_grad]
             found = torch.autograd.grad(penalised, sources, create_graph=True, allow_unused=True)
             squared_norm = factor * torch.stack([g.square().sum() for g in found if g is not None]).sum()
-            value = float(squared_norm.detach())
+            value = squared_norm.detach().double()
             if self.every == 1:
                 total = _gradients(loss + alpha * squared_norm, trainable)
             else:
@@ -277,25 +319,27 @@ class FisherPenalty:
                     total = {name: g.clone() for name, g in gradient.items()}
                 for name in gradient.keys() - total.keys():
                     total[name] = torch.zeros_like(gradient[name])
-                shift.add_to(total, alpha)
+                self._judge(shift, shift.add_to(total, alpha))
             else:
                 reused = {name: torch.zeros_like(g) for name, g in gradient.items()}
-                shift.add_to(reused, 1.0)
+                self._judge(shift, shift.add_to(reused, 1.0))
         if reused is not None:
             scale = alpha / self.alpha
             for name, g in reused.items():
                 _add(total, name, g if scale == 1.0 else g.mul_(scale), self.alpha)
-        self.value = torch.tensor(value, dtype=torch.float64)
-        self._rows, self._reused = rows, reused
-        return loss, total
+            if self._captured is not None and self._reused is not None:
+                # Captured steps read it where it is.
+                for name, g in self._reused.items():
+                    g.copy_(reused[name])
+                reused = None
+        return _Outcome(loss.detach(), detached, total, value, rows, reused)
 
     def _forwards(self, inputs: Inputs, trainable: dict[str, Tensor]) -> tuple[Tensor, Tensor, Inputs, bool, Gates]:
         """The forward at θ: the logits of the batch; those that R is taken of; and to repeat the latter, their inputs,
         whether only the first row counts, and the gates."""
-        frozen = self.settings.frozen and self.settings.method == "finite_difference"
         batch = len(input_tensors(inputs)[0])
         if self.examples is None or self.examples >= batch:
-            with record_gates(self.model, frozen=frozen) as gates:
+            with self._record_gates() as gates:
                 logits = call_model(self.model, inputs)
             return logits, logits, inputs, False, gates
         few, rest = (
@@ -303,20 +347,43 @@ class FisherPenalty:
             for part in (slice(None, self.examples), slice(self.examples, None))
         )
         if not couples_examples(self.model):
-            with record_gates(self.model, frozen=frozen) as gates:
+            with self._record_gates() as gates:
                 part = call_model(self.model, few)
             with fused_forward(self.model):
                 logits = torch.cat([part, call_model(self.model, rest)])
             return logits, part, few, False, gates
         if self.settings.reduction == "first":  # the first example as the batch's statistics make it
-            with record_gates(self.model, frozen=frozen) as gates:
+            with self._record_gates() as gates:
                 logits = call_model(self.model, inputs)
             return logits, logits[:1], inputs, True, gates
         with fused_forward(self.model):
             logits = call_model(self.model, inputs)
-        with record_gates(self.model, frozen=frozen) as gates:
+        with self._record_gates() as gates:
             part = call_copy(self.model, trainable, few)
         return logits, part, few, False, gates
+
+    @contextmanager
+    def _record_gates(self) -> Iterator[Gates]:
+        if self.settings.method == "double_backprop":  # there is no second forward
+            with fused_forward(self.model):
+                yield Gates(None, frozen=False)
+            return
+        with record_gates(self.model, frozen=self.settings.frozen, rewind=self._captured is None) as gates:
+            yield gates
+
+    def _next_key(self, device: torch.device) -> Tensor | None:
+        if not are_drawn(self.settings.labels):
+            return None
+        if self._key is None:
+            self._key = new_key(self.generator, device)
+        else:
+            self._key[1] += 1
+        return self._key
+
+    def _judge(self, shift: FiniteDifference, change: Tensor) -> None:
+        """Warns of a bad step; on a GPU, where the host would wait, of the first one only."""
+        if change.device.type == "cpu" or self.value is None:
+            shift.judge(change)
 
     def _training_loss(self, logits: Tensor, targets: Any) -> Tensor:
         return cross_entropy(logits, targets) if self.loss is None else self.loss(logits, targets)

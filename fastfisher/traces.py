@@ -16,22 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastfisher import ops
-from fastfisher.capture import Capture, Part, eval_mode
+from fastfisher.batches import Batches, Pair
+from fastfisher.capture import Capture, Part
 from fastfisher.estimate import TraceEstimate
 from fastfisher.labels import new_key
 from fastfisher.layers import Layer, chunks, squares
-from fastfisher.penalty import (
-    Inputs,
-    chosen_names,
-    input_tensors,
-    map_inputs,
-    trainable_parameters,
-)
+from fastfisher.model import Inputs, chosen_names, eval_mode, input_tensors, map_inputs, trainable_parameters
 from fastfisher.slow_path import warn_slow_path
 
 Labels = Literal["rademacher", "sampled", "exact", "true"]
 Loss = Callable[[Tensor, Tensor | None], Tensor]
-Pair = tuple[Inputs, Tensor | None]
 Seen = dict[int, tuple[Tensor, Tensor]]
 
 LABELS = ("rademacher", "sampled", "exact", "true")
@@ -156,7 +150,9 @@ def trace_fisher(
     drawn = labels in ("rademacher", "sampled")
     sums = _Sums(names)
     rounds = max(2, draws) if tolerance is not None and drawn else draws if drawn else 1
-    batches = _Batches(data, samples, batch_size, next(model.parameters()).device, generator)
+    batches = Batches(
+        data, next(model.parameters()).device, samples=samples, batch_size=batch_size, generator=generator
+    )
     with eval_mode(model):
         while True:
             sums.begin(rounds)
@@ -261,7 +257,7 @@ def grad_inner_products(
     return GradInnerProducts(per_example if pairs else None, mean, mean / size if size else math.nan)
 
 
-# ---- arguments and data ----------------------------------------------------------------------------------------------
+# ---- arguments ----------------------------------------------------------------------------------------------
 
 
 def _check(
@@ -275,80 +271,6 @@ def _check(
         raise ValueError(f'loss: expected None with labels={labels!r}, which are drawn; a loss goes with labels="true"')
     if isinstance(labels, str) and labels == "true" and loss is None and targets is None and not data_has_targets:
         raise ValueError('targets: expected the true labels with labels="true", got None')
-
-
-class _Batches:
-    """The batches of ``data`` on a device, as often as they are iterated; ``fraction`` of all data is in them."""
-
-    def __init__(
-        self, data: Any, samples: int | None, batch_size: int, device: torch.device, generator: torch.Generator | None
-    ) -> None:
-        if samples is not None and not (isinstance(samples, int) and samples >= 1):
-            raise ValueError(f"samples: expected an integer >= 1 or None, got {samples!r}")
-        if not (isinstance(batch_size, int) and batch_size >= 1):
-            raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
-        self.data, self.samples, self.batch_size, self.device = data, samples, batch_size, device
-        self.fraction = 1.0
-        self.whole = isinstance(data, Tensor | dict) or (isinstance(data, tuple) and len(data) == 2)
-        self.exhausted = False
-        if self.whole:
-            self.inputs, self.targets = _pair(data)
-            tensors = input_tensors(self.inputs)
-            if not tensors:
-                raise ValueError("data: expected at least one tensor of inputs, found none")
-            examples = len(tensors[0])
-            if self.targets is not None and len(self.targets) != examples:
-                raise ValueError(f"data: expected one target per input, got {len(self.targets)} for {examples}")
-            self.order: Tensor | None = None
-            if samples is not None and samples < examples:
-                source = generator.device if generator is not None else torch.device("cpu")
-                self.order = torch.randperm(examples, generator=generator, device=source)[:samples]
-                self.fraction = samples / examples
-            self.examples = examples if self.order is None else samples or 0
-        elif not isinstance(data, Iterable):
-            raise TypeError(f"data: expected tensors or an iterable of batches, got {type(data).__name__}")
-
-    def __iter__(self) -> Iterator[Pair]:
-        if not self.whole:
-            yield from self._stream()
-            return
-        for start in range(0, self.examples, self.batch_size):
-            rows: Any = slice(start, start + self.batch_size)
-            if self.order is not None:
-                rows = self.order[rows]
-            yield self._take(self.inputs, self.targets, rows)
-
-    def _stream(self) -> Iterator[Pair]:
-        if self.exhausted or (iter(self.data) is self.data and self.exhausted):
-            raise ValueError("data: expected an iterable that can be iterated again with tolerance=, got an iterator")
-        self.exhausted = iter(self.data) is self.data
-        left = self.samples if self.samples is not None else math.inf
-        for batch in self.data:
-            inputs, targets = _pair(batch)
-            size = len(input_tensors(inputs)[0])
-            if size:
-                yield self._take(inputs, targets, slice(0, int(min(size, left))))
-            left -= size
-            if left <= 0:
-                if self.samples is not None:
-                    self.fraction = 0.0  # of a stream whose length is not known
-                return
-
-    def _take(self, inputs: Inputs, targets: Tensor | None, rows: Any) -> Pair:
-        def take(x: Tensor) -> Tensor:
-            return (x[rows.to(x.device) if isinstance(rows, Tensor) else rows] if x.dim() else x).to(self.device)
-
-        return map_inputs(inputs, take), None if targets is None else take(targets)
-
-
-def _pair(batch: Any) -> Pair:
-    if isinstance(batch, Tensor | dict):
-        return batch, None
-    if isinstance(batch, list | tuple) and len(batch) == 2 and (batch[1] is None or isinstance(batch[1], Tensor)):
-        return (tuple(batch[0]) if isinstance(batch[0], list) else batch[0]), batch[1]
-    if isinstance(batch, list | tuple) and len(batch) == 1:
-        return batch[0], None
-    raise TypeError(f"data: expected tensors or pairs (inputs, targets), got {type(batch).__name__}")
 
 
 def _names(model: nn.Module, params: Iterable[Tensor] | None) -> list[str]:

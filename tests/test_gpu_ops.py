@@ -85,6 +85,7 @@ def cases() -> dict[str, tuple[Any, ...]]:
     words = torch.randint(-(2**31), 2**31 - 1, (9375,), dtype=torch.int32, device="cuda")
     indices = torch.randint(-1, 1000, (300, 500), dtype=torch.int32, device="cuda")
     same = ([3, 3], [1, 1], [1, 1], [1, 1], 1)
+    half = torch.tensor(0.5, dtype=torch.float64, device="cuda")
     return {
         "sample_cross_entropy": (x, key, 0.5),
         "softmax_hessian_product": (x, labels, x + 1, 0.5),
@@ -95,7 +96,12 @@ def cases() -> dict[str, tuple[Any, ...]]:
         "gate_max_pool": (images.flatten(0, 1), 3, 2, 1, 2, True),
         "gate_take": (x, indices),
         "gate_put": (x[:, :500].contiguous(), indices, 1000),
-        "axpy_diff": ([t.clone() for t in lists], lists, [2 * t for t in lists], 0.5),
+        "axpy_diff": (
+            [t.clone() for t in lists],
+            lists,
+            [2 * t for t in lists],
+            torch.tensor(0.5, dtype=torch.float64, device="cuda"),
+        ),
         "sum_squares": (lists,),
         "probe_dot": (lists, key, "gaussian", 3),
         "perturb": ([t.clone() for t in lists], lists, key, 0.1, "rademacher", 5),

@@ -464,7 +464,7 @@ def test_no_data_is_an_error() -> None:
     for method in ("auto", "hutchinson"):
         with pytest.raises(ValueError, match="data: expected at least one example"):
             trace_hessian(model, torch.randn(0, 3), torch.zeros(0).long(), method=method)
-    with pytest.raises(ValueError, match="targets: expected labels beside a tensor of inputs"):
+    with pytest.raises(ValueError, match="targets: expected labels beside the inputs"):
         trace_hessian(model, torch.randn(2, 3))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,9 +23,10 @@ SHAPES = [(7, 3), (5, 3, 1), (4, 2, 5), (3, 4, 8, 8), (2, 3, 5, 13), (3, 2, 4, 5
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_kernels_err_no_more_than_twice_as_much_as_pytorch(
-    shape: tuple[int, ...], affine: bool, dtype: torch.dtype
+    shape: tuple[int, ...], gated: bool, affine: bool, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
     x, grad = ((torch.randn(shape, dtype=torch.float64) * 2 + 3).to(dtype) for _ in range(2))
@@ -39,13 +41,15 @@ def test_the_kernels_err_no_more_than_twice_as_much_as_pytorch(
     torch.testing.assert_close(found[1], exact[1], rtol=1e-6, atol=0)
     torch.testing.assert_close(found[2], exact[2], rtol=1e-5, atol=1e-12)
 
-    arguments = (grad3.double(), x3.double(), None if weight is None else weight.double(), *exact[1:], 1e-5)
-    gradients = ops.batch_norm_backward(grad3, x3, weight, *found[1:], 1e-5)
+    bits = ops.gate_relu(torch.randn(x3.shape))[1] if gated else None
+    arguments = (grad3.double(), bits, x3.double(), None if weight is None else weight.double(), *exact[1:], 1e-5)
+    gradients = ops.batch_norm_backward(grad3, bits, x3, weight, *found[1:], 1e-5)
     backward = torch.ops.aten.native_batch_norm_backward
+    grad = grad if bits is None else ops.gate_apply(grad, bits)
     theirs = backward(grad, x, weight, None, None, *statistics, True, 1e-5, [True] * 3)
-    # Of a sum, rounding is a part of the sum of the absolute values, which may be many times the result.
+    # Ours and PyTorch's sums run in float64, whose rounding is a part of the sum of the absolute values.
     normalised = reference.batch_norm(x3.double(), None, None, 1e-5)[0]
-    size = float((grad3.double() * normalised).abs().sum((0, 2)).max())
+    size = float((grad3.double() * normalised).abs().sum((0, 2)).max()) if dtype == torch.float64 else 0.0
     for ours, other, wanted in zip(gradients, theirs, reference.batch_norm_backward(*arguments), strict=True):
         unit = torch.finfo(dtype).eps * max(float(wanted.abs().max()), size if wanted.dim() == 1 else 0.0)
         error = float((other.view_as(wanted) - wanted).abs().max()) if other is not None else 0.0
@@ -57,11 +61,15 @@ def test_opcheck() -> None:
     x, weight = torch.randn(3, 4, 5), torch.randn(4)
     _, mean, variance = ops.batch_norm(x, weight, None, 1e-5)
     torch.library.opcheck(torch.ops.fastfisher.batch_norm.default, (x, weight, None, 1e-5))
-    torch.library.opcheck(torch.ops.fastfisher.batch_norm_backward.default, (x, x, weight, mean, variance, 1e-5))
+    for bits in (None, ops.gate_relu(x)[1]):
+        arguments = (x, bits, x, weight, mean, variance, 1e-5)
+        torch.library.opcheck(torch.ops.fastfisher.batch_norm_backward.default, arguments)
     with pytest.raises(ValueError, match="weight: expected one contiguous value per channel"):
         ops.batch_norm(x, torch.randn(5), None, 1e-5)
     with pytest.raises(ValueError, match="grad and x: expected the same size"):
-        ops.batch_norm_backward(x[:2], x, weight, mean, variance, 1e-5)
+        ops.batch_norm_backward(x[:2], None, x, weight, mean, variance, 1e-5)
+    with pytest.raises(ValueError, match="bits: expected a contiguous int32 tensor of 2 words"):
+        ops.batch_norm_backward(x, torch.zeros(3, dtype=torch.int32), x, weight, mean, variance, 1e-5)
 
 
 def derivatives(model: nn.Module, x: Tensor) -> list[Tensor]:
@@ -90,6 +98,46 @@ def test_a_module_gives_the_derivatives_and_running_statistics_of_pytorch() -> N
     torch.testing.assert_close(plain, found[2], rtol=1e-10, atol=1e-12)
 
 
+class Norm(nn.Module):
+    """A batch normalisation, what follows it, and perhaps a second use of its output."""
+
+    def __init__(self, after: Callable[[Tensor], Tensor], *, twice: bool) -> None:
+        super().__init__()
+        self.norm, self.after, self.twice = nn.BatchNorm2d(3), after, twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        also = 0.5 * y if self.twice else 0.0
+        return self.after(y) + also
+
+
+AFTER = {
+    "relu": F.relu,
+    "relu in place": nn.ReLU(inplace=True),
+    "changed before the relu": lambda y: (y * 2).relu(),
+    "pool after the relu": lambda y: F.interpolate(F.max_pool2d(F.relu(y), 2), scale_factor=2),
+    "two relus": lambda y: F.relu(y) + F.relu(y) ** 2,
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("after", AFTER)
+def test_a_relu_after_it_gives_the_derivatives_of_pytorch(after: str, twice: bool) -> None:
+    torch.manual_seed(0)
+    model = Norm(AFTER[after], twice=twice).double()
+    x = torch.randn(4, 3, 6, 8, dtype=torch.float64) + 1
+    expected = derivatives(model, x)
+    with _Fused():
+        found = derivatives(model, x)
+        value = (model(x) ** 3).mean()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    plain = torch.autograd.grad(value, list(model.parameters()))  # without create_graph: by the kernel
+    for a, b in zip(plain, expected[2:4], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 @needs_kernels
 def test_threads_do_not_change_the_bits() -> None:
     x, weight = torch.randn(16, 12, 300), torch.randn(12)
@@ -99,7 +147,7 @@ def test_threads_do_not_change_the_bits() -> None:
         for number in (1, 2, 5):
             torch.set_num_threads(number)
             forward = ops.batch_norm(x, weight, None, 1e-5)
-            results.append([*forward, *ops.batch_norm_backward(x, x, weight, *forward[1:], 1e-5)])
+            results.append([*forward, *ops.batch_norm_backward(x, None, x, weight, *forward[1:], 1e-5)])
     finally:
         torch.set_num_threads(threads)
     for result in results[1:]:

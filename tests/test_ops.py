@@ -27,6 +27,10 @@ KEY = torch.tensor([1234, 2**40 + 7])
 SIGNIFICANCE = 1e-4
 
 
+def scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
 def logits_for(classes: int, dtype: torch.dtype, rows: int | None = None) -> Tensor:
     rows = rows or max(2, min(64, 2**18 // classes))
     return (3 * torch.randn(rows, classes, generator=torch.Generator().manual_seed(classes))).to(dtype)
@@ -280,7 +284,7 @@ def test_opcheck() -> None:
         (namespace.gate_apply, (x.detach(), bits)),
         (namespace.gate_take, (x.detach(), torch.zeros(5, 2, dtype=torch.int32))),
         (namespace.gate_put, (x.detach(), torch.ones(5, 7, dtype=torch.int32), 9)),
-        (namespace.axpy_diff, ([t.clone() for t in y], y, [2 * t for t in y], 0.5)),
+        (namespace.axpy_diff, ([t.clone() for t in y], y, [2 * t for t in y], scalar(0.5))),
         (namespace.sum_squares, (y,)),
         (namespace.rademacher_cotangent, (x.detach(), KEY, 0.5)),
         (namespace.grad_sqnorm_linear, (torch.randn(2, 3, 4), torch.randn(2, 3, 5), True)),
@@ -304,9 +308,9 @@ def test_gates_and_combines_agree_with_the_reference(numel: int, dtype: torch.dt
     a = a.nan_to_num()
     assert torch.equal(ops.gate_apply(b, bits), reference.gate_apply(b, bits))
     expected, found = [out.clone(), a.clone()], [out.clone(), a.clone()]
-    size = reference.axpy_diff(expected, [a, b], [b, a], 0.3)
+    size = reference.axpy_diff(expected, [a, b], [b, a], scalar(0.3))
     tolerance = 4 * torch.finfo(dtype).eps
-    torch.testing.assert_close(ops.axpy_diff(found, [a, b], [b, a], 0.3), size, rtol=tolerance, atol=0)
+    torch.testing.assert_close(ops.axpy_diff(found, [a, b], [b, a], scalar(0.3)), size, rtol=tolerance, atol=0)
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(ops.sum_squares([a, b]), reference.sum_squares([a, b]), rtol=1e-12, atol=0)
@@ -369,8 +373,41 @@ def test_max_pool_gates_agree_with_the_reference(dtype: torch.dtype) -> None:
 def test_combines_check_everything_before_writing() -> None:
     out = [torch.zeros(3), torch.zeros(4)]
     with pytest.raises(ValueError, match="out and b: expected the same size"):
-        ops.axpy_diff(out, [torch.ones(3), torch.ones(4)], [torch.zeros(3), torch.zeros(5)], 1.0)
+        ops.axpy_diff(out, [torch.ones(3), torch.ones(4)], [torch.zeros(3), torch.zeros(5)], scalar(1.0))
+    with pytest.raises(ValueError, match="scale: expected a float64 scalar"):
+        ops.axpy_diff(out, out, out, torch.ones(2, dtype=torch.float64))
     assert not out[0].any()
+
+
+@pytest.mark.filterwarnings("error::fastfisher.SlowPathWarning")
+@needs_kernels
+def test_tensors_that_lie_otherwise_in_memory_take_the_fast_path() -> None:
+    a, b = (torch.randn(6, 5, 3, 3).to(memory_format=torch.channels_last) for _ in range(2))
+    out = a.clone() + 1
+    cases = [(out, a, b), (out, a.contiguous(), b), (out.contiguous(), a, b), (out[0, 0].t(), a[0, 0].t(), b[0, 0].t())]
+    for target, x, y in cases:
+        found, expected = target.clone(), target.clone()
+        sizes = [m.axpy_diff([t], [x], [y], 0.3) for m, t in ((ops, found), (reference, expected))]
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(*sizes)
+        torch.testing.assert_close(ops.sum_squares([x]), reference.sum_squares([x]))
+        z, zero = (torch.empty(x.shape) for _ in range(2))
+        for m, t in ((ops, z), (reference, zero)):
+            m.perturb([t], [x], KEY, 0.3, "rademacher")
+        torch.testing.assert_close(z, zero)
+
+
+@needs_kernels
+def test_targets_with_gaps_are_written_by_the_reference_which_says_so() -> None:
+    x, out = torch.randn(4, 3), torch.zeros(4, 6)[:, ::2]
+    with pytest.warns(
+        fastfisher.SlowPathWarning, match="axpy_diff runs its PyTorch reference: a tensor of out has gaps"
+    ):
+        ops.axpy_diff([out], [x], [torch.zeros_like(x)], 2.0)
+    torch.testing.assert_close(out, 2 * x)
+    with pytest.warns(fastfisher.SlowPathWarning, match="perturb runs its PyTorch reference: a tensor of out is not"):
+        ops.perturb([out], [x], KEY, 0.0, "gaussian")
+    torch.testing.assert_close(out, x)
 
 
 def test_sums_have_the_same_bits_for_any_number_of_threads() -> None:

@@ -142,7 +142,8 @@ def test_what_each_variant_means(method: str) -> None:
     g = torch.Generator().manual_seed(3)
     drawn = fastfisher.sample_cross_entropy(model(x), generator=torch.Generator().manual_seed(3))[1]
     check(penalty(generator=g), squared(F.cross_entropy(model(x), drawn), parameters))
-    uniform = torch.randint(10, (6,), generator=torch.Generator().manual_seed(3))
+    flat_logits = torch.zeros(6, 10, dtype=torch.float64)
+    _, uniform = fastfisher.sample_cross_entropy(flat_logits, generator=torch.Generator().manual_seed(3))
     check(
         penalty(labels="uniform", generator=torch.Generator().manual_seed(3)),
         squared(F.cross_entropy(model(x), uniform), parameters),

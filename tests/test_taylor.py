@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.networks import network
-from fastfisher import taylor
 from fastfisher.taylor import NoRule, Tape
+from fastfisher.taylor.tape import RULES
 from tests.networks import SmallResNet
 
 TOLERANCE = 1e-10
@@ -227,7 +227,7 @@ class _Meeting(Tape):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_function__(func, types, args, kwargs)
-        _met.add(taylor._RULES[func][0]) if func in taylor._RULES and torch.is_grad_enabled() else None
+        _met.add(RULES[func][0]) if func in RULES and torch.is_grad_enabled() else None
         return out
 
 
@@ -266,7 +266,7 @@ def test_every_rule_has_a_case() -> None:
             loss()
     with _Meeting(dict((model := MultiHead()).named_parameters())):
         model(torch.randn(2, 5, 8))
-    missing = {rule for rule, _ in taylor._RULES.values()} - _met
+    missing = {rule for rule, _ in RULES.values()} - _met
     aliases = {"clip", "absolute", "__abs__", "__pow__"}
     assert not {rule for rule in missing if not (isinstance(rule, functools.partial) and rule.args[0] in aliases)}
 

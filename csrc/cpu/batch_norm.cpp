@@ -86,9 +86,9 @@ void batch_norm(Type type, const void* x, const BatchShape& shape, const void* w
   });
 }
 
-void batch_norm_backward(Type type, const void* grad, const void* x, const BatchShape& shape, const void* weight,
-                         const double* mean, const double* variance, double eps, void* grad_x, void* grad_weight,
-                         void* grad_bias, int64_t begin, int64_t end) {
+void batch_norm_backward(Type type, const void* grad, const uint32_t* gates, const void* x, const BatchShape& shape,
+                         const void* weight, const double* mean, const double* variance, double eps, void* grad_x,
+                         void* grad_weight, void* grad_bias, int64_t begin, int64_t end) {
   dispatch(type, [&](auto tag) {
     using T = decltype(tag);
     using Storage = typename T::Storage;
@@ -96,25 +96,22 @@ void batch_norm_backward(Type type, const void* grad, const void* x, const Batch
     using Value = typename Vector<Compute>::Value;
     constexpr int64_t lanes = Vector<Compute>::lanes;
     const double count = static_cast<double>(shape.examples * shape.size);
-    for (int64_t c = begin; c < end; ++c) {
+    const auto channel = [&](int64_t c, auto gates_of) {
       const int64_t stride = shape.channels * shape.size;
       const Planes<T> planes{static_cast<const Storage*>(x) + c * shape.size, stride};
       const Planes<T> grads{static_cast<const Storage*>(grad) + c * shape.size, stride};
       const Compute center = static_cast<Compute>(mean[c]);
       double sum = 0, dot = 0;
       for (int64_t n = 0; n < shape.examples; ++n) {
-        const auto *plane = planes[n], *g = grads[n];
-        sum += sum_over<Compute>(
-            shape.size, [&](int64_t j) { return Value(T::load(g + j)); }, [&](int64_t j) { return T::load(g[j]); });
-        dot += sum_over<Compute>(
-            shape.size, [&](int64_t j) { return Value(T::load(g + j)) * (Value(T::load(plane + j)) - center); },
-            [&](int64_t j) { return T::load(g[j]) * (T::load(plane[j]) - center); });
+        const ChannelSums found = channel_sums<T>(planes[n], grads[n], center, shape.size, gates_of(c, n));
+        sum += found.sums;
+        dot += found.products;
       }
       dot -= sum * (mean[c] - static_cast<double>(center));
       const double inverse = 1 / __builtin_sqrt(variance[c] + eps);
       if (grad_weight) static_cast<Storage*>(grad_weight)[c] = T::store(static_cast<Compute>(dot * inverse));
       if (grad_bias) static_cast<Storage*>(grad_bias)[c] = T::store(static_cast<Compute>(sum));
-      if (!grad_x) continue;
+      if (!grad_x) return;
       const double gain = weight ? static_cast<double>(T::load(static_cast<const Storage*>(weight)[c])) : 1;
       // dx = a g + b (x - mean) + offset
       const Compute a = static_cast<Compute>(gain * inverse);
@@ -122,13 +119,22 @@ void batch_norm_backward(Type type, const void* grad, const void* x, const Batch
       const Compute offset = static_cast<Compute>(-gain * inverse * sum / count);
       for (int64_t n = 0; n < shape.examples; ++n) {
         const auto *plane = planes[n], *g = grads[n];
+        const auto open = gates_of(c, n);
         auto* target = static_cast<Storage*>(grad_x) + c * shape.size + n * stride;
         int64_t j = 0;
-        for (; j + lanes <= shape.size; j += lanes)
-          T::store(target + j, Value(T::load(g + j)) * a + ((Value(T::load(plane + j)) - center) * b + offset));
+        for (; j + lanes <= shape.size; j += lanes) {
+          const Value v = open(Value(T::load(g + j)), j);
+          T::store(target + j, v * a + ((Value(T::load(plane + j)) - center) * b + offset));
+        }
         for (; j < shape.size; ++j)
-          target[j] = T::store(T::load(g[j]) * a + ((T::load(plane[j]) - center) * b + offset));
+          target[j] = T::store(open(T::load(g[j]), j) * a + ((T::load(plane[j]) - center) * b + offset));
       }
+    };
+    for (int64_t c = begin; c < end; ++c) {
+      if (gates)
+        channel(c, [&](int64_t c, int64_t n) { return Gated<T>{gates, (n * shape.channels + c) * shape.size}; });
+      else
+        channel(c, [](int64_t, int64_t) { return Ungated<T>{}; });
     }
   });
 }

@@ -363,30 +363,13 @@ void channel_products(Type type, const void* a, const void* d, const void* cente
   dispatch(type, [&](auto tag) {
     using T = decltype(tag);
     using Storage = typename T::Storage;
-    using Compute = typename T::Compute;
-    using Value = typename Vector<Compute>::Value;
-    constexpr int64_t lanes = Vector<Compute>::lanes;
     for (int64_t i = begin; i < end; ++i) {
-      const auto* x = static_cast<const Storage*>(a) + i * width;
-      const auto* y = static_cast<const Storage*>(d) + i * width;
-      const Compute middle = T::load(static_cast<const Storage*>(center)[i % channels]);
-      Value product = {}, other_product = {}, sum = {}, other_sum = {};
-      int64_t k = 0;
-      for (; k + 2 * lanes <= width; k += 2 * lanes) {
-        const Value v = T::load(y + k), w = T::load(y + k + lanes);
-        product += (T::load(x + k) - middle) * v;
-        other_product += (T::load(x + k + lanes) - middle) * w;
-        sum += v;
-        other_sum += w;
-      }
-      double row_product = horizontal_sum(product + other_product), row_sum = horizontal_sum(sum + other_sum);
-      for (; k < width; ++k) {
-        const Compute v = T::load(y[k]);
-        row_product += static_cast<double>((T::load(x[k]) - middle) * v);
-        row_sum += static_cast<double>(v);
-      }
-      products[i] = row_product;
-      sums[i] = row_sum;
+      const auto middle = T::load(static_cast<const Storage*>(center)[i % channels]);
+      const ChannelSums found =
+          channel_sums<T>(static_cast<const Storage*>(a) + i * width, static_cast<const Storage*>(d) + i * width,
+                          middle, width, Ungated<T>{});
+      products[i] = found.products;
+      sums[i] = found.sums;
     }
   });
 }

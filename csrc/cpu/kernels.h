@@ -85,10 +85,11 @@ struct Kernels {
   void (*batch_norm)(Type type, const void* x, const BatchShape& shape, const void* weight, const void* bias,
                      double eps, void* y, double* mean, double* variance, int64_t begin, int64_t end);
 
-  // Its backward; any of the three gradients may be null.
-  void (*batch_norm_backward)(Type type, const void* grad, const void* x, const BatchShape& shape, const void* weight,
-                              const double* mean, const double* variance, double eps, void* grad_x, void* grad_weight,
-                              void* grad_bias, int64_t begin, int64_t end);
+  // Its backward, from a gradient that passes where the bits of `gates` (as gate_relu's; may be null) are set; any of
+  // the three gradients may be null.
+  void (*batch_norm_backward)(Type type, const void* grad, const uint32_t* gates, const void* x,
+                              const BatchShape& shape, const void* weight, const double* mean, const double* variance,
+                              double eps, void* grad_x, void* grad_weight, void* grad_bias, int64_t begin, int64_t end);
 
   // Per example i in [begin, end), with x[N, channels of all groups, input] and d[N, outputs, output]: the squared
   // norms of the weight gradient and of the bias gradient. Scratch as ops.cpp sizes it.
@@ -135,8 +136,8 @@ const Kernels& kernels();
   double sum_squares(Type, const void*, int64_t, int64_t);                                                          \
   void batch_norm(Type, const void*, const BatchShape&, const void*, const void*, double, void*, double*, double*,  \
                   int64_t, int64_t);                                                                                \
-  void batch_norm_backward(Type, const void*, const void*, const BatchShape&, const void*, const double*,           \
-                           const double*, double, void*, void*, void*, int64_t, int64_t);                           \
+  void batch_norm_backward(Type, const void*, const uint32_t*, const void*, const BatchShape&, const void*,         \
+                           const double*, const double*, double, void*, void*, void*, int64_t, int64_t);            \
   void grad_sqnorm_conv(Type, const Convolution&, bool, const void*, const void*, double*, double*, void*, int64_t, \
                         int64_t);                                                                                   \
   void grad_sqnorm_linear(Type, int64_t, int64_t, int64_t, bool, const void*, const void*, double*, void*, int64_t, \

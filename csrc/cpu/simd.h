@@ -293,6 +293,73 @@ inline void store_some<F32>(float* target, Floats x, int64_t n) {
 }
 #endif
 
+// The gates of a range of elements: `gates(v, j)` is element j's value v (or a vector of them, from j on) where the
+// gate is open, else 0.
+template <class T>
+struct Ungated {
+  template <class Value>
+  inline Value operator()(Value v, int64_t) const {
+    return v;
+  }
+};
+
+// Element j's gate is bit `first` + j of the words.
+template <class T>
+struct Gated {
+  using Compute = typename T::Compute;
+  using Value = typename Vector<Compute>::Value;
+  using Bits = typename Vector<Compute>::Bits;
+  static constexpr int64_t lanes = Vector<Compute>::lanes;
+  const uint32_t* words;
+  int64_t first;
+  inline Compute operator()(Compute v, int64_t j) const {
+    const int64_t bit = first + j;
+    return (words[bit / 32] >> (bit % 32)) & 1u ? v : Compute(0);
+  }
+  inline Value operator()(Value v, int64_t j) const {
+    const int64_t word = (first + j) / 32, shift = (first + j) % 32;
+    uint32_t bits = words[word] >> shift;
+    if (shift + lanes > 32) bits |= words[word + 1] << (32 - shift);
+    Bits lane = {};
+    for (int64_t k = 0; k < lanes; ++k) lane[k] = uint64_t(1) << k;
+    return ((Bits{} + bits) & lane) != 0 ? v : Value{};
+  }
+};
+
+struct ChannelSums {
+  double products, sums;
+};
+
+// The sums of (x - center) g and of g, in float64 beyond the four vectors that a lane adds up first.
+template <class T, class Gates>
+static inline ChannelSums channel_sums(const typename T::Storage* x, const typename T::Storage* g,
+                                       typename T::Compute center, int64_t size, Gates gates) {
+  using Compute = typename T::Compute;
+  using Value = typename Vector<Compute>::Value;
+  constexpr int64_t lanes = Vector<Compute>::lanes;
+  Doubles products = {}, sums = {};
+  int64_t j = 0;
+  const auto add = [&](int64_t vectors) {
+    Value product = {}, sum = {};
+    for (int64_t k = 0; k < vectors; ++k, j += lanes) {
+      const Value v = gates(Value(T::load(g + j)), j);
+      product += (Value(T::load(x + j)) - center) * v;
+      sum += v;
+    }
+    products += folded(product);
+    sums += folded(sum);
+  };
+  while (j + 4 * lanes <= size) add(4);
+  while (j + lanes <= size) add(1);
+  ChannelSums result{horizontal_sum(products), horizontal_sum(sums)};
+  for (; j < size; ++j) {
+    const Compute v = gates(T::load(g[j]), j);
+    result.products += static_cast<double>((T::load(x[j]) - center) * v);
+    result.sums += static_cast<double>(v);
+  }
+  return result;
+}
+
 // Calls f with the tag of `type`.
 template <class Function>
 static inline auto dispatch(Type type, Function f) {

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fastfisher import ops
 from fastfisher.layers.base import Layer, Layout, computing
+from fastfisher.layers.linear import gram_is_cheaper
 
 
 class Conv(Layer):
@@ -103,7 +104,8 @@ class Conv(Layer):
         """The cheapest way to the norms: "direct" or "gram" (see the op), or "library", its gradients materialised.
 
         Multiply-adds by measured rates per nanosecond and core: 45 for tiles of the gradient (with the outputs in whole
-        vectors of 16), 30 for inner products, 1 where the two kinds of inner products are put together.
+        vectors of 16), 30 for inner products, 1 where the two kinds of inner products are put together. On a GPU the
+        inner products are those of patches, and the rule is a linear layer's.
         """
         x, y = (d, a) if self.transposed else (a, d)
         channels, outputs = x.shape[2] // self.groups, y.shape[2] // self.groups
@@ -111,6 +113,8 @@ class Conv(Layer):
         kernel = self.weight.shape[2:].numel()
         if self.layout.repeat > 1 or (channels == outputs == 1 and kernel <= 9):
             return "library"
+        if a.device.type == "cuda":
+            return "gram" if gram_is_cheaper(positions, channels * kernel, outputs, a.device) else "direct"
         direct = positions * channels * kernel * (-(-outputs // 16) * 16) / 45
         gram = (pixels**2 * channels + positions**2 * outputs) / 2 / 30 + positions**2 * kernel / 2
         return "gram" if gram < direct else "direct"

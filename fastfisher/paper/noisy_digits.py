@@ -8,14 +8,9 @@ what was interrupted and skips what is finished.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import signal
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +20,10 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
-from tqdm import tqdm
 
-from fastfisher.training.config import ConfigError, TrainConfig, flag, resolve
+from fastfisher.training.config import ConfigError, TrainConfig, resolve
 from fastfisher.training.folder import RunFolder
+from fastfisher.training.replicas import Metrics, Summary, train_together
 
 METHODS = ("baseline", "FP")
 # Vermillion and blue of Okabe and Ito's palette, which colour-blind readers tell apart.
@@ -43,7 +38,6 @@ HOW_CHOSEN = (
     "epoch, and then alpha from {0.1, 0.31, 1, 3.1} by FP's last epoch."
 )
 
-Metrics = list[dict[str, Any]]
 Results = dict[str, list[Metrics]]
 
 
@@ -80,12 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     out.mkdir(parents=True, exist_ok=True)
     try:
-        run_all(configs, options.jobs)
+        failures = train_together(configs, options.jobs)
     except KeyboardInterrupt:
         print(f"interrupted; continue with: {parser.prog} and the same options")
         return 130
-    except subprocess.CalledProcessError as error:
-        print(f"noisy_digits: a run failed: {error.output}", file=sys.stderr)
+    if failures:
+        for failure in failures:
+            print(f"noisy_digits: {failure.config.method}, {failure}", file=sys.stderr)
         return 1
     results = {
         method: [RunFolder(config.out).read_metrics() for config in configs if config.method == method]
@@ -131,104 +126,6 @@ def plan(out: Path, *, seeds: int, epochs: int, alpha: float, penalty_every: int
     ]
 
 
-def command(config: TrainConfig) -> list[str]:
-    """Return the command line that trains ``config``."""
-    words = [sys.executable, "-m", "fastfisher", "train"]
-    for option in dataclasses.fields(config):
-        value = getattr(config, option.name)
-        if value != option.default:
-            words += [flag(option.name)] if value is True else [flag(option.name), str(value)]
-    return words
-
-
-@dataclass
-class Job:
-    """One run in a process of its own, which writes to a log beside the run's folder."""
-
-    config: TrainConfig
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    @classmethod
-    def start(cls, config: TrainConfig) -> Job:
-        """Start the training of ``config``."""
-        log = Path(f"{config.out}.log")
-        with log.open("ab") as file:
-            # In a session of its own, so that Ctrl-C in the terminal reaches it once, through stop().
-            process = subprocess.Popen(command(config), stdout=file, stderr=file, start_new_session=True)
-        return cls(config, process, log)
-
-    def done(self) -> bool:
-        """Return whether the run has finished.
-
-        Raises:
-            subprocess.CalledProcessError: if it failed; ``output`` is the last line of its log.
-        """
-        code = self.process.poll()
-        if code:
-            last = self.log.read_text().splitlines()[-1:]
-            raise subprocess.CalledProcessError(code, self.process.args, output=f"{self.log}: {''.join(last)}")
-        return code == 0
-
-    def stop(self) -> None:
-        """Let the run save a checkpoint and end."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-        self.process.wait()
-
-
-def run_all(configs: Sequence[TrainConfig], jobs: int) -> None:
-    """Train what is not finished yet, ``jobs`` runs at a time.
-
-    Whatever ends this early, the runs under way are told to save a checkpoint first.
-
-    Raises:
-        subprocess.CalledProcessError: if a run failed.
-    """
-
-    def epochs_done(config: TrainConfig) -> int:
-        metrics = RunFolder(config.out).metrics
-        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-
-    waiting = [config for config in configs if epochs_done(config) < config.epochs]
-    running: list[Job] = []
-    with tqdm(total=sum(config.epochs for config in configs), unit="epoch", disable=None) as bar:
-        try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    running.append(Job.start(waiting.pop(0)))
-                time.sleep(0.2)
-                for job in [job for job in running if job.done()]:
-                    running.remove(job)
-                    final = RunFolder(job.config.out).read_metrics()[-1]
-                    tqdm.write(
-                        f"{job.config.out}: test accuracy {100 * final['test_accuracy']:.1f} %, "
-                        f"noisy training examples {100 * final['noisy_accuracy']:.1f} %"
-                    )
-                bar.update(sum(map(epochs_done, configs)) - bar.n)
-        finally:
-            for job in running:
-                job.stop()
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A quantity of one method: mean and sample standard deviation over seeds, None for a single seed."""
-
-    mean: float
-    std: float | None
-
-    @classmethod
-    def over_seeds(cls, runs: Sequence[Metrics], measure: Callable[[Metrics], float]) -> Summary:
-        """Summarise ``measure`` of each run."""
-        values = [measure(run) for run in runs]
-        return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
-
-    def __str__(self) -> str:
-        """Return ``mean ± std``."""
-        return f"{self.mean:.2f}" if self.std is None else f"{self.mean:.2f} ± {self.std:.2f}"
-
-
 def _percent(name: str) -> Callable[[Metrics], float]:
     return lambda run: 100.0 * run[-1][name]
 
@@ -246,6 +143,11 @@ MEASURES: dict[str, Callable[[Metrics], float]] = {
     "maximum of Tr(F)": lambda run: max(epoch["trace_fisher"] for epoch in run),
     "training seconds per epoch": lambda run: statistics.mean(epoch["train_seconds"] for epoch in run),
 }
+
+
+def over_seeds(runs: Sequence[Metrics], measure: Callable[[Metrics], float]) -> Summary:
+    """Summarise ``measure`` of each run."""
+    return Summary.of([measure(run) for run in runs])
 
 
 def change(baseline: Summary, penalised: Summary) -> int:
@@ -271,13 +173,13 @@ def conclusion(results: Results) -> str:
     }
     effects, changes = {}, {}
     for key, name in names.items():
-        baseline, penalised = (Summary.over_seeds(results[method], MEASURES[name]) for method in METHODS)
+        baseline, penalised = (over_seeds(results[method], MEASURES[name]) for method in METHODS)
         changes[key] = change(baseline, penalised)
         effects[key] = (
             f"{words[changes[key]]} the {name.removesuffix(', %')} "
             f"({baseline.mean:.1f} % without, {penalised.mean:.1f} % with it)"
         )
-    memorised = Summary.over_seeds(results["baseline"], MEASURES[names["noisy"]]).mean
+    memorised = over_seeds(results["baseline"], MEASURES[names["noisy"]]).mean
     claim = "the paper's claim that FP limits the memorisation of noisy labels"
     if baseline.std is None:
         verdict = "With one seed per method nothing can be concluded: there is no spread to compare with."
@@ -297,7 +199,7 @@ def conclusion(results: Results) -> str:
 def report(results: Results, penalised: TrainConfig, figure: str) -> str:
     """Return the report as Markdown: the conclusion, the table, and how the runs were made."""
     rows = [
-        f"| {name} | " + " | ".join(str(Summary.over_seeds(results[method], measure)) for method in METHODS) + " |"
+        f"| {name} | " + " | ".join(str(over_seeds(results[method], measure)) for method in METHODS) + " |"
         for name, measure in MEASURES.items()
     ]
     default = (penalised.alpha, penalised.penalty_every) == (ALPHA, PENALTY_EVERY)

@@ -20,7 +20,10 @@ T = TypeVar("T")
 
 METHODS = ("baseline", "FP", "GP", "GP_r", "GP_x")
 DATA_SETS = ("digits", "cifar10", "cifar100")
-NETWORKS = ("small_cnn", "simple_cnn", "vgg11")
+NETWORKS = (
+    *("small_cnn", "simple_cnn", "vgg11", "densenet40_12", "wresnet44_3", "wresnet44_3_bn"),
+    *("resnet26", "resnet32", "resnet50", "resnet52", "resnet56", "fixup_resnet18"),
+)
 AUGMENTATIONS = ("none", "flip", "crop_flip")
 MEASUREMENTS = ("trace_fisher", "trace_hessian", "per_example_grad_norms")
 INTERVAL = re.compile(r"([1-9][0-9]*)(step|epoch)s?")
@@ -87,7 +90,9 @@ class TrainConfig:
     )
     label_noise: float = _option(0.0, "fraction of the training labels replaced by uniformly drawn ones", rule=FRACTION)
     noise_seed: int | None = _option(None, "seed of the label noise; --seed unless given", rule=SEED)
-    network: str = _option("small_cnn", "network; none of them has batch normalisation", choices=NETWORKS)
+    network: str = _option(
+        "small_cnn", "network; densenet40_12 and wresnet44_3_bn have batch normalisation", choices=NETWORKS
+    )
     method: str = _option(
         "baseline",
         "penalty: FP (sampled labels), GP (true labels), GP_r (uniform labels), GP_x (input gradient)",
@@ -136,6 +141,11 @@ class TrainConfig:
     )
     seed: int = _option(0, "seed of the initial weights, the batches and the sampled labels", rule=SEED)
     threads: int = _option(0, "CPU threads; 0 leaves PyTorch's choice", rule=AT_LEAST_ZERO)
+    graphs: str = _option(
+        "auto",
+        "CUDA graphs: capture a step once and replay it; auto does so on a GPU",
+        choices=("auto", "on", "off"),
+    )
     device: str = _option("auto", "auto, cpu, cuda or cuda:N; auto takes the GPU where there is one")
 
 
@@ -241,11 +251,15 @@ def resolve(config: TrainConfig) -> TrainConfig:
     _check_combinations(config)
     if config.data != "digits" and not Path(config.data_dir).is_dir():
         raise ConfigError(f"--data-dir: got {config.data_dir!r}, expected an existing folder with {config.data}")
+    device = _resolve_device(config.device)
+    if config.graphs == "on" and not device.startswith("cuda"):
+        raise ConfigError(f"--graphs: got on, expected auto or off with --device {device}: graphs are for a GPU")
     return dataclasses.replace(
         config,
+        graphs="on" if device.startswith("cuda") and config.graphs != "off" else "off",
         image_size=config.image_size or (16 if config.data == "digits" else 32),
         noise_seed=config.seed if config.noise_seed is None else config.noise_seed,
-        device=_resolve_device(config.device),
+        device=device,
         # One spelling for each meaning, for --resume compares them.
         measure=",".join(name for name in MEASUREMENTS if name in measurements(config.measure)) or "none",
         measure_every=re.sub("s$", "", config.measure_every),

@@ -120,32 +120,53 @@ def _cifar(name: str, data_dir: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
     return images, labels, order[5000:], order[:5000], torch.arange(len(order), len(labels))
 
 
-def augment(inputs: Tensor, kind: str, generator: torch.Generator) -> Tensor:
-    """Return the images ``[N, C, H, W]`` augmented, each in its own way.
+@dataclass
+class Augmentation:
+    """How each image of a set is augmented, drawn beforehand: on the images' device, so that a batch waits for nothing.
 
-    ``flip`` mirrors half of them; ``crop_flip`` first crops at random after padding by 4 zeros on each side
-    (He et al., 2016); ``none`` returns them as they are. Draws come from ``generator``, on the CPU.
+    Attributes:
+        flipped: which are mirrored, bool ``[N]``; None where images stay as they are.
+        shifts: the corners of the crops, int64 ``[2, N, 1]``; None where there are none.
     """
-    if kind == "none":
-        return inputs
-    count, _, height, width = inputs.shape
-    if kind == "crop_flip":
-        padded = F.pad(inputs, (CROP_PADDING,) * 4)
-        shifts = torch.randint(2 * CROP_PADDING + 1, (2, count, 1), generator=generator).to(inputs.device)
-        rows = shifts[0] + torch.arange(height, device=inputs.device)
-        columns = shifts[1] + torch.arange(width, device=inputs.device)
-        examples = torch.arange(count, device=inputs.device)[:, None, None]
-        # Advanced indices around a slice put the channel last.
-        inputs = padded[examples, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-    flipped = (torch.rand(count, generator=generator) < 0.5).to(inputs.device)
-    return torch.where(flipped[:, None, None, None], inputs.flip(-1), inputs)
+
+    flipped: Tensor | None = None
+    shifts: Tensor | None = None
+
+    @classmethod
+    def draw(cls, kind: str, count: int, generator: torch.Generator, device: torch.device) -> Augmentation:
+        """Draw for ``count`` images, from a generator on the CPU.
+
+        ``flip`` mirrors half of them; ``crop_flip`` first crops at random after padding by 4 zeros on each side
+        (He et al., 2016); ``none`` leaves them as they are.
+        """
+        if kind == "none":
+            return cls()
+        shifts = None
+        if kind == "crop_flip":
+            shifts = torch.randint(2 * CROP_PADDING + 1, (2, count, 1), generator=generator).to(device)
+        return cls((torch.rand(count, generator=generator) < 0.5).to(device), shifts)
+
+    def apply(self, inputs: Tensor, part: slice) -> Tensor:
+        """Return the images ``[n, C, H, W]``, which are those of ``part``, augmented."""
+        if self.flipped is None:
+            return inputs
+        count, _, height, width = inputs.shape
+        if self.shifts is not None:
+            padded = F.pad(inputs, (CROP_PADDING,) * 4)
+            down, right = self.shifts[:, part]
+            rows = down + torch.arange(height, device=inputs.device)
+            columns = right + torch.arange(width, device=inputs.device)
+            examples = torch.arange(count, device=inputs.device)[:, None, None]
+            # Advanced indices around a slice put the channel last.
+            inputs = padded[examples, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        return torch.where(self.flipped[part, None, None, None], inputs.flip(-1), inputs)
 
 
 class Batches:
     """Shuffled batches of a resident data set, whose place in the epoch can be saved and restored.
 
-    All randomness, shuffling and augmentation, comes from one generator of its own. Incomplete batches are
-    dropped: E‖g‖² is Tr(F)/B, so a short batch would be penalised more than the others.
+    All randomness, shuffling and augmentation, comes from one generator of its own, at the beginning of an epoch.
+    Incomplete batches are dropped: E‖g‖² is Tr(F)/B, so a short batch would be penalised more than the others.
     """
 
     def __init__(self, inputs: Tensor, labels: Tensor, *, batch_size: int, augment: str, seed: int) -> None:
@@ -161,8 +182,15 @@ class Batches:
         self.batch_size = batch_size
         self.augment = augment
         self.generator = torch.Generator().manual_seed(seed)
-        self.order = torch.empty(0, dtype=torch.int64, device=labels.device)
-        self.position = len(self)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Shuffle and draw the augmentations of a new epoch."""
+        self.beginning = self.generator.get_state()
+        count, device = len(self.labels), self.labels.device
+        self.order = torch.randperm(count, generator=self.generator).to(device)
+        self.augmentation = Augmentation.draw(self.augment, count, self.generator, device)
+        self.position = 0
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -171,19 +199,18 @@ class Batches:
     def next(self) -> tuple[Tensor, Tensor]:
         """Return the next batch; after the last of an epoch, the first of a newly shuffled one."""
         if self.position == len(self):
-            self.order = torch.randperm(len(self.labels), generator=self.generator).to(self.labels.device)
-            self.position = 0
-        start = self.position * self.batch_size
-        chosen = self.order[start : start + self.batch_size]
+            self._begin()
+        part = slice(self.position * self.batch_size, (self.position + 1) * self.batch_size)
+        chosen = self.order[part]
         self.position += 1
-        return augment(self.inputs[chosen], self.augment, self.generator), self.labels[chosen]
+        return self.augmentation.apply(self.inputs[chosen], part), self.labels[chosen]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place in the epoch and the state of the generator."""
-        return {"order": self.order, "position": self.position, "generator": self.generator.get_state()}
+        """Return the state of the generator at the beginning of the epoch, and the place in it."""
+        return {"beginning": self.beginning, "position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what :meth:`state_dict` returned: the batches that follow are the same."""
-        self.order = state["order"].to(self.labels.device)
+        self.generator.set_state(state["beginning"])
+        self._begin()
         self.position = state["position"]
-        self.generator.set_state(state["generator"])

@@ -33,13 +33,7 @@ class RunFolder:
                 options and it is on, or cannot be written.
         """
         if config.resume:
-            stored = self.read_config()
-            differing = differences(config, stored)
-            if differing:
-                details = ", ".join(
-                    f"{flag(name)} {getattr(config, name)} (was {getattr(stored, name)})" for name in differing
-                )
-                raise ConfigError(f"--resume: the run in {self.path} has other options: {details}")
+            refuse_other_options(config, self.read_config(), f"the run in {self.path}")
         elif self.config.exists():
             raise ConfigError(
                 f"--out: got {str(self.path)!r}, which already holds a run: add --resume to continue it, "
@@ -66,7 +60,7 @@ class RunFolder:
     def create(self, config: TrainConfig) -> None:
         """Create the folder and write ``config.json``."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with _replacing(self.config) as file:
+        with replacing(self.config) as file:
             file.write((json.dumps(to_values(config), indent=2) + "\n").encode())
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
@@ -85,17 +79,21 @@ class RunFolder:
             return []
         return [json.loads(line) for line in self.metrics.read_text().splitlines()]
 
+    def epochs_measured(self) -> int:
+        """Return how many epochs ``metrics.jsonl`` has: how far a run got, whether or not its checkpoint is written."""
+        return self.metrics.read_bytes().count(b'"epoch": ') if self.metrics.exists() else 0
+
     def truncate_metrics(self, steps: int) -> None:
         """Keep the lines about the first ``steps`` steps: what came after the checkpoint will be written again."""
         if self.metrics.exists():
             # A crash may leave a last line without its end.
             lines = [line for line in self.metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            with _replacing(self.metrics) as file:
+            with replacing(self.metrics) as file:
                 file.write("".join(line for line in lines if json.loads(line)["step"] <= steps).encode())
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write ``checkpoint.pt``; whatever happens meanwhile, the old or the new one is there, whole."""
-        with _replacing(self.checkpoint) as file:
+        with replacing(self.checkpoint) as file:
             torch.save(state, file)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
@@ -105,9 +103,31 @@ class RunFolder:
         state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         return state
 
+    def epochs_saved(self) -> int:
+        """Return how many epochs the checkpoint is about, reading none of its tensors; 0 if it cannot be read."""
+        if not self.checkpoint.exists():
+            return 0
+        try:
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        except Exception:  # whatever a damaged file raises; the run that continues from it says what
+            return 0
+        return int(state["epoch"])
+
+
+def refuse_other_options(config: TrainConfig, stored: TrainConfig, where: str) -> None:
+    """Check that a run to resume has the options it was started with.
+
+    Raises:
+        ConfigError: naming those that decide what is computed and differ; ``where`` says what was to be resumed.
+    """
+    differing = differences(config, stored)
+    if differing:
+        details = ", ".join(f"{flag(name)} {getattr(config, name)} (was {getattr(stored, name)})" for name in differing)
+        raise ConfigError(f"--resume: {where} has other options: {details}")
+
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file that takes the place of ``path`` once it is whole and on disk."""
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from fastfisher import FisherPenalty
-from fastfisher.capture import eval_mode
+from fastfisher.model import eval_mode
 from fastfisher.training.config import TrainConfig, measurements, resolve, steps_between_measurements
 from fastfisher.training.data import Batches, Data, load_data
 from fastfisher.training.folder import RunFolder
@@ -126,6 +126,9 @@ class Run:
             weight_decay=config.weight_decay,
         )
         self.penalty = self._build_penalty()
+        # Without a penalty, an object for one of weight 0 captures and replays the plain steps.
+        captured = self.penalty is None and config.graphs == "on"
+        self.plain = FisherPenalty(self.model, 0.0, graphs=True) if captured else None
         self.steps_between_measurements = steps_between_measurements(config, len(self.batches))
         self.steps = 0
         self.epoch = 0
@@ -148,6 +151,7 @@ class Run:
             "mixed": config.mixed,
             "examples": config.penalty_examples,
             "generator": torch.Generator(self.device).manual_seed(_seed(config.seed, "labels")),
+            "graphs": config.graphs == "on",
         }
         return FisherPenalty(self.model, config.alpha, **options)
 
@@ -166,7 +170,9 @@ class Run:
             group["lr"] = config.lr * config.lr_decay**drops
         inputs, labels = self.batches.next()
         self.optimizer.zero_grad()
-        if self.penalty is None:
+        if self.plain is not None:
+            loss = self.plain.backward(inputs, labels)
+        elif self.penalty is None:
             loss = F.cross_entropy(self.model(inputs), labels)
             loss.backward()  # type: ignore[no-untyped-call]
         else:
@@ -333,24 +339,25 @@ def describe(record: Record, epochs: int) -> str:
 
 
 @contextmanager
-def catch_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag that the yielded function reads; the second raises as usual.
+def catch_interrupt(signals: Sequence[int] = (signal.SIGINT,)) -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C into a flag that the yielded function reads; the second raises KeyboardInterrupt.
 
-    The previous handler is back afterwards. Outside the main thread, where Python delivers no signals, the
-    flag is never set.
+    So does any other of ``signals``. The previous handlers are back afterwards. Outside the main thread, where Python
+    delivers no signals, the flag is never set.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     caught = threading.Event()
-    previous = signal.getsignal(signal.SIGINT)
 
     def first(number: int, frame: FrameType | None) -> None:
         caught.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for each in signals:
+            signal.signal(each, signal.default_int_handler)
 
-    signal.signal(signal.SIGINT, first)
+    previous = {each: signal.signal(each, first) for each in signals}
     try:
         yield caught.is_set
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for each, handler in previous.items():
+            signal.signal(each, handler)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher import TraceEstimate, per_example_grad_norms, trace_fisher, trace_hessian
-from fastfisher.capture import eval_mode
+from fastfisher.model import eval_mode
 from fastfisher.training.data import Data
 
 Record = dict[str, float | int | str | None]

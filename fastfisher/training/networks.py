@@ -1,27 +1,48 @@
-"""The networks: convolutional, ReLU, no batch normalisation and no dropout."""
+"""The networks of the paper by name, and a small one for digits: convolutional, ReLU, no dropout."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from fastfisher.training.config import NETWORKS, ConfigError
+from fastfisher.training.residual_networks import densenet, fixup_resnet18, resnet, wide_resnet
 
 
 def build_network(name: str, *, in_channels: int, image_size: int, classes: int) -> nn.Sequential:
     """Return a network that maps ``[N, in_channels, image_size, image_size]`` to logits ``[N, classes]``.
 
-    ``small_cnn``, ``simple_cnn`` or ``vgg11``; weights are drawn from PyTorch's global generator.
+    Weights are drawn from PyTorch's global generator. What each network is, and how many parameters it has, is said
+    where it is built: here, and in :mod:`fastfisher.training.residual_networks`.
+
+    - ``small_cnn``: for digits.
+    - ``simple_cnn``, ``vgg11``, ``densenet40_12``: sections 3 and 4.
+    - ``wresnet44_3``: Wide ResNet without batch normalisation, with SkipInit (CIFAR-100); ``wresnet44_3_bn``: with it
+      (TinyImageNet).
+    - ``resnet26``, ``resnet32``, ``resnet50``, ``resnet56``: without batch normalisation (figures 2, 6, 7, 13, 14, 21).
+    - ``resnet52``: table 3 says ResNet-52 where figure 11 says ResNet-50 and section I.3 the Wide ResNet of I.2. Both
+      numbers are 8 blocks a stage, counted as 6n + 4 and 6n + 2: a Wide ResNet of depth 50 and width 3 with SkipInit.
+    - ``fixup_resnet18``: figure 2, ImageNet.
 
     Raises:
         ConfigError: for an unknown name, or images too small for the network.
     """
-    if name == "small_cnn":
-        return _small_cnn(in_channels, image_size, classes)
-    if name == "simple_cnn":
-        return _simple_cnn(in_channels, image_size, classes)
-    if name == "vgg11":
-        return _vgg11(in_channels, image_size, classes)
-    raise ConfigError(f"--network: got {name!r}, expected one of {', '.join(NETWORKS)}")
+    plain = {"small_cnn": _small_cnn, "simple_cnn": _simple_cnn, "vgg11": _vgg11}
+    if name in plain:
+        return plain[name](in_channels, image_size, classes)
+    if name not in NETWORKS:
+        raise ConfigError(f"--network: got {name!r}, expected one of {', '.join(NETWORKS)}")
+    if image_size < 8:
+        raise ConfigError(f"--image-size: got {image_size}, expected at least 8 for {name}")
+    shape = {"in_channels": in_channels, "classes": classes}
+    if name == "fixup_resnet18":
+        return fixup_resnet18(**shape)
+    if name == "densenet40_12":
+        return densenet(40, 12, **shape)
+    if name == "resnet52":
+        return wide_resnet(50, 3, skip_init=True, **shape)
+    if name.startswith("wresnet44_3"):
+        return wide_resnet(44, 3, skip_init=name == "wresnet44_3", **shape)
+    return resnet(int(name.removeprefix("resnet")), **shape)
 
 
 def _small_cnn(in_channels: int, image_size: int, classes: int) -> nn.Sequential:

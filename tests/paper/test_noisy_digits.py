@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,9 +8,10 @@ from typing import Any
 import pytest
 
 from fastfisher.paper import noisy_digits
-from fastfisher.paper.noisy_digits import Metrics, Results, Summary
-from fastfisher.training.config import TrainConfig, add_arguments, from_values
-from fastfisher.training.folder import RunFolder
+from fastfisher.paper.noisy_digits import Results
+from fastfisher.training import replicas
+from fastfisher.training.config import TrainConfig
+from fastfisher.training.replicas import Metrics, Summary
 
 
 def run(test: float, noisy: float, validation: tuple[float, float] = (0.9, 0.8)) -> Metrics:
@@ -77,13 +75,6 @@ def test_a_change_counts_beyond_twice_the_larger_spread(mean: float, expected: i
     assert noisy_digits.change(Summary(10.0, 0.1), Summary(mean, 2.0)) == expected
 
 
-def test_summary_is_mean_and_sample_standard_deviation() -> None:
-    several = Summary.over_seeds([[{"x": 1.0}], [{"x": 3.0}]], lambda metrics: metrics[-1]["x"])
-    assert several == Summary(2.0, pytest.approx(2**0.5))
-    assert str(several) == "2.00 ± 1.41"
-    assert str(Summary(2.0, None)) == "2.00"
-
-
 def test_the_best_validation_epoch_decides_early_stopping() -> None:
     measure = noisy_digits.MEASURES["test accuracy at the best validation epoch, %"]
     assert measure(run(0.4, 0.9, validation=(0.9, 0.8))) == 95.0
@@ -109,15 +100,6 @@ def test_the_methods_differ_in_the_penalty_alone(tmp_path: Path) -> None:
         assert (penalised.alpha, penalised.penalty_every) == (0.3, 2)
 
 
-def test_the_command_line_means_the_same_run(tmp_path: Path) -> None:
-    for config in [*plan(tmp_path), TrainConfig(resume=True)]:
-        words = noisy_digits.command(config)
-        assert words[:4] == [sys.executable, "-m", "fastfisher", "train"]
-        parser = argparse.ArgumentParser()
-        add_arguments(parser)
-        assert from_values(vars(parser.parse_args(words[4:]))) == config
-
-
 def test_main_from_start_to_report_and_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,7 +118,7 @@ def test_main_from_start_to_report_and_again(
     def starting(config: TrainConfig) -> None:
         raise AssertionError(f"{config.out} is finished")
 
-    monkeypatch.setattr(noisy_digits.Job, "start", starting)
+    monkeypatch.setattr(replicas, "Process", starting)
     assert noisy_digits.main(arguments) == 0
     assert noisy_digits.main([*arguments, "--alpha", "3"]) == 2
     assert "--alpha 3.0 (was 1.0)" in capsys.readouterr().err
@@ -158,36 +140,20 @@ def test_a_failing_run_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing = [sys.executable, "-c", "import sys; print('no disk left'); sys.exit(3)"]
-    monkeypatch.setattr(noisy_digits, "command", lambda config: failing)
+    monkeypatch.setattr(replicas, "command", lambda config: failing)
     assert noisy_digits.main(["--out", str(tmp_path), "--seeds", "1", "--epochs", "1"]) == 1
-    assert "baseline-seed0.log: no disk left" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    for method in noisy_digits.METHODS:
+        assert f"{method}, seed 0 failed: no disk left ({tmp_path / method}-seed0.log)" in errors
+    assert not (tmp_path / "report.md").exists()
 
 
-def test_ctrl_c_reaches_each_run_once(
+def test_ctrl_c_says_how_to_continue(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Stands in for a training run: says that it is ready, counts the signals, and takes a moment to end.
-    script = (
-        "import os, pathlib, signal, sys, time\n"
-        "caught = []\n"
-        "signal.signal(signal.SIGINT, lambda *_: caught.append(1))\n"
-        "pathlib.Path(sys.argv[1] + '.ready').touch()\n"
-        "while not caught: time.sleep(0.01)\n"
-        "time.sleep(0.3)\n"
-        "pathlib.Path(sys.argv[1] + '.caught').write_text(f'{len(caught)} {os.getsid(0)}')\n"
-        "sys.exit(130)\n"
-    )
-    monkeypatch.setattr(noisy_digits, "command", lambda config: [sys.executable, "-c", script, config.out])
+    def interrupted(configs: list[TrainConfig], together: int) -> None:
+        raise KeyboardInterrupt
 
-    def pressing(seconds: float) -> None:
-        if len(list(tmp_path.glob("*.ready"))) == 2:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(noisy_digits.time, "sleep", pressing)
-    assert noisy_digits.main(["--out", str(tmp_path), "--seeds", "1", "--epochs", "1"]) == 130
-    counts, sessions = zip(*(path.read_text().split() for path in tmp_path.glob("*.caught")), strict=True)
-    assert counts == ("1", "1")
-    # A terminal's Ctrl-C goes to every process of its session: theirs are their own.
-    assert str(os.getsid(0)) not in sessions
+    monkeypatch.setattr(noisy_digits, "train_together", interrupted)
+    assert noisy_digits.main(["--out", str(tmp_path)]) == 130
     assert "interrupted; continue with: python -m fastfisher.paper.noisy_digits" in capsys.readouterr().out
-    assert not RunFolder(tmp_path / "FP-seed0").path.exists()

@@ -97,6 +97,7 @@ def test_parser_refuses(arguments: list[str], expected: list[str], capsys: pytes
         ({"lr_milestones": (0, 3)}, ["--lr-milestones:", "(0, 3)", "at least 1"]),
         ({"network": "lenet"}, ["--network:", "lenet", "small_cnn"]),
         ({"method": "fp"}, ["--method:", "fp", "FP"]),
+        ({"graphs": "on", "device": "cpu"}, ["--graphs:", "auto or off", "for a GPU"]),
         ({"device": "tpu"}, ["--device:", "tpu", "cuda:N"]),
         ({"device": "cuda:99"}, ["--device:", "cuda:99", "GPUs present"]),
         ({"data": "cifar10", "data_dir": "/nowhere"}, ["--data-dir:", "/nowhere", "existing folder"]),

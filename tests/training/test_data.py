@@ -9,9 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from fastfisher.training.config import ConfigError
-from fastfisher.training.data import Batches, Data, augment, load_data, replace_labels
+from fastfisher.training.data import Augmentation, Batches, Data, load_data, replace_labels
+
+
+def augment(images: Tensor, kind: str) -> Tensor:
+    drawn = Augmentation.draw(kind, len(images), torch.Generator().manual_seed(0), images.device)
+    return drawn.apply(images, slice(0, len(images)))
 
 
 def digits(**changes: Any) -> Data:
@@ -79,7 +85,7 @@ def test_all_or_none_can_be_replaced() -> None:
 
 def test_flip_mirrors_about_half_of_the_images() -> None:
     images = torch.randn(400, 2, 4, 5)
-    flipped = augment(images, "flip", torch.Generator().manual_seed(0))
+    flipped = augment(images, "flip")
     same = (flipped == images).flatten(1).all(1)
     mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
     assert (same ^ mirrored).all()
@@ -88,7 +94,7 @@ def test_flip_mirrors_about_half_of_the_images() -> None:
 
 def test_crop_flip_shifts_each_image_by_up_to_four_pixels() -> None:
     images = torch.randn(300, 2, 9, 9)
-    cropped = augment(images, "crop_flip", torch.Generator().manual_seed(0))
+    cropped = augment(images, "crop_flip")
     padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
     seen = set()
     for image, source in zip(cropped, padded, strict=True):
@@ -109,8 +115,17 @@ def test_no_augmentation_draws_nothing() -> None:
     images = torch.randn(3, 1, 4, 4)
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
-    assert augment(images, "none", generator) is images
+    augmentation = Augmentation.draw("none", 3, generator, images.device)
+    assert augmentation.apply(images, slice(0, 3)) is images
     assert torch.equal(generator.get_state(), before)
+
+
+def test_each_image_has_its_own_augmentation_whatever_its_batch() -> None:
+    images = torch.randn(10, 1, 6, 6)
+    augmentation = Augmentation.draw("crop_flip", 10, torch.Generator().manual_seed(1), images.device)
+    parts = [slice(0, 4), slice(4, 10)]
+    apart = torch.cat([augmentation.apply(images[part], part) for part in parts])
+    assert torch.equal(apart, augmentation.apply(images, slice(0, 10)))
 
 
 def batches(seed: int = 0) -> Batches:

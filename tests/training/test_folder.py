@@ -98,3 +98,15 @@ def test_a_failed_save_keeps_the_old_checkpoint(config: TrainConfig, monkeypatch
     assert state is not None
     assert state["epoch"] == 1
     assert torch.equal(state["weights"], torch.ones(3))
+
+
+def test_epochs_are_counted_without_reading_much(config: TrainConfig) -> None:
+    folder = RunFolder(config.out)
+    assert (folder.epochs_measured(), folder.epochs_saved()) == (0, 0)
+    folder.create(config)
+    for record in ({"step": 5, "trace_fisher": 1.0}, {"step": 10, "epoch": 1}, {"step": 20, "epoch": 2}):
+        folder.append_metrics(record)
+    folder.save_checkpoint({"weights": torch.ones(3), "epoch": 1})
+    assert (folder.epochs_measured(), folder.epochs_saved()) == (2, 1)
+    folder.checkpoint.write_bytes(folder.checkpoint.read_bytes()[:100])
+    assert folder.epochs_saved() == 0

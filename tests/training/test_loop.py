@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from fastfisher.training import loop
 from fastfisher.training.config import MEASUREMENTS, METHODS, ConfigError, TrainConfig
 from fastfisher.training.folder import RunFolder
 from fastfisher.training.networks import build_network
+from tests.training.runs import assert_same_state, interrupt_at, metrics
 
 STEPS = 4  # in an epoch of 1,097 examples in batches of 256
 ALL = ",".join(MEASUREMENTS)
@@ -31,43 +31,6 @@ def config(tmp_path: Path) -> TrainConfig:
         trace_samples=8,
         device="cpu",
     )
-
-
-def metrics(config: TrainConfig) -> list[dict[str, Any]]:
-    records = RunFolder(config.out).read_metrics()
-    return [{name: value for name, value in record.items() if not name.endswith("_seconds")} for record in records]
-
-
-def assert_same_state(first: Any, second: Any) -> None:
-    """Compare two checkpoints bit by bit, but for the seconds."""
-    assert type(first) is type(second)
-    if isinstance(first, torch.Tensor):
-        assert first.dtype == second.dtype
-        assert torch.equal(first, second)
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys()
-        for name in first:
-            if name != "train_seconds":
-                assert_same_state(first[name], second[name])
-    elif isinstance(first, list):
-        assert len(first) == len(second)
-        for a, b in zip(first, second, strict=True):
-            assert_same_state(a, b)
-    else:
-        assert first == second
-
-
-def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, times: int = 1) -> None:
-    """Press Ctrl-C while the step with this number (from 1, over the whole run) is taken."""
-    original: Callable[[loop.Run], None] = loop.Run.step
-
-    def stepping(run: loop.Run) -> None:
-        original(run)
-        if run.steps == step:
-            for _ in range(times):
-                signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(loop.Run, "step", stepping)
 
 
 def with_dropout(name: str, **options: Any) -> nn.Sequential:
@@ -219,6 +182,7 @@ def test_options_reach_the_penalty(config: TrainConfig, monkeypatch: pytest.Monk
         "gates": "free",
         "mixed": False,
         "examples": 5,
+        "graphs": False,
     }
 
 

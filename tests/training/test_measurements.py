@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastfisher.capture import eval_mode
+from fastfisher.model import eval_mode
 from fastfisher.training.config import MEASUREMENTS
 from fastfisher.training.data import Data
 from fastfisher.training.measurements import MEASURE, Examples, accuracies, area_under_curve, predict

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -5,6 +7,7 @@ from torch.nn import functional as F
 
 from fastfisher.training.config import NETWORKS, ConfigError
 from fastfisher.training.networks import build_network
+from fastfisher.training.residual_networks import WideBlock, densenet, resnet
 
 
 @pytest.mark.parametrize(
@@ -14,6 +17,21 @@ from fastfisher.training.networks import build_network
         ("vgg11", 3, 32, 10, 9_225_610),
         ("vgg11", 3, 32, 100, 9_271_780),
         ("small_cnn", 1, 16, 10, 38_282),
+        # Published: "1.0M" (Huang et al., table 2, DenseNet L=40, k=12).
+        ("densenet40_12", 3, 32, 10, 1_019_722),
+        ("densenet40_12", 3, 32, 100, 1_060_132),
+        # Derived: the count of the Wide ResNet code for 6n + 2 = 44, with 100 and with 200 classes.
+        ("wresnet44_3_bn", 3, 32, 100, 5_928_180),
+        ("wresnet44_3_bn", 3, 32, 200, 5_947_480),
+        # Batch normalisation's 2 x 7,392 out; biases, and a gain for each of the 21 blocks in.
+        ("wresnet44_3", 3, 32, 100, 5_923_817),
+        ("wresnet44_3", 3, 32, 200, 5_943_117),
+        # He et al.'s 0.27 M (depth 20) to 0.85 M (depth 56), with biases and 1x1 shortcuts in place of their zeros.
+        ("resnet26", 3, 32, 10, 368_682),
+        ("resnet26", 3, 32, 100, 374_532),
+        ("resnet56", 3, 32, 10, 853_642),
+        # ResNet-18's 11,689,512 without its 9,600 of batch normalisation, with 5 scalars a block and 2 more.
+        ("fixup_resnet18", 3, 224, 1000, 11_689_512 - 9_600 + 8 * 5 + 2),
     ],
 )
 def test_parameter_counts(name: str, in_channels: int, image_size: int, classes: int, expected: int) -> None:
@@ -46,6 +64,32 @@ def test_vgg11_keeps_the_scale_of_its_gradients() -> None:
     assert first.norm() > 0.2 * last.norm()
     assert first.norm() > 0.05
     assert all((m.bias == 0).all() for m in network if isinstance(m, nn.Conv2d) and m.bias is not None)
+
+
+@pytest.mark.parametrize("name", ["resnet26", "resnet56", "wresnet44_3", "densenet40_12", "fixup_resnet18"])
+def test_a_deep_network_starts_with_a_signal_of_order_one(name: str) -> None:
+    """Without normalisation the shortcuts would double it 27 times over, were the branches not small."""
+    torch.manual_seed(0)
+    network = build_network(name, in_channels=3, image_size=32, classes=10)
+    x = torch.randn(16, 3, 32, 32)
+    before_classifier = nn.Sequential(*list(network)[:-1])(x)
+    assert 0.05 < before_classifier.std() < 20
+
+
+def test_the_branches_of_skip_init_start_at_zero() -> None:
+    network = build_network("wresnet44_3", in_channels=3, image_size=16, classes=10)
+    blocks = [m for m in network if isinstance(m, WideBlock)]
+    assert len(blocks) == 21
+    same = [block for block in blocks if block.shortcut is None]
+    x = torch.randn(2, same[0].first.in_channels, 8, 8)
+    assert torch.equal(same[0](x), x)
+
+
+@pytest.mark.parametrize(("depth", "build"), [(27, resnet), (45, densenet)])
+def test_an_impossible_depth_is_named(depth: int, build: Any) -> None:
+    arguments = () if build is resnet else (12,)
+    with pytest.raises(ValueError, match=f"depth: expected .* got {depth}"):
+        build(depth, *arguments, in_channels=3, classes=10)
 
 
 def test_unknown_network_is_refused() -> None:

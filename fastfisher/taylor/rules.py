@@ -1,477 +1,19 @@
-"""zᵀHz of a loss for many directions z: the second derivative of the loss along z, without a backward per direction.
-
-Let every operation y = f(x) of the forward carry, besides its value, its derivatives y′ and y″ along θ + tz. The loss's
-second derivative is zᵀHz. Second derivatives obey y″ = f′(x)·x″ + f″(x)[x′, x′]: linear in x″, with a source term. So
-the loss's second derivative is the sum over operations of the source, weighted by how the loss answers to it, and that
-is the gradient δ = ∂loss/∂y, which does not depend on z:
-
-    zᵀHz = Σ over operations ⟨δ, f″(x)[x′, x′]⟩.
-
-One forward and one backward (of data gradients alone) give x and δ, for all directions; a direction then costs one
-sweep of first derivatives. Operations that are linear in what moves have no source; a product y = a·b, such as a
-convolution with its weight, has 2 a′·b′, so a convolution costs three: a′·b + a·b′ for the derivative, a′·b′ for the
-source. That is 3 F, in units of the forward F, where forward and backward together cost 3 F; the first layer, whose
-input does not move, costs one convolution.
-
-A piecewise linear function (ReLU, max-pool) has the derivatives that autograd gives it: those of the side it is on.
-"""
+"""How each function of PyTorch goes onto the tape; a rule takes the tape, the function as called, and its arguments."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode, resolve_name
 
 from fastfisher import ops
-
-
-class NoRule(RuntimeError):
-    """An operation of the forward that has no rule here; the message names it."""
-
-
-# ---- what the tape holds -------------------------------------------------------------------------------------------
-
-
-class _Node:
-    """An operation some of whose inputs move; ``weight`` is δ, the gradient of the loss at its output.
-
-    Attributes:
-        name: the operation, for messages.
-        inputs: the slots of what moves, in the order in which the methods take the derivatives.
-    """
-
-    curved = False
-    """Whether the operation is neither linear in its inputs nor a product of two of them."""
-
-    wants_weight = False
-
-    def __init__(self, name: str, inputs: Sequence[int]) -> None:
-        self.name, self.inputs = name, tuple(inputs)
-        self.output = -1
-        self.weight: Tensor | None = None
-
-    def first(self, *moving: Tensor) -> Tensor:
-        """The derivative of the output."""
-        raise NotImplementedError
-
-    def source(self, moving: tuple[Tensor, ...], first: Tensor) -> Tensor:
-        """⟨δ, f″[x′, x′]⟩; called where ``wants_weight`` and δ is not zero."""
-        raise NotImplementedError
-
-    def weigh(self, weight: Tensor) -> None:
-        """Takes δ, and prepares what is the same for every direction."""
-        self.weight = weight
-
-
-class _Linear(_Node):
-    """An operation that is linear (or piecewise linear) in all that moves, jointly."""
-
-    def __init__(self, name: str, inputs: Sequence[int], function: Callable[..., Tensor]) -> None:
-        super().__init__(name, inputs)
-        self.first = function  # type: ignore[method-assign]
-
-
-class _Product(_Node):
-    """y = a·b + c for a bilinear product; c may be absent, or not move."""
-
-    wants_weight = True
-
-    def __init__(self, name: str, inputs: Sequence[int], product: Callable[..., Tensor], a: Tensor, b: Tensor) -> None:
-        super().__init__(name, inputs)
-        self.product, self.a, self.b = product, a, b
-
-    def first(self, *moving: Tensor) -> Tensor:
-        a, b, *shift = moving
-        return self.product(self.a, b, *shift).add_(self.product(a, self.b))
-
-    def source(self, moving: tuple[Tensor, ...], first: Tensor) -> Tensor:
-        assert self.weight is not None
-        return 2 * _inner(self.weight, self.product(moving[0], moving[1]))
-
-
-class _Elementwise(_Node):
-    """A smooth function of each element, by its two derivatives."""
-
-    curved = wants_weight = True
-
-    def __init__(self, name: str, inputs: Sequence[int], slope: Tensor, curvature: Tensor) -> None:
-        super().__init__(name, inputs)
-        self.slope, self.curvature = slope, curvature
-
-    def first(self, *moving: Tensor) -> Tensor:
-        return moving[0] * self.slope
-
-    def weigh(self, weight: Tensor) -> None:
-        self.weight = self.curvature.mul_(weight)
-
-    def source(self, moving: tuple[Tensor, ...], first: Tensor) -> Tensor:
-        return _inner(self.curvature * moving[0], moving[0])
-
-
-class _Softmax(_Node):
-    """p = softmax(x): p′ = p⊙u with u = x′ − ⟨p, x′⟩, and p″ = p⊙(u² − ⟨p, u²⟩)."""
-
-    curved = wants_weight = True
-
-    def __init__(self, name: str, inputs: Sequence[int], p: Tensor, dim: int) -> None:
-        super().__init__(name, inputs)
-        self.p, self.dim = p, dim
-
-    def first(self, *moving: Tensor) -> Tensor:
-        x = moving[0]
-        return self.p * (x - (self.p * x).sum(self.dim, keepdim=True))
-
-    def weigh(self, weight: Tensor) -> None:
-        self.weight = self.p * (weight - (self.p * weight).sum(self.dim, keepdim=True))
-
-    def source(self, moving: tuple[Tensor, ...], first: Tensor) -> Tensor:
-        assert self.weight is not None
-        u = moving[0] - (self.p * moving[0]).sum(self.dim, keepdim=True)
-        return _inner(self.weight * u, u)
-
-
-class _LogSumExp(_Node):
-    """y = scale·x − shift·log Σ exp x, elementwise or reduced: y″ = −shift·Var_p(x′) in each output of the row.
-
-    Log-softmax has scale 1 and shift 1; logsumexp scale 0 and shift −1.
-    """
-
-    curved = wants_weight = True
-
-    def __init__(self, name: str, inputs: Sequence[int], p: Tensor, dim: int, *, log_softmax: bool, keepdim: bool):
-        super().__init__(name, inputs)
-        self.p, self.dim, self.log_softmax, self.keepdim = p, dim, log_softmax, keepdim
-
-    def _mean(self, x: Tensor) -> Tensor:
-        return (self.p * x).sum(self.dim, keepdim=True)
-
-    def first(self, *moving: Tensor) -> Tensor:
-        mean = self._mean(moving[0])
-        if self.log_softmax:
-            return moving[0] - mean
-        return mean if self.keepdim else mean.squeeze(self.dim)
-
-    def weigh(self, weight: Tensor) -> None:
-        if self.log_softmax:
-            self.weight = -weight.sum(self.dim, keepdim=True)
-        else:
-            self.weight = weight if self.keepdim else weight.unsqueeze(self.dim)
-
-    def source(self, moving: tuple[Tensor, ...], first: Tensor) -> Tensor:
-        assert self.weight is not None
-        u = moving[0] - self._mean(moving[0])
-        return (self.weight * self._mean(u * u)).sum()
-
-
-class _Normalise(_Node):
-    """n = (x − mean x)/σ with σ² = mean (x − mean x)² + eps over ``dims``; or, uncentred, n = x/σ.
-
-    With v = x′ (centred) and a = ⟨n, v⟩/size = σ′:  n′ = (v − a n)/σ,  σ″ = (mean v² − a²)/σ,
-    n″ = −(σ″ n + 2 a n′)/σ.
-    """
-
-    curved = wants_weight = True
-
-    def __init__(self, name: str, inputs: Sequence[int], n: Tensor, rstd: Tensor, dims: list[int], centred: bool):
-        super().__init__(name, inputs)
-        self.n, self.rstd, self.dims, self.centred = n, rstd, dims, centred
-
-    def _mean(self, x: Tensor) -> Tensor:
-        return x.mean(self.dims, keepdim=True)
-
-    def _centre(self, x: Tensor) -> Tensor:
-        return x - self._mean(x) if self.centred else x
-
-    def first(self, *moving: Tensor) -> Tensor:
-        v = self._centre(moving[0])
-        return (v - self._mean(self.n * v) * self.n) * self.rstd
-
-    def weigh(self, weight: Tensor) -> None:
-        self.weight = weight
-        self.along = (weight * self.n).sum(self.dims, keepdim=True)
-
-    def source(self, moving: tuple[Tensor, ...], first: Tensor) -> Tensor:
-        assert self.weight is not None
-        v = self._centre(moving[0])
-        a = self._mean(self.n * v)
-        spread = (self._mean(v * v) - a * a) * self.rstd
-        turned = (self.weight * first).sum(self.dims, keepdim=True)
-        return -((spread * self.along + 2 * a * turned) * self.rstd).sum()
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """⟨a, b⟩ of two tensors of one shape."""
-    if a.stride() == b.stride() and a.is_contiguous():
-        return torch.dot(a.view(-1), b.view(-1))
-    return (a * b).sum()
-
-
-# ---- the recording -------------------------------------------------------------------------------------------------
-
-
-class Tape(TorchFunctionMode):
-    """The operations of one forward that depend on some parameters, each with a rule for its derivatives.
-
-    Example:
-        >>> tape = Tape(parameters)
-        >>> with tape:
-        ...     loss = F.cross_entropy(model(inputs), targets)
-        >>> tape.finish(loss)
-        >>> tape.curvature(directions)  # zᵀHz, for as many z as wanted
-
-    Args:
-        parameters: what moves, by name. Every tensor of the forward that requires a gradient must come from these.
-
-    Raises:
-        NoRule: in the forward or in :meth:`finish`: an operation has no rule, or hides from PyTorch's function modes
-            (a custom ``autograd.Function``).
-    """
-
-    def __init__(self, parameters: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.names = list(parameters)
-        self.nodes: list[_Node] = []
-        self._slots: dict[int, int] = {}
-        self._kept: list[Tensor] = []  # alive, so that an id stands for one tensor
-        self._outputs: list[Tensor] = []
-        self._current: dict[int, Tensor] = {}  # of a tensor changed in place: what it is now
-        self._changed: set[int] = set()  # the storages of those
-        for parameter in parameters.values():
-            self._new_slot(parameter)
-
-    def _new_slot(self, value: Tensor) -> int:
-        self._kept.append(value)
-        self._slots[id(value)] = len(self._slots)
-        return len(self._slots) - 1
-
-    def slot(self, value: Any) -> int | None:
-        """The slot of a tensor that moves; None for everything else."""
-        return self._slots.get(id(value)) if isinstance(value, Tensor) else None
-
-    def add(self, node: _Node, value: Tensor) -> Tensor:
-        """Appends an operation whose output is ``value``, which must be a tensor of its own."""
-        if id(value) in self._slots:
-            value = value.view_as(value)
-        node.output = self._new_slot(value)
-        self.nodes.append(node)
-        self._outputs.append(value)
-        return value
-
-    def linear(self, name: str, function: Callable[..., Tensor], moving: Sequence[Tensor], value: Tensor) -> Tensor:
-        """Appends an operation that is linear in ``moving``, whose derivatives ``function`` takes."""
-        slots = [self._slots[id(x)] for x in moving]
-        return self.add(_Linear(name, slots, function), value)
-
-    def product(
-        self, name: str, function: Callable[..., Tensor], a: Tensor, b: Tensor, shift: Tensor | None = None
-    ) -> Tensor:
-        """Appends y = function(a, b, shift) = a·b + shift for a bilinear product, whichever of the three moves."""
-        value = function(a, b, shift) if shift is not None else function(a, b)
-        slots = [self._slots[id(x)] for x in (a, b, shift) if self.slot(x) is not None]
-        a_moves, b_moves = self.slot(a) is not None, self.slot(b) is not None
-        fixed_a, fixed_b = a.detach(), b.detach()
-        if a_moves and b_moves:
-            return self.add(_Product(name, slots, function, fixed_a, fixed_b), value)
-
-        def derivative(*moving: Tensor) -> Tensor:
-            if a_moves:
-                return function(moving[0], fixed_b, *moving[1:])
-            if b_moves:
-                return function(fixed_a, *moving)
-            return function(torch.zeros_like(fixed_a), fixed_b, *moving)
-
-        return self.add(_Linear(name, slots, derivative), value)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if not torch.is_grad_enabled():
-            return func(*_map(self._now, args), **_map(self._now, kwargs))
-        args, kwargs = _map(self._now, args), _map(self._now, kwargs)
-        moving = any(id(x) in self._slots for x in _tensors((args, kwargs)))
-        if not moving:
-            return func(*args, **kwargs)
-        found = _RULES.get(func)
-        if found is None:
-            out = func(*args, **kwargs)
-            if any(x.requires_grad for x in _tensors(out)):
-                raise NoRule(f"{_name(func)} has no rule")
-            return out
-        rule, inplace = found
-        out = rule(self, func, *args, **kwargs)
-        if inplace:
-            self._replace(args[0], out)
-        return out
-
-    def _replace(self, old: Tensor, new: Tensor) -> None:
-        """From here on, ``old`` (which the caller wanted changed in place) means ``new``."""
-        self._kept.append(old)
-        self._current[id(old)] = new
-        for known, replaced in list(self._current.items()):
-            if replaced is old:
-                self._current[known] = new
-        self._changed.add(old.untyped_storage().data_ptr())
-
-    def _now(self, x: Tensor) -> Tensor:
-        x = self._current.get(id(x), x)
-        if x.requires_grad and id(x) not in self._slots:
-            raise NoRule("a tensor came from an operation that cannot be seen (a custom autograd.Function?)")
-        if self._changed and id(x) in self._slots and x.untyped_storage().data_ptr() in self._changed:
-            raise NoRule("a view of a tensor that was changed in place is used afterwards")
-        return x
-
-    def why_not_multilinear(self, logits: Tensor) -> str | None:
-        """Why ``logits`` may not be piecewise linear in every single parameter; None where they are.
-
-        Sufficient: every operation is piecewise linear in all of its inputs jointly, or a product of two of which no
-        parameter reaches both. By induction each value is then piecewise linear in each single parameter.
-        """
-        end = self.slot(self._current.get(id(logits), logits))
-        if end is None:
-            return "the logits do not come from recorded operations"
-        reached = self._reached()
-        for node in self.nodes:
-            if node.output > end:
-                break
-            if node.curved:
-                return f"{node.name} is not piecewise linear"
-            both = _common(node, reached)
-            if both:
-                names = [name for i, name in enumerate(self.names) if both >> i & 1]
-                return f"{names[0]} reaches both factors of a {node.name}"
-        return None
-
-    def _reached(self) -> dict[int, int]:
-        """By slot, the parameters on which it depends, as a set of bits."""
-        reached = {slot: 1 << slot for slot in range(len(self.names))}
-        for node in self.nodes:
-            reached[node.output] = functools.reduce(int.__or__, (reached[slot] for slot in node.inputs))
-        return reached
-
-    def finish(self, loss: Tensor, *, reduced: bool = False, until: Tensor | None = None) -> None:
-        """Takes δ of every operation that wants it, by one backward, and lets go of the graph.
-
-        Args:
-            loss: the scalar whose second derivatives are wanted.
-            reduced: leave out the sources 2 ⟨δ, a′·b′⟩ of products that no parameter reaches on both sides. For a
-                random z of independent elements of mean 0, a′ and b′ are then independent and of mean 0, and so is the
-                source: what remains has the mean of zᵀHz, Tr(H), costs a convolution less for each convolution, and
-                varies less, because the sources left out are most of the noise of zᵀHz.
-            until: leave out the sources of what comes after this value. After the logits, that is the Gauss-Newton
-                term of the loss, y′ᵀ∇²ℓ y′, the trace of which is that of the Fisher matrix.
-
-        Raises:
-            NoRule: ``loss`` or ``until`` does not come from recorded operations.
-        """
-        if self.slot(loss) is None:
-            raise NoRule("the loss does not come from recorded operations")
-        if reduced:
-            reached = self._reached()
-            for node in self.nodes:
-                if isinstance(node, _Product) and not _common(node, reached):
-                    node.wants_weight = False
-        if until is not None:
-            last = self.slot(self._current.get(id(until), until))
-            if last is None:
-                raise NoRule("the logits do not come from recorded operations")
-            for node in self.nodes:
-                node.wants_weight = node.wants_weight and node.output <= last
-        wanting = [(node, y) for node, y in zip(self.nodes, self._outputs, strict=True) if node.wants_weight]
-        weights = torch.autograd.grad(loss, [y for _, y in wanting], allow_unused=True) if wanting else ()
-        for (node, _), weight in zip(wanting, weights, strict=True):
-            if weight is None:
-                node.wants_weight = False
-            else:
-                with torch.no_grad():
-                    node.weigh(weight)
-        self._loss = self._slots[id(loss)]
-        last_use = {slot: i for i, node in enumerate(self.nodes) for slot in node.inputs}
-        self._dead: list[list[int]] = [[] for _ in self.nodes]
-        for slot, i in last_use.items():
-            self._dead[i].append(slot)
-        self._outputs.clear()
-        self._kept.clear()
-        self._slots.clear()
-        self._current.clear()
-
-    @torch.no_grad()
-    def curvature(self, directions: Sequence[Tensor]) -> Tensor:
-        """zᵀHz of the loss, or what :meth:`finish` left of it; a float64 scalar.
-
-        Args:
-            directions: z, one tensor for each parameter, in their order and shapes.
-        """
-        moving: dict[int, Tensor] = dict(enumerate(directions))
-        sources: list[Tensor] = []
-        for node, dead in zip(self.nodes, self._dead, strict=True):
-            inputs = tuple(moving[slot] for slot in node.inputs)
-            first = node.first(*inputs)
-            if node.wants_weight:
-                sources.append(node.source(inputs, first).double())
-            moving[node.output] = first
-            for slot in dead:
-                del moving[slot]
-        return torch.stack(sources).sum() if sources else torch.zeros((), dtype=torch.float64)
-
-
-def _common(node: _Node, reached: dict[int, int]) -> int:
-    """The parameters that reach both factors of a product, as a set of bits; of another operation, none."""
-    return reached[node.inputs[0]] & reached[node.inputs[1]] if isinstance(node, _Product) else 0
-
-
-def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Applies a function to the tensors in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if type(value) in (tuple, list):
-        return type(value)(_map(function, x) for x in value)
-    if type(value) is dict:
-        return {name: _map(function, x) for name, x in value.items()}
-    return value
-
-
-def _tensors(value: Any) -> Iterable[Tensor]:
-    """The tensors in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for x in value:
-            yield from _tensors(x)
-    elif isinstance(value, dict):
-        for x in value.values():
-            yield from _tensors(x)
-
-
-def _name(function: Any) -> str:
-    return str(resolve_name(function) or getattr(function, "__name__", repr(function)))
-
-
-# ---- rules: each takes the tape, the function as called, and its arguments ---------------------------------------
-
-_RULES: dict[Any, tuple[Callable[..., Any], bool]] = {}
-"""By function: the rule, and whether the function works in place."""
-
-
-def _rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers a rule for functions of these names in torch, Tensor and torch.nn.functional, and their x_ forms."""
-
-    def register(rule: Callable[..., Any]) -> Callable[..., Any]:
-        for name in " ".join(names).split():
-            dunder = name.startswith("__")
-            inplace_name = f"__i{name[2:]}" if dunder else f"{name}_"
-            for place in (torch, Tensor, F, torch._C._nn, torch.special):
-                if hasattr(place, name):
-                    _RULES[getattr(place, name)] = (rule, False)
-                if hasattr(place, inplace_name):
-                    _RULES[getattr(place, inplace_name)] = (rule, True)
-        return rule
-
-    return register
+from fastfisher.taylor.nodes import Elementwise, LogSumExp, Normalise, Softmax
+from fastfisher.taylor.tape import RULES, NoRule, Tape, name_of, rule_for, tensors_in
 
 
 def _outplace(function: Any) -> Any:
@@ -486,7 +28,7 @@ def _outplace(function: Any) -> Any:
     return function
 
 
-@_rule(
+@rule_for(
     "view reshape flatten unflatten permute transpose t swapaxes swapdims movedim moveaxis squeeze unsqueeze expand",
     "expand_as view_as contiguous clone narrow select index_select gather take_along_dim __getitem__ chunk split",
     "tensor_split unbind sum mean cumsum roll flip avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d",
@@ -495,39 +37,39 @@ def _outplace(function: Any) -> Any:
     "nll_loss broadcast_to adjoint diff trace rot90",
 )
 def _linear_in_first(tape: Tape, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    if "input" in kwargs or tape.slot(x) is None or any(tape.slot(y) is not None for y in _tensors((args, kwargs))):
-        raise NoRule(f"{_name(func)} has no rule for these arguments")
+    if "input" in kwargs or tape.slot(x) is None or any(tape.slot(y) is not None for y in tensors_in((args, kwargs))):
+        raise NoRule(f"{name_of(func)} has no rule for these arguments")
     kwargs.pop("out", None)
     function = _outplace(func)
     value = function(x, *args, **kwargs)
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             return value
-        return tape.linear(_name(func), lambda t: function(t, *args, **kwargs), [x], value)
+        return tape.linear(name_of(func), lambda t: function(t, *args, **kwargs), [x], value)
     return type(value)(
-        tape.linear(_name(func), lambda t, i=i: function(t, *args, **kwargs)[i], [x], part)
+        tape.linear(name_of(func), lambda t, i=i: function(t, *args, **kwargs)[i], [x], part)
         for i, part in enumerate(value)
     )
 
 
 for _attribute in ("T", "mT", "H", "mH"):
-    _RULES[getattr(Tensor, _attribute).__get__] = (_linear_in_first, False)
+    RULES[getattr(Tensor, _attribute).__get__] = (_linear_in_first, False)
 
 
-@_rule("masked_fill")
+@rule_for("masked_fill")
 def _masked_fill(tape: Tape, func: Any, x: Tensor, mask: Tensor, value: Any) -> Tensor:
     if tape.slot(value) is not None or tape.slot(x) is None:
         raise NoRule("masked_fill has no rule for a value that moves")
     return tape.linear("masked_fill", lambda t: t.masked_fill(mask, 0), [x], x.masked_fill(mask, value))
 
 
-@_rule("pad")
+@rule_for("pad")
 def _pad(tape: Tape, func: Any, input: Tensor, pad: Any, mode: str = "constant", value: Any = None) -> Tensor:
     derivative = lambda t: F.pad(t, pad, mode) if mode == "constant" else F.pad(t, pad, mode, value)  # noqa: E731
     return tape.linear("pad", derivative, [input], F.pad(input, pad, mode, value))
 
 
-@_rule("cat concat concatenate stack hstack vstack dstack")
+@rule_for("cat concat concatenate stack hstack vstack dstack")
 def _join(tape: Tape, func: Any, tensors: Any, *args: Any, **kwargs: Any) -> Tensor:
     moves = [tape.slot(x) is not None for x in tensors]
     zeros = [None if move else torch.zeros_like(x) for x, move in zip(tensors, moves, strict=True)]
@@ -537,10 +79,10 @@ def _join(tape: Tape, func: Any, tensors: Any, *args: Any, **kwargs: Any) -> Ten
         return func([next(queue) if zero is None else zero for zero in zeros], *args, **kwargs)  # type: ignore[no-any-return]
 
     moving = [x for x, move in zip(tensors, moves, strict=True) if move]
-    return tape.linear(_name(func), derivative, moving, func(tensors, *args, **kwargs))
+    return tape.linear(name_of(func), derivative, moving, func(tensors, *args, **kwargs))
 
 
-@_rule("add __add__ __radd__ sub subtract __sub__ rsub __rsub__")
+@rule_for("add __add__ __radd__ sub subtract __sub__ rsub __rsub__")
 def _add(tape: Tape, func: Any, a: Any, b: Any, *, alpha: Any = 1) -> Tensor:
     name = func.__name__
     sign_a, sign_b = (-1, 1) if "rsub" in name else (1, -1) if "sub" in name else (1, 1)
@@ -556,7 +98,7 @@ def _add(tape: Tape, func: Any, a: Any, b: Any, *, alpha: Any = 1) -> Tensor:
     return tape.linear(name, derivative, [x for x, _ in factors], value)
 
 
-@_rule("mul multiply __mul__ __rmul__")
+@rule_for("mul multiply __mul__ __rmul__")
 def _mul(tape: Tape, func: Any, a: Any, b: Any) -> Tensor:
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         x, factor = (a, b) if isinstance(a, Tensor) else (b, a)
@@ -566,7 +108,7 @@ def _mul(tape: Tape, func: Any, a: Any, b: Any) -> Tensor:
     return tape.product("mul", torch.mul, a, b)
 
 
-@_rule("div divide true_divide __truediv__")
+@rule_for("div divide true_divide __truediv__")
 def _div(tape: Tape, func: Any, a: Any, b: Any, *, rounding_mode: str | None = None) -> Tensor:
     if rounding_mode is not None:
         raise NoRule("div with a rounding mode has no rule")
@@ -576,19 +118,19 @@ def _div(tape: Tape, func: Any, a: Any, b: Any, *, rounding_mode: str | None = N
         return a * torch.reciprocal(b)  # type: ignore[no-any-return]
 
 
-@_rule("__rtruediv__ __rdiv__")
+@rule_for("__rtruediv__ __rdiv__")
 def _rdiv(tape: Tape, func: Any, a: Tensor, b: Any) -> Tensor:
     with tape:
         return torch.reciprocal(a) * b  # type: ignore[no-any-return]
 
 
-@_rule("addcmul")
+@rule_for("addcmul")
 def _addcmul(tape: Tape, func: Any, x: Tensor, a: Tensor, b: Tensor, *, value: Any = 1) -> Tensor:
     with tape:
         return x + value * (a * b)  # type: ignore[no-any-return]
 
 
-@_rule("where")
+@rule_for("where")
 def _where(tape: Tape, func: Any, condition: Tensor, a: Any = None, b: Any = None) -> Tensor:
     if func is Tensor.where:  # x.where(condition, other)
         condition, a = a, condition
@@ -606,12 +148,12 @@ def _where(tape: Tape, func: Any, condition: Tensor, a: Any = None, b: Any = Non
 # ---- products ------------------------------------------------------------------------------------------------------
 
 
-@_rule("linear")
+@rule_for("linear")
 def _linear_layer(tape: Tape, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return tape.product("linear", F.linear, input, weight, bias)
 
 
-@_rule("conv1d conv2d conv3d")
+@rule_for("conv1d conv2d conv3d")
 def _conv(
     tape: Tape,
     func: Any,
@@ -627,7 +169,7 @@ def _conv(
     return tape.product(func.__name__, function, input, weight, bias)
 
 
-@_rule("conv_transpose1d conv_transpose2d conv_transpose3d")
+@rule_for("conv_transpose1d conv_transpose2d conv_transpose3d")
 def _conv_transpose(
     tape: Tape,
     func: Any,
@@ -644,19 +186,19 @@ def _conv_transpose(
     return tape.product(func.__name__, lambda a, b, c=None: func(a, b, c, *rest), input, weight, bias)
 
 
-@_rule("matmul __matmul__ mm bmm mv dot inner outer")
+@rule_for("matmul __matmul__ mm bmm mv dot inner outer")
 def _matmul(tape: Tape, func: Any, a: Tensor, b: Tensor) -> Tensor:
     function = torch.matmul if func.__name__ == "__matmul__" else func
     return tape.product(func.__name__, function, a, b)
 
 
-@_rule("addmm baddbmm")
+@rule_for("addmm baddbmm")
 def _addmm(tape: Tape, func: Any, x: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
     with tape:
         return beta * x + alpha * (a @ b)  # type: ignore[no-any-return]
 
 
-@_rule("einsum")
+@rule_for("einsum")
 def _einsum(tape: Tape, func: Any, equation: str, *operands: Any) -> Tensor:
     tensors = list(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else list(operands)
     places = [i for i, x in enumerate(tensors) if tape.slot(x) is not None]
@@ -675,7 +217,7 @@ def _einsum(tape: Tape, func: Any, equation: str, *operands: Any) -> Tensor:
     return tape.product("einsum", at, tensors[places[0]], tensors[places[1]])
 
 
-@_rule("embedding")
+@rule_for("embedding")
 def _embedding(
     tape: Tape,
     func: Any,
@@ -710,14 +252,14 @@ def _split_inplace(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple
     return args, kwargs, inplace
 
 
-@_rule("relu")
+@rule_for("relu")
 def _relu(tape: Tape, func: Any, input: Tensor, inplace: bool = False) -> Tensor:
     value = torch.relu(input)
     kept = value.detach()
     derivative = lambda t: torch.ops.aten.threshold_backward(t, kept, 0)  # noqa: E731
     out = tape.linear("relu", derivative, [input], value)
     if inplace:
-        tape._replace(input, out)
+        tape.replace(input, out)
     return out
 
 
@@ -749,20 +291,20 @@ def _between(x: Tensor, low: Any, high: Any) -> Tensor:
 
 def _piecewise(name: str, tape: Tape, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     rest, named, inplace = _split_inplace(args, kwargs)
-    if any(tape.slot(y) is not None for y in _tensors((rest, named))):
+    if any(tape.slot(y) is not None for y in tensors_in((rest, named))):
         raise NoRule(f"{name} has no rule for bounds that move")
     slope = _SLOPES[name](x.detach(), *rest, **named).to(x.dtype)
     out = tape.linear(name, lambda t: t * slope, [x], _outplace(func)(x, *rest, **named))
     if inplace:
-        tape._replace(x, out)
+        tape.replace(x, out)
     return out
 
 
 for _function in _SLOPES:
-    _rule(_function)(functools.partial(_piecewise, _function))
+    rule_for(_function)(functools.partial(_piecewise, _function))
 
 
-@_rule("prelu")
+@rule_for("prelu")
 def _prelu(tape: Tape, func: Any, input: Tensor, weight: Tensor) -> Tensor:
     with tape:
         slope = weight.view(-1, *[1] * (input.dim() - 2)) if weight.numel() > 1 else weight
@@ -770,7 +312,7 @@ def _prelu(tape: Tape, func: Any, input: Tensor, weight: Tensor) -> Tensor:
         return positive + slope * (input - positive)
 
 
-@_rule("maximum minimum")
+@rule_for("maximum minimum")
 def _maximum(tape: Tape, func: Any, a: Tensor, b: Tensor) -> Tensor:
     value = func(a, b)
     share = (0.5 * ((value == a).to(a.dtype) - (value == b).to(a.dtype)) + 0.5).detach()  # equal elements share
@@ -779,7 +321,7 @@ def _maximum(tape: Tape, func: Any, a: Tensor, b: Tensor) -> Tensor:
     return tape.linear(func.__name__, derivative, [x for x, _ in parts], value)
 
 
-@_rule("max min")
+@rule_for("max min")
 def _max(tape: Tape, func: Any, x: Tensor, dim: Any = None, keepdim: bool = False) -> Any:
     name = func.__name__
     if isinstance(dim, Tensor):
@@ -818,21 +360,21 @@ def _register_pools() -> None:
             def rule(tape: Tape, func: Any, *args: Any, dims: int = dims, name: str = name, **kwargs: Any) -> Any:
                 return _pool(tape, dims, name, getattr(F, f"{name}_with_indices"), args, kwargs)
 
-            _rule(name)(rule)
-            _RULES[with_indices] = (rule, False)
+            rule_for(name)(rule)
+            RULES[with_indices] = (rule, False)
 
 
 _register_pools()
 
 
-@_rule("dropout dropout1d dropout2d dropout3d feature_dropout")
+@rule_for("dropout dropout1d dropout2d dropout3d feature_dropout")
 def _dropout(tape: Tape, func: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     if not training or p == 0:
         return input
     mask = func(torch.ones_like(input), p, True)  # the same for every direction
     out = tape.linear("dropout", lambda t: t * mask, [input], input * mask)
     if inplace:
-        tape._replace(input, out)
+        tape.replace(input, out)
     return out
 
 
@@ -904,22 +446,22 @@ _DERIVATIVES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 
 def _smooth(name: str, tape: Tape, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     rest, named, inplace = _split_inplace(args, kwargs)
-    if tape.slot(input) is None or any(True for _ in _tensors((rest, named))):
-        raise NoRule(f"{_name(func)} has no rule for these arguments")
+    if tape.slot(input) is None or any(True for _ in tensors_in((rest, named))):
+        raise NoRule(f"{name_of(func)} has no rule for these arguments")
     out = _elementwise(name, tape, _outplace(func), input, *rest, **named)
     if inplace:
-        tape._replace(input, out)
+        tape.replace(input, out)
     return out
 
 
 def _elementwise(name: str, tape: Tape, function: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     value = function(x, *args, **kwargs)
     slope, curvature = _DERIVATIVES[name](x.detach(), value.detach(), *args, **kwargs)
-    return tape.add(_Elementwise(name.strip("_"), [tape._slots[id(x)]], slope, curvature), value)
+    return tape.add(Elementwise(name.strip("_"), [tape.slots[id(x)]], slope, curvature), value)
 
 
 for _function in _DERIVATIVES:
-    _rule(_function)(functools.partial(_smooth, _function))
+    rule_for(_function)(functools.partial(_smooth, _function))
 
 
 # ---- softmax, normalisation, attention -----------------------------------------------------------------------------
@@ -931,27 +473,27 @@ def _dim_of(dim: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: Any)
     return dim
 
 
-@_rule("softmax log_softmax")
+@rule_for("softmax log_softmax")
 def _softmax(tape: Tape, func: Any, input: Tensor, dim: Any = None, *args: Any, dtype: Any = None, **_: Any) -> Tensor:
     dim = _dim_of(dim, args, {}, dtype)
-    slots = [tape._slots[id(input)]]
+    slots = [tape.slots[id(input)]]
     if func.__name__ == "softmax":
         value = torch.softmax(input, dim)
-        return tape.add(_Softmax("softmax", slots, value.detach(), dim), value)
+        return tape.add(Softmax("softmax", slots, value.detach(), dim), value)
     value = torch.log_softmax(input, dim)
     p = value.detach().exp()
-    return tape.add(_LogSumExp("log_softmax", slots, p, dim, log_softmax=True, keepdim=True), value)
+    return tape.add(LogSumExp("log_softmax", slots, p, dim, log_softmax=True, keepdim=True), value)
 
 
-@_rule("logsumexp")
+@rule_for("logsumexp")
 def _logsumexp(tape: Tape, func: Any, input: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
     dim = _dim_of(dim, (), {}, None)
     p = torch.softmax(input.detach(), dim)
-    node = _LogSumExp("logsumexp", [tape._slots[id(input)]], p, dim, log_softmax=False, keepdim=keepdim)
+    node = LogSumExp("logsumexp", [tape.slots[id(input)]], p, dim, log_softmax=False, keepdim=keepdim)
     return tape.add(node, torch.logsumexp(input, dim, keepdim))
 
 
-@_rule("cross_entropy")
+@rule_for("cross_entropy")
 def _cross_entropy(
     tape: Tape,
     func: Any,
@@ -982,7 +524,7 @@ def _normalise(tape: Tape, name: str, x: Tensor, dims: list[int], eps: float, ce
     v = x - x.mean(dims, keepdim=True) if centred else x
     rstd = (v.square().mean(dims, keepdim=True) + eps).rsqrt()
     n = v * rstd
-    return tape.add(_Normalise(name, [tape._slots[id(x)]], n.detach(), rstd.detach(), dims, centred), n)
+    return tape.add(Normalise(name, [tape.slots[id(x)]], n.detach(), rstd.detach(), dims, centred), n)
 
 
 def _affine(tape: Tape, name: str, n: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Any) -> Tensor:
@@ -1000,7 +542,7 @@ def _affine(tape: Tape, name: str, n: Tensor, weight: Tensor | None, bias: Tenso
     return tape.product(name, scale, n, weight, bias)
 
 
-@_rule("batch_norm")
+@rule_for("batch_norm")
 def _batch_norm(
     tape: Tape,
     func: Any,
@@ -1031,7 +573,7 @@ def _batch_norm(
     return _affine(tape, "batch_norm", n, weight, bias, shape)
 
 
-@_rule("layer_norm")
+@rule_for("layer_norm")
 def _layer_norm(
     tape: Tape,
     func: Any,
@@ -1047,7 +589,7 @@ def _layer_norm(
     return _affine(tape, "layer_norm", n, weight, bias, tuple(normalized_shape))
 
 
-@_rule("rms_norm")
+@rule_for("rms_norm")
 def _rms_norm(
     tape: Tape, func: Any, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
@@ -1056,7 +598,7 @@ def _rms_norm(
     return _affine(tape, "rms_norm", n, weight, None, tuple(normalized_shape))
 
 
-@_rule("group_norm")
+@rule_for("group_norm")
 def _group_norm(
     tape: Tape,
     func: Any,
@@ -1075,7 +617,7 @@ def _group_norm(
     return _affine(tape, "group_norm", n, weight, bias, (-1, *[1] * (input.dim() - 2)))
 
 
-@_rule("instance_norm")
+@rule_for("instance_norm")
 def _instance_norm(
     tape: Tape,
     func: Any,
@@ -1094,7 +636,7 @@ def _instance_norm(
     return _affine(tape, "instance_norm", n, weight, bias, (-1, *[1] * (input.dim() - 2)))
 
 
-@_rule("scaled_dot_product_attention")
+@rule_for("scaled_dot_product_attention")
 def _attention(
     tape: Tape,
     func: Any,
@@ -1121,7 +663,7 @@ def _attention(
         return F.dropout(torch.softmax(scores, -1), dropout_p) @ value
 
 
-@_rule("multi_head_attention_forward")
+@rule_for("multi_head_attention_forward")
 def _multi_head_attention(
     tape: Tape,
     func: Any,

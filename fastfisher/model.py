@@ -1,0 +1,105 @@
+"""How a model is called and what it is made of: inputs of any structure, parameters by name, copies, modes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
+"""What a model is called with: a tensor, positional arguments or keyword arguments, batch first."""
+
+
+def map_inputs(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
+    """Applies a function to every tensor of ``inputs``, which keep their structure."""
+
+    def visit(value: Any) -> Any:
+        return function(value) if isinstance(value, Tensor) else value
+
+    if isinstance(inputs, Tensor):
+        return function(inputs)
+    if isinstance(inputs, tuple):
+        return tuple(visit(value) for value in inputs)
+    if isinstance(inputs, dict):
+        return {name: visit(value) for name, value in inputs.items()}
+    raise TypeError(f"inputs: expected a tensor, a tuple or a dict of tensors, got {type(inputs).__name__}")
+
+
+def input_tensors(inputs: Inputs) -> list[Tensor]:
+    """The tensors of ``inputs`` in order."""
+    found: list[Tensor] = []
+    map_inputs(inputs, lambda x: found.append(x) or x)  # type: ignore[func-returns-value]
+    return found
+
+
+def requiring_grad(inputs: Inputs) -> Inputs:
+    """The inputs with every floating-point tensor detached and requiring a gradient."""
+    return map_inputs(inputs, lambda x: x.detach().requires_grad_() if x.is_floating_point() else x)
+
+
+def call_model(model: nn.Module, inputs: Inputs) -> Tensor:
+    """The logits: the model called with a tensor, with a tuple's items, or with a dict's items by name."""
+    if isinstance(inputs, tuple):
+        return model(*inputs)  # type: ignore[no-any-return]
+    if isinstance(inputs, dict):
+        return model(**inputs)  # type: ignore[no-any-return]
+    return model(inputs)  # type: ignore[no-any-return]
+
+
+def call_copy(model: nn.Module, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
+    """The logits with other parameters and with copies of the buffers: the model itself stays as it is."""
+    state = {name: buffer.clone() for name, buffer in model.named_buffers()} | parameters
+    args: tuple[Any, ...] = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
+    kwargs = inputs if isinstance(inputs, dict) else None
+    return torch.func.functional_call(model, state, args, kwargs)  # type: ignore[no-any-return]
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that require a gradient, by name; a shared one once.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not found:
+        raise ValueError("model: expected at least one parameter with requires_grad, found none")
+    return found
+
+
+def chosen_names(trainable: dict[str, Tensor], params: Iterable[Tensor] | None) -> frozenset[str]:
+    """The names of the parameters that a penalty or a measurement is about: all, or those in ``params``.
+
+    Raises:
+        ValueError: ``params`` is empty or holds a tensor that is no trainable parameter of the model.
+    """
+    if params is None:
+        return frozenset(trainable)
+    names = {id(p): name for name, p in trainable.items()}
+    chosen = []
+    for position, p in enumerate(params):
+        if id(p) not in names:
+            raise ValueError(f"params: item {position} (shape {tuple(p.shape)}) is no trainable parameter of the model")
+        chosen.append(names[id(p)])
+    if not chosen:
+        raise ValueError("params: expected at least one parameter, got none")
+    return frozenset(chosen)
+
+
+def couples_examples(model: nn.Module) -> bool:
+    """Whether one example's output depends on the others: a BatchNorm in train mode."""
+    return any(m.training and isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts the model in eval mode and, on leaving, every module back in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
