@@ -316,6 +316,48 @@ def lists() -> Iterator[Figure]:
     yield Figure("sum_squares", theirs / ours, "times faster than torch._foreach")
 
 
+CONVOLUTIONS = [(3, 64, 32), (64, 64, 32), (128, 128, 16), (256, 256, 8), (512, 512, 4)]
+"""Channels, outputs and size of 3x3 convolutions, as the networks have them from front to end."""
+
+
+@section("norms of gradients")
+def norms() -> Iterator[Figure]:
+    """Norms of per-example gradients by either form, against the batch's weight gradient: as many multiply-adds."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        for tf32 in (False, True):
+            matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+            yield from norms_at("TF32" if tf32 else "float32")
+    finally:
+        matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    a, d = torch.randn(256, 64, 1024, device=DEVICE), torch.randn(256, 64, 1024, device=DEVICE)
+    ours = milliseconds(lambda: ops.channel_products(a, d, a[0, :, 0].contiguous()))
+    yield of_copy("channel_products", 2 * a.nbytes, ours)
+
+
+def norms_at(precision: str) -> Iterator[Figure]:
+    """The same at one precision."""
+    unit, backward = "times the batch's weight gradient", torch.ops.aten.convolution_backward
+    same = ([1, 1], [1, 1], [1, 1])
+    rest = (None, *same, False, [0, 0], 1, [False, True, False])
+    for channels, outputs, size in CONVOLUTIONS:
+        a, d = (torch.randn(256, n, size, size, device=DEVICE) for n in (channels, outputs))
+        weight = a.new_empty(outputs, channels, 3, 3)
+        base = milliseconds(lambda a=a, d=d, w=weight: backward(d, a, w, *rest))
+        for gram in (False, True):
+            ours = milliseconds(lambda a=a, d=d, g=gram: ops.grad_sqnorm_conv(a, d, [3, 3], *same, 1, g))
+            form = "Gram" if gram else "direct"
+            yield Figure(f"{channels} to {outputs} at {size}x{size}, {precision}, {form}", ours / base, unit)
+    for positions, inputs, outputs in ((16, 512, 512), (256, 512, 512)):
+        a, d = (torch.randn(256, positions, n, device=DEVICE) for n in (inputs, outputs))
+        base = milliseconds(lambda a=a, d=d: d.flatten(0, 1).mT @ a.flatten(0, 1))
+        for gram in (False, True):
+            ours = milliseconds(lambda a=a, d=d, g=gram: ops.grad_sqnorm_linear(a, d, g))
+            form = "Gram" if gram else "direct"
+            yield Figure(f"linear, {positions} positions, {precision}, {form}", ours / base, unit)
+
+
 NETWORKS = {
     "SimpleCNN": "simple_cnn",
     "VGG-11": "vgg11",

@@ -96,12 +96,7 @@ def cases() -> dict[str, tuple[Any, ...]]:
         "gate_max_pool": (images.flatten(0, 1), 3, 2, 1, 2, True),
         "gate_take": (x, indices),
         "gate_put": (x[:, :500].contiguous(), indices, 1000),
-        "axpy_diff": (
-            [t.clone() for t in lists],
-            lists,
-            [2 * t for t in lists],
-            torch.tensor(0.5, dtype=torch.float64, device="cuda"),
-        ),
+        "axpy_diff": ([t.clone() for t in lists], lists, [2 * t for t in lists], half),
         "sum_squares": (lists,),
         "probe_dot": (lists, key, "gaussian", 3),
         "perturb": ([t.clone() for t in lists], lists, key, 0.1, "rademacher", 5),
