@@ -226,7 +226,8 @@ def _hutchinson(
                 make = _by_autograd if hvp == "autograd" else _by_difference
                 quadratic_form = make(model, parameters, inputs, targets, distribution)
             for i in range(probes):
-                sums[i] += count * float(quadratic_form(key + torch.tensor([0, used])))
+                probe_key = (key + torch.tensor([0, used])).to(targets.device)  # kernels read it on their own device
+                sums[i] += count * float(quadratic_form(probe_key))
                 used += 1
             rows, samples = rows + count, samples + len(targets)
         if rows == 0:

@@ -64,7 +64,7 @@ def apply(x, bits, out, numel: tl.int64, BLOCK: tl.constexpr):
 
 @triton.jit
 def planes_of(outputs, BLOCK: tl.constexpr):
-    """Of this program's outputs: the first one's plane, and for each the planes past it and the place in its own."""
+    """Of this program's outputs, over all planes: the plane of the first, each one's planes past it, and its place."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     plane = first // outputs
     local = (first - plane * outputs).to(tl.uint32) + tl.arange(0, BLOCK).to(tl.uint32)

@@ -38,11 +38,13 @@ TILE = 1024
 
 MAX_COLUMNS = 2**18
 NARROW = (16, 128, 512)
-"""The widths to which rows below a tile are padded, and the bytes of them that one warp computes with."""
+"""The widths to which rows below a tile are padded."""
 NARROW_BYTES = 2048
+"""How much of such rows a warp computes with."""
 WIDE = (1, 4, 16)
 """The numbers of tiles to which longer rows are padded, a warp each."""
 STEP_TILES = 4
+"""The tiles that a step of the two passes takes."""
 STEPS = MAX_COLUMNS // (STEP_TILES * TILE)
 
 
@@ -137,13 +139,13 @@ def sample_looped(
     """Draw, loss and gradient of one row in two passes, TILES tiles of WIDTH columns at a step."""
     columns = columns // MULTIPLE * MULTIPLE
     row = tl.program_id(0).to(tl.int64)
+    rows_here = row + tl.arange(0, 1)  # as a tensor of one, as first_above and philox want it
     source, target = logits + row * columns, dlogits + row * columns
     column = tl.arange(0, TILES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     step_index = tl.arange(0, STEPS)
     steps = tl.cdiv(columns, TILES * WIDTH)
-    nothing = to_compute(tl.full([STEPS], float("-inf"), logits.dtype.element_ty))
-    step_max = nothing
-    tile_sums = tl.zeros([STEPS, TILES], nothing.dtype)
+    step_max = to_compute(tl.full([STEPS], float("-inf"), logits.dtype.element_ty))
+    tile_sums = tl.zeros([STEPS, TILES], step_max.dtype)
     following = tl.load(source + column, mask=column < columns, other=float("-inf"))
     for step in tl.range(steps):
         x = to_compute(following)  # the next step's logits are on their way while this one's are summed
@@ -158,20 +160,20 @@ def sample_looped(
     total = tl.sum(tile_sums, 1)
     good = total > 0
 
-    tile_word, element_word, _, _ = philox(key, row + tl.zeros([1], tl.int64))
+    tile_word, element_word, _, _ = philox(key, rows_here)
     first = draw(tile_sums, tile_word) * WIDTH
     again = first[:, None] + tl.arange(0, WIDTH)[None, :]
     chosen = to_compute(tl.load(source + again, mask=again < columns, other=float("-inf")))
     label = first + first_above(tl.exp(chosen - subtracted), uniform(element_word, total.dtype))
 
     logit = to_compute(tl.load(source + label, mask=label < columns, other=0.0))
-    one = tl.zeros([1], tl.int32)
-    tl.store(nll + row + one, tl.where(good, tl.log(total) + (subtracted - logit), float("nan")))
-    tl.store(labels + row + one, tl.where(good, label, -1).to(tl.int64))
+    tl.store(nll + rows_here, tl.where(good, tl.log(total) + (subtracted - logit), float("nan")))
+    tl.store(labels + rows_here, tl.where(good, label, -1).to(tl.int64))
     amount = tl.full([1], scale, tl.float64).to(total.dtype)
     factor = tl.where(good, amount / total, float("nan"))
     for step in tl.range(steps):
         at = (steps - 1 - step) * TILES * WIDTH + column
+        # Neither what is read for the last time nor what is written shall push other rows out of the cache.
         x = to_compute(tl.load(source + at, mask=at < columns, other=float("-inf"), eviction_policy="evict_first"))
         gradient = tl.exp(x - subtracted) * factor[:, None]
         gradient = tl.where(at == label[:, None], gradient - amount[:, None], gradient)
@@ -337,8 +339,8 @@ def plan(operator: str, dtype: torch.dtype, columns: int) -> Configuration:
     names = {"*T": f"*{TYPES[dtype]}", "*L": "*fp64" if dtype == torch.float64 else "*fp32"}
     types = {name: names.get(kind, kind) for name, kind in pointers.items()}
     signature = {**types, "rows": "i64", "columns": "i32", "scale": "fp64"}
-    # Narrow rows are read whole by neighbouring threads, whatever they are aligned to.
-    multiple = 8 if columns % 8 == 0 and columns > NARROW[-1] else 1
+    # Narrow rows are read whole by neighbouring threads, whatever they are aligned to; float64 need not be fast.
+    multiple = 8 if columns % 8 == 0 and columns > NARROW[-1] and dtype != torch.float64 else 1
     if columns > (NARROW[-1] if dtype == torch.float64 else WIDE[-1] * TILE):
         constants = {"STEPS": STEPS, "TILES": STEP_TILES, "WIDTH": TILE, "MULTIPLE": multiple}
         return Configuration(looped, signature, constants, num_warps=16)
@@ -347,9 +349,8 @@ def plan(operator: str, dtype: torch.dtype, columns: int) -> Configuration:
     size = width * (8 if dtype == torch.float64 else 4)
     rows = max(1, NARROW_BYTES // size) if width < TILE else 1
     constants = {"ROWS": rows, "TILES": tiles, "WIDTH": width, "MULTIPLE": multiple}
-    return Configuration(
-        resident, signature, constants, num_warps=tiles if width == TILE else max(1, size // NARROW_BYTES)
-    )
+    warps = tiles if width == TILE else max(1, size // NARROW_BYTES)
+    return Configuration(resident, signature, constants, num_warps=warps)
 
 
 _KERNELS: dict[str, tuple[Any, Any, dict[str, str]]] = {
@@ -367,7 +368,8 @@ _KERNELS: dict[str, tuple[Any, Any, dict[str, str]]] = {
 }
 """The two kernels of each operator and their pointers: "*T" to the dtype of the rows, "*L" to that of a loss."""
 
-_SIGNS = Configuration(sign_words, {"key": "*i64", "words": "*i32", "calls": "i64"}, {"BLOCK": 256})
+_SIGN_CALLS = 256
+_SIGNS = Configuration(sign_words, {"key": "*i64", "words": "*i32", "calls": "i64"}, {"BLOCK": _SIGN_CALLS})
 
 _EVERY_WIDTH = [*NARROW, *(TILE * tiles - odd for tiles in (*WIDE, 2 * WIDE[-1]) for odd in (0, 1))]
 _DISTINCT = {
@@ -446,6 +448,8 @@ def rademacher_cotangent(logits: Tensor, key: Tensor, scale: float) -> Tensor:
     if rows:
         words = torch.empty(4 * calls, dtype=torch.int32, device=x.device)
         with torch.cuda.device_of(x):
-            sign_words[triton.cdiv(calls, 256),](key, words, calls, **_SIGNS.constants, num_warps=_SIGNS.num_warps)
+            sign_words[triton.cdiv(calls, _SIGN_CALLS),](
+                key, words, calls, **_SIGNS.constants, num_warps=_SIGNS.num_warps
+            )
         _launch("rademacher_cotangent", [x, words, out], rows, columns, scale)
     return out

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+import fastfisher
 from fastfisher import ops, reference
 from tests import test_ops, test_probes
 from tests.test_ops import KEY, assert_labels_are_the_exact_inverse_cdf, logits_for
@@ -84,6 +85,7 @@ def cases() -> dict[str, tuple[Any, ...]]:
     words = torch.randint(-(2**31), 2**31 - 1, (9375,), dtype=torch.int32, device="cuda")
     indices = torch.randint(-1, 1000, (300, 500), dtype=torch.int32, device="cuda")
     same = ([3, 3], [1, 1], [1, 1], [1, 1], 1)
+    half = torch.tensor(0.5, dtype=torch.float64, device="cuda")
     return {
         "sample_cross_entropy": (x, key, 0.5),
         "softmax_hessian_product": (x, labels, x + 1, 0.5),
@@ -94,7 +96,7 @@ def cases() -> dict[str, tuple[Any, ...]]:
         "gate_max_pool": (images.flatten(0, 1), 3, 2, 1, 2, True),
         "gate_take": (x, indices),
         "gate_put": (x[:, :500].contiguous(), indices, 1000),
-        "axpy_diff": ([t.clone() for t in lists], lists, [2 * t for t in lists], 0.5),
+        "axpy_diff": ([t.clone() for t in lists], lists, [2 * t for t in lists], half),
         "sum_squares": (lists,),
         "probe_dot": (lists, key, "gaussian", 3),
         "perturb": ([t.clone() for t in lists], lists, key, 0.1, "rademacher", 5),
@@ -179,3 +181,18 @@ def test_labels_equal_those_of_the_cpu() -> None:
     labels = ops.sample_cross_entropy(logits.cuda(), KEY.cuda(), 1.0)[1].cpu()
     assert_labels_are_the_exact_inverse_cdf(logits, labels, KEY)
     assert (labels != ops.sample_cross_entropy(logits, KEY, 1.0)[1]).float().mean() < 1e-3
+
+
+def test_the_trace_of_the_hessian_equals_that_of_the_cpu() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 4)).double()
+    x, y = torch.randn(12, 6, dtype=torch.float64), torch.randint(4, (12,))
+    # The same seed gives the same key, and so the same probes, up to the rounding of a normal number in float32.
+    expected, found = (
+        fastfisher.trace_hessian(
+            model.to(device), x.to(device), y.to(device), method="hutchinson", probes=5,
+            generator=torch.Generator().manual_seed(3),
+        )
+        for device in ("cpu", "cuda")
+    )  # fmt: skip
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
