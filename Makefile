@@ -15,7 +15,7 @@ run: $(VENV)/built-train ## the demonstration: half-wrong labels on real digits,
 	$(BIN)/python -m fastfisher.paper.noisy_digits
 
 test: $(VENV)/built-test ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/built-test ## ruff, clang-format, mypy --strict
 	$(BIN)/ruff check .
