@@ -19,7 +19,9 @@ import torch
 T = TypeVar("T")
 
 METHODS = ("baseline", "FP", "GP", "GP_r", "GP_x")
-DATA_SETS = ("digits", "cifar10", "cifar100")
+DATA_SETS = ("digits", "cifar10", "cifar100", "tinyimagenet", "imagenet")
+IMAGE_SIZES = {"digits": 16, "imagenet": 224}
+OTHER_IMAGE_SIZE = 32
 NETWORKS = (
     *("small_cnn", "simple_cnn", "vgg11", "densenet40_12", "wresnet44_3", "wresnet44_3_bn"),
     *("resnet26", "resnet32", "resnet50", "resnet52", "resnet56", "fixup_resnet18"),
@@ -81,9 +83,11 @@ class TrainConfig:
     out: str = _option("runs/train", "folder the run is written to", identity=False)
     resume: bool = _option(False, "continue the run in --out; options not given are read from there", identity=False)
     data: str = _option("digits", "data set; digits comes with scikit-learn", choices=DATA_SETS)
-    data_dir: str = _option("data", "folder that holds the CIFAR files; never downloaded", identity=False)
+    data_dir: str = _option("data", "folder that holds the data set's files; never downloaded", identity=False)
     image_size: int | None = _option(
-        None, "images are resized to this many pixels a side; 16 for digits, else 32", rule=AT_LEAST_EIGHT
+        None,
+        "images are resized to this many pixels a side; 16 for digits, 224 for imagenet, else 32",
+        rule=AT_LEAST_EIGHT,
     )
     augment: str = _option(
         "none", "flip: horizontal flips; crop_flip: also crops with padding 4", choices=AUGMENTATIONS
@@ -257,7 +261,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(
         config,
         graphs="on" if device.startswith("cuda") and config.graphs != "off" else "off",
-        image_size=config.image_size or (16 if config.data == "digits" else 32),
+        image_size=config.image_size or IMAGE_SIZES.get(config.data, OTHER_IMAGE_SIZE),
         noise_seed=config.seed if config.noise_seed is None else config.noise_seed,
         device=device,
         # One spelling for each meaning, for --resume compares them.

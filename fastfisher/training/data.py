@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastfisher.training.config import ConfigError
+from fastfisher.training.image_folders import ImageFolder, imagenet, load_images, tiny_imagenet
 
 # The splits belong to the data set, not to the run: every run is judged on the same held-out examples.
 SPLIT_SEED = 0
@@ -17,34 +20,77 @@ CROP_PADDING = 4
 
 
 @dataclass(frozen=True)
+class StoredImages:
+    """Images kept as uint8 ``[N, C, H, W]``; what is taken by an index or a slice is float32 and normalised."""
+
+    stored: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.stored)
+
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        """Return the images at some indices."""
+        return (self.stored[index].float() - self.mean) / self.std
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape that all of them have together."""
+        return self.stored.shape
+
+
+Images = Tensor | StoredImages
+
+
+@dataclass(frozen=True)
 class Data:
     """A data set, normalised by the mean and standard deviation of its training images.
 
-    Inputs are float32 ``[N, channels, image_size, image_size]``, labels int64 ``[N]``. ``labels`` are what is
-    trained on, ``true_labels`` what they were before the noise, ``noisy`` (bool ``[N]``) marks the replaced
-    ones. Validation and test labels are never replaced.
+    Inputs, once taken, are float32 ``[N, channels, image_size, image_size]``, labels int64 ``[N]``. ``labels`` are
+    what is trained on, ``true_labels`` what they were before the noise, ``noisy`` (bool ``[N]``) marks the replaced
+    ones. Validation and test labels are never replaced. There may be no validation examples.
     """
 
-    inputs: Tensor
+    inputs: Images
     labels: Tensor
     true_labels: Tensor
     noisy: Tensor
-    validation_inputs: Tensor
+    validation_inputs: Images
     validation_labels: Tensor
-    test_inputs: Tensor
+    test_inputs: Images
     test_labels: Tensor
     classes: int
 
 
 def load_data(name: str, *, data_dir: str, image_size: int, label_noise: float, noise_seed: int, device: str) -> Data:
-    """Return the data set ``digits``, ``cifar10`` or ``cifar100``, resized, normalised, on ``device``.
+    """Return a data set by its name, resized, normalised, on ``device``.
 
-    ``digits`` is scikit-learn's (1,797 images of 8x8): 1,097 for training, 200 for validation and 500 for
-    testing, stratified. CIFAR is read from ``data_dir``, and 5,000 random training images are held out.
+    - ``digits`` is scikit-learn's (1,797 images of 8x8): 1,097 for training, 200 for validation and 500 for testing,
+      stratified.
+    - ``cifar10``, ``cifar100``: the extracted archives in ``data_dir``; 5,000 random training images are held out.
+    - ``tinyimagenet``: the extracted archive, ``tiny-imagenet-200`` in ``data_dir``. As in the paper there is no
+      validation set; the archive's validation images, for its test images have no labels, are for testing.
+    - ``imagenet``: ``train/<class>/*`` and ``val/<class>/*`` in ``data_dir``, of which the latter is for testing.
+
+    The last two are read once, with the largest centred square of each image resized, and kept in ``data_dir``, as
+    ``<name>-<image_size>.npz``.
 
     Raises:
-        ConfigError: if the CIFAR files are not in ``data_dir`` or torchvision cannot be imported.
+        ConfigError: if a file is missing or damaged, the images do not fit into the memory, or torchvision, for CIFAR,
+            cannot be imported.
     """
+    if name in IMAGE_FOLDERS:
+        folder = IMAGE_FOLDERS[name](Path(data_dir))
+        cache = Path(data_dir) / f"{name}-{image_size}.npz"
+        return _of_folder(
+            folder,
+            load_images(folder, image_size, cache, torch.device(device)),
+            label_noise=label_noise,
+            noise_seed=noise_seed,
+            device=device,
+        )
     images, labels, train, validation, test = _digits() if name == "digits" else _cifar(name, data_dir)
     inputs = images.to(device, torch.float32)
     if inputs.shape[-1] != image_size:
@@ -65,6 +111,43 @@ def load_data(name: str, *, data_dir: str, image_size: int, label_noise: float, 
         test_labels=labels[test].to(device),
         classes=classes,
     )
+
+
+IMAGE_FOLDERS: dict[str, Callable[[Path], ImageFolder]] = {"tinyimagenet": tiny_imagenet, "imagenet": imagenet}
+
+
+def _of_folder(folder: ImageFolder, images: Tensor, *, label_noise: float, noise_seed: int, device: str) -> Data:
+    count = folder.training
+    mean, std = mean_and_std(images[:count])
+    labels = torch.tensor(folder.labels)
+    noisy_labels, noisy = replace_labels(labels[:count], label_noise, folder.classes, noise_seed)
+    images, mean, std = images.to(device), mean.to(device), std.to(device)
+    return Data(
+        inputs=StoredImages(images[:count], mean, std),
+        labels=noisy_labels.to(device),
+        true_labels=labels[:count].to(device),
+        noisy=noisy.to(device),
+        validation_inputs=StoredImages(images[:0], mean, std),
+        validation_labels=labels[:0].to(device),
+        test_inputs=StoredImages(images[count:], mean, std),
+        test_labels=labels[count:].to(device),
+        classes=folder.classes,
+    )
+
+
+def mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of each channel of uint8 images, float32 ``[1, C, 1, 1]``.
+
+    The sums are of integers, and exact; a few images at a time are converted.
+    """
+    total = torch.zeros(2, images.shape[1], dtype=torch.int64)
+    for part in torch.split(images, 256):
+        values = part.to(torch.int32)
+        total += torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
+    count = images.numel() // images.shape[1]
+    mean, mean_square = total.double() / count
+    std = ((mean_square - mean.square()) * count / (count - 1)).sqrt()
+    return mean.float().view(1, -1, 1, 1), std.float().view(1, -1, 1, 1)
 
 
 def replace_labels(labels: Tensor, fraction: float, classes: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -169,7 +252,7 @@ class Batches:
     Incomplete batches are dropped: E‖g‖² is Tr(F)/B, so a short batch would be penalised more than the others.
     """
 
-    def __init__(self, inputs: Tensor, labels: Tensor, *, batch_size: int, augment: str, seed: int) -> None:
+    def __init__(self, inputs: Images, labels: Tensor, *, batch_size: int, augment: str, seed: int) -> None:
         """Take inputs ``[N, ...]`` and labels ``[N]``; ``len()`` is the number of batches of an epoch.
 
         Raises:

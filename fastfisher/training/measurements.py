@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastfisher import TraceEstimate, per_example_grad_norms, trace_fisher, trace_hessian
 from fastfisher.model import eval_mode
-from fastfisher.training.data import Data
+from fastfisher.training.data import Data, Images
 
 Record = dict[str, float | int | str | None]
 
@@ -40,10 +40,11 @@ class Examples:
     noisy: Tensor
 
 
-def predict(model: nn.Module, inputs: Tensor, *, chunk: int = BATCH_SIZE) -> Tensor:
-    """Return the most likely class of each input, int64 ``[N]``, in eval mode."""
+def predict(model: nn.Module, inputs: Images, *, chunk: int = BATCH_SIZE) -> Tensor:
+    """Return the most likely class of each of ``N >= 1`` inputs, int64 ``[N]``, in eval mode."""
+    parts = (inputs[start : start + chunk] for start in range(0, len(inputs), chunk))
     with eval_mode(model), torch.no_grad():
-        return torch.cat([model(part).argmax(dim=1) for part in torch.split(inputs, chunk)])
+        return torch.cat([model(part).argmax(dim=1) for part in parts])
 
 
 def accuracies(model: nn.Module, data: Data) -> dict[str, float | None]:
@@ -55,6 +56,9 @@ def accuracies(model: nn.Module, data: Data) -> dict[str, float | None]:
     """
     predictions = predict(model, data.inputs)
 
+    def of_part(inputs: Images, labels: Tensor) -> float | None:
+        return share(predict(model, inputs) == labels) if len(labels) else None
+
     def share(right: Tensor) -> float | None:
         return right.double().mean().item() if len(right) else None
 
@@ -63,8 +67,8 @@ def accuracies(model: nn.Module, data: Data) -> dict[str, float | None]:
         "clean_accuracy": share((predictions == data.labels)[~noisy]),
         "noisy_accuracy": share((predictions == data.labels)[noisy]),
         "noisy_true_accuracy": share((predictions == data.true_labels)[noisy]),
-        "validation_accuracy": share(predict(model, data.validation_inputs) == data.validation_labels),
-        "test_accuracy": share(predict(model, data.test_inputs) == data.test_labels),
+        "validation_accuracy": of_part(data.validation_inputs, data.validation_labels),
+        "test_accuracy": of_part(data.test_inputs, data.test_labels),
     }
 
 
