@@ -93,6 +93,12 @@ class TrainConfig:
         "none", "flip: horizontal flips; crop_flip: also crops with padding 4", choices=AUGMENTATIONS
     )
     label_noise: float = _option(0.0, "fraction of the training labels replaced by uniformly drawn ones", rule=FRACTION)
+    mixup: float | None = _option(
+        None,
+        "mix each batch with itself in another order, inputs and labels, with a weight drawn from "
+        "Beta(MIXUP, MIXUP); the penalties then see the mixed inputs, GP and GP_x the mixed labels too",
+        rule=POSITIVE,
+    )
     noise_seed: int | None = _option(None, "seed of the label noise; --seed unless given", rule=SEED)
     network: str = _option(
         "small_cnn", "network; densenet40_12 and wresnet44_3_bn have batch normalisation", choices=NETWORKS

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -245,15 +246,60 @@ class Augmentation:
         return torch.where(self.flipped[part, None, None, None], inputs.flip(-1), inputs)
 
 
+class Mixup:
+    """Batches mixed with themselves in another order (Zhang et al., 2018), drawn for an epoch at once.
+
+    Inputs become λ x_i + (1 − λ) x_π(i), labels the probabilities λ [y_i] + (1 − λ) [y_π(i)], the cross-entropy against
+    which is λ ℓ(y_i) + (1 − λ) ℓ(y_π(i)). Each batch has a permutation π and one λ ~ Beta(``beta``, ``beta``), from a
+    generator of their own: the batches are those of a run without.
+
+    Attributes:
+        weights: the λ, float32 ``[batches]``.
+        partners: the π, int64 ``[batches, batch_size]``.
+    """
+
+    def __init__(self, beta: float, *, classes: int, seed: int) -> None:
+        """Take the parameter of the Beta distribution and the number of classes; :meth:`draw` before the rest."""
+        self.beta = beta
+        self.classes = classes
+        self.generator = np.random.default_rng(seed)
+
+    def draw(self, batches: int, batch_size: int, device: torch.device) -> None:
+        """Draw for so many batches."""
+        self.beginning: dict[str, Any] = dict(self.generator.bit_generator.state)
+        weights = self.generator.beta(self.beta, self.beta, batches).astype(np.float32)
+        partners = self.generator.permuted(np.tile(np.arange(batch_size), (batches, 1)), axis=1)
+        self.weights, self.partners = torch.from_numpy(weights).to(device), torch.from_numpy(partners).to(device)
+
+    def apply(self, inputs: Tensor, labels: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """Return the batch at ``position``, inputs ``[n, ...]`` and labels ``[n]``, mixed; labels ``[n, classes]``."""
+        weight, partners = self.weights[position], self.partners[position]
+        # F.one_hot may wait for the device, to look for labels out of range.
+        one_hot = (labels[:, None] == torch.arange(self.classes, device=labels.device)).to(weight.dtype)
+        mixed, probabilities = (weight * x + (1 - weight) * x[partners] for x in (inputs, one_hot))
+        return mixed, probabilities
+
+
 class Batches:
     """Shuffled batches of a resident data set, whose place in the epoch can be saved and restored.
 
-    All randomness, shuffling and augmentation, comes from one generator of its own, at the beginning of an epoch.
+    Shuffling and augmentation are drawn from one generator of its own, at the beginning of an epoch.
     Incomplete batches are dropped: E‖g‖² is Tr(F)/B, so a short batch would be penalised more than the others.
     """
 
-    def __init__(self, inputs: Images, labels: Tensor, *, batch_size: int, augment: str, seed: int) -> None:
+    def __init__(
+        self,
+        inputs: Images,
+        labels: Tensor,
+        *,
+        batch_size: int,
+        augment: str,
+        seed: int,
+        mixup: Mixup | None = None,
+    ) -> None:
         """Take inputs ``[N, ...]`` and labels ``[N]``; ``len()`` is the number of batches of an epoch.
+
+        With ``mixup`` the labels of a batch are probabilities.
 
         Raises:
             ConfigError: if the data set is smaller than one batch.
@@ -264,6 +310,7 @@ class Batches:
         self.labels = labels
         self.batch_size = batch_size
         self.augment = augment
+        self.mixup = mixup
         self.generator = torch.Generator().manual_seed(seed)
         self._begin()
 
@@ -273,6 +320,8 @@ class Batches:
         count, device = len(self.labels), self.labels.device
         self.order = torch.randperm(count, generator=self.generator).to(device)
         self.augmentation = Augmentation.draw(self.augment, count, self.generator, device)
+        if self.mixup is not None:
+            self.mixup.draw(len(self), self.batch_size, device)
         self.position = 0
 
     def __len__(self) -> int:
@@ -285,15 +334,21 @@ class Batches:
             self._begin()
         part = slice(self.position * self.batch_size, (self.position + 1) * self.batch_size)
         chosen = self.order[part]
+        inputs, labels = self.augmentation.apply(self.inputs[chosen], part), self.labels[chosen]
+        if self.mixup is not None:
+            inputs, labels = self.mixup.apply(inputs, labels, self.position)
         self.position += 1
-        return self.augmentation.apply(self.inputs[chosen], part), self.labels[chosen]
+        return inputs, labels
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the generator at the beginning of the epoch, and the place in it."""
-        return {"beginning": self.beginning, "position": self.position}
+        """Return the state of the generators at the beginning of the epoch, and the place in it."""
+        mixup = {} if self.mixup is None else {"mixup": self.mixup.beginning}
+        return {"beginning": self.beginning, "position": self.position, **mixup}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what :meth:`state_dict` returned: the batches that follow are the same."""
         self.generator.set_state(state["beginning"])
+        if self.mixup is not None:
+            self.mixup.generator.bit_generator.state = state["mixup"]
         self._begin()
         self.position = state["position"]

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from fastfisher import FisherPenalty
 from fastfisher.model import eval_mode
 from fastfisher.training.config import TrainConfig, measurements, resolve, steps_between_measurements
-from fastfisher.training.data import Batches, Data, load_data
+from fastfisher.training.data import Batches, Data, Mixup, load_data
 from fastfisher.training.folder import RunFolder
 from fastfisher.training.measurements import MEASURE, TITLES, Examples, Record, accuracies
 from fastfisher.training.networks import build_network
@@ -105,13 +105,7 @@ class Run:
             noise_seed=config.noise_seed,
             device=config.device,
         )
-        self.batches = Batches(
-            self.data.inputs,
-            self.data.labels,
-            batch_size=config.batch_size,
-            augment=config.augment,
-            seed=_seed(config.seed, "batches"),
-        )
+        self.batches = self._batches("batches")
         torch.manual_seed(_seed(config.seed, "network"))
         self.model = build_network(
             config.network,
@@ -136,6 +130,21 @@ class Run:
         # Sums over the steps of this epoch, kept on the device so that a step waits for nothing:
         # loss, penalty, the number of steps with a penalty, and the penalty's estimate of Tr(F).
         self.sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+
+    def _batches(self, purpose: str) -> Batches:
+        """Return training batches; runs that differ in mixup alone have the same ones before mixing."""
+        config = self.config
+        mixup = None
+        if config.mixup is not None:
+            mixup = Mixup(config.mixup, classes=self.data.classes, seed=_seed(config.seed, f"{purpose} mixup"))
+        return Batches(
+            self.data.inputs,
+            self.data.labels,
+            batch_size=config.batch_size,
+            augment=config.augment,
+            seed=_seed(config.seed, purpose),
+            mixup=mixup,
+        )
 
     def _build_penalty(self) -> FisherPenalty | None:
         config = self.config

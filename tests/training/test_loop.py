@@ -44,6 +44,7 @@ def with_dropout(name: str, **options: Any) -> nn.Sequential:
         {"augment": "crop_flip", "lr_milestones": (2,), "measure": ALL, "measure_every": "2epochs"},
         {"method": "FP", "penalty_every": 3, "measure": ALL, "measure_every": "3steps"},
         {"method": "FP", "penalty_every": 2, "gates": "free", "penalty_start": 1},
+        {"mixup": 0.4, "augment": "flip"},
         {"method": "GP_r", "penalty_every": 3, "penalty_method": "double_backprop"},
     ],
 )
@@ -150,6 +151,27 @@ def test_every_method_learns_clean_digits(method: str, config: TrainConfig) -> N
     assert last["noisy_accuracy"] is None
     assert (last["penalty"] is None) == (method == "baseline")
     assert (last["penalty_trace_estimate"] is None) == (method != "FP")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_from_mixed_batches(method: str, config: TrainConfig) -> None:
+    penalty = {} if method == "baseline" else {"alpha": 0.01, "penalty_every": 2}
+    config = dataclasses.replace(config, method=method, batch_size=64, lr=0.1, label_noise=0.0, mixup=0.4, **penalty)
+    assert loop.train(config) == "finished"
+    assert metrics(config)[-1]["test_accuracy"] > 0.6
+
+
+def test_mixup_leaves_initial_weights_and_batches_as_they_were(config: TrainConfig) -> None:
+    plain = loop.Run(loop.resolve(config))
+    mixed = loop.Run(loop.resolve(dataclasses.replace(config, mixup=1.0)))
+    assert_same_state(mixed.model.state_dict(), plain.model.state_dict())
+    assert torch.equal(mixed.batches.order, plain.batches.order)
+    inputs, _ = plain.batches.next()
+    found, _ = mixed.batches.next()
+    drawn = mixed.batches.mixup
+    assert drawn is not None
+    weight, partners = drawn.weights[0], drawn.partners[0]
+    torch.testing.assert_close(found, weight * inputs + (1 - weight) * inputs[partners])
 
 
 def test_the_running_estimate_of_the_trace_is_of_its_size(config: TrainConfig) -> None:
