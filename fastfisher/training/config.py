@@ -26,6 +26,7 @@ NETWORKS = (
     *("small_cnn", "simple_cnn", "vgg11", "densenet40_12", "wresnet44_3", "wresnet44_3_bn"),
     *("resnet26", "resnet32", "resnet50", "resnet52", "resnet56", "fixup_resnet18"),
 )
+NORMALISED_NETWORKS = ("densenet40_12", "wresnet44_3_bn")
 AUGMENTATIONS = ("none", "flip", "crop_flip")
 MEASUREMENTS = ("trace_fisher", "trace_hessian", "per_example_grad_norms")
 INTERVAL = re.compile(r"([1-9][0-9]*)(step|epoch)s?")
@@ -92,16 +93,22 @@ class TrainConfig:
     augment: str = _option(
         "none", "flip: horizontal flips; crop_flip: also crops with padding 4", choices=AUGMENTATIONS
     )
-    label_noise: float = _option(0.0, "fraction of the training labels replaced by uniformly drawn ones", rule=FRACTION)
     mixup: float | None = _option(
         None,
         "mix each batch with itself in another order, inputs and labels, with a weight drawn from "
         "Beta(MIXUP, MIXUP); the penalties then see the mixed inputs, GP and GP_x the mixed labels too",
         rule=POSITIVE,
     )
+    label_noise: float = _option(0.0, "fraction of the training labels replaced by uniformly drawn ones", rule=FRACTION)
     noise_seed: int | None = _option(None, "seed of the label noise; --seed unless given", rule=SEED)
     network: str = _option(
         "small_cnn", "network; densenet40_12 and wresnet44_3_bn have batch normalisation", choices=NETWORKS
+    )
+    bn_batches: int = _option(
+        100,
+        "training batches over which the statistics of batch normalisation are averaged before each test; training "
+        "keeps its own, which serve in testing too where this is 0",
+        rule=AT_LEAST_ZERO,
     )
     method: str = _option(
         "baseline",
@@ -306,6 +313,8 @@ def _check_combinations(config: TrainConfig) -> None:
 
     if config.measure == "none":
         refuse(("measure_every", "trace_samples"), "--measure none measures nothing")
+    if config.network not in NORMALISED_NETWORKS:
+        refuse(("bn_batches",), f"--network {config.network} has no batch normalisation")
     if config.method == "baseline":
         refuse(penalty_only, "--method baseline has no penalty")
     if config.penalty_method == "double_backprop":

@@ -20,10 +20,16 @@ from tqdm import tqdm
 
 from fastfisher import FisherPenalty
 from fastfisher.model import eval_mode
-from fastfisher.training.config import TrainConfig, measurements, resolve, steps_between_measurements
+from fastfisher.training.config import (
+    NORMALISED_NETWORKS,
+    TrainConfig,
+    measurements,
+    resolve,
+    steps_between_measurements,
+)
 from fastfisher.training.data import Batches, Data, Mixup, load_data
 from fastfisher.training.folder import RunFolder
-from fastfisher.training.measurements import MEASURE, TITLES, Examples, Record, accuracies
+from fastfisher.training.measurements import MEASURE, TITLES, Examples, Record, accuracies, averaged_batch_statistics
 from fastfisher.training.networks import build_network
 
 # What each method of the paper (section 4) penalises.
@@ -226,7 +232,8 @@ class Run:
 
         ``train_loss``, ``penalty`` (‖g‖²) and ``penalty_trace_estimate`` (for FP B‖g‖², an estimate of Tr(F)) are
         means over the epoch's steps, ``train_seconds`` is the time of the steps alone; the accuracies are those at its
-        end, see ``accuracies``. What does not exist, such as the penalty of a baseline, is None.
+        end, see ``accuracies``, with the statistics of batch normalisation averaged over ``config.bn_batches``. What
+        does not exist, such as the penalty of a baseline, is None.
 
         Raises:
             TrainingDivergedError: if the loss or the logits are not finite.
@@ -239,7 +246,7 @@ class Run:
             "epoch": self.epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_loss": loss / len(self.batches),
-            **accuracies(self.model, self.data),
+            **self._test(),
             "penalty": penalty / penalised if penalised else None,
             "penalty_trace_estimate": trace_estimate / penalised if trace_estimate else None,
             "train_seconds": self.train_seconds,
@@ -247,6 +254,15 @@ class Run:
         self.sums.zero_()
         self.train_seconds = 0.0
         return record
+
+    def _test(self) -> dict[str, float | None]:
+        """Return the accuracies; with batch normalisation, on statistics over batches made as training's are."""
+        count = self.config.bn_batches
+        if self.config.network not in NORMALISED_NETWORKS or count == 0:
+            return accuracies(self.model, self.data)
+        batches = self._batches(f"batch statistics {self.steps}")
+        with averaged_batch_statistics(self.model, (batches.next()[0] for _ in range(count))):
+            return accuracies(self.model, self.data)
 
     def _check_logits(self, inputs: Tensor) -> None:
         with eval_mode(self.model), torch.no_grad():

@@ -7,7 +7,8 @@ A measurement takes the model, the examples and a generator, and returns a recor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,31 @@ def predict(model: nn.Module, inputs: Images, *, chunk: int = BATCH_SIZE) -> Ten
     parts = (inputs[start : start + chunk] for start in range(0, len(inputs), chunk))
     with eval_mode(model), torch.no_grad():
         return torch.cat([model(part).argmax(dim=1) for part in parts])
+
+
+@contextmanager
+def averaged_batch_statistics(model: nn.Module, batches: Iterable[Tensor]) -> Iterator[None]:
+    """Let batch normalisation use, while this lasts, the averages of its statistics over the inputs in ``batches``.
+
+    For testing, as in the paper (I.2): running statistics weigh the last few batches most, each with the parameters
+    before its step. They are put back afterwards, where they were in memory. ``batches`` must not be empty.
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    saved = [(layer.momentum, {name: buffer.clone() for name, buffer in layer.named_buffers()}) for layer in layers]
+    try:
+        with eval_mode(model), torch.no_grad():
+            for layer in layers:
+                layer.train()
+                layer.reset_running_stats()
+                layer.momentum = None  # the mean over all batches
+            for inputs in batches:
+                model(inputs)
+        yield
+    finally:
+        for layer, (momentum, buffers) in zip(layers, saved, strict=True):
+            layer.momentum = momentum
+            for name, buffer in layer.named_buffers():
+                buffer.copy_(buffers[name])
 
 
 def accuracies(model: nn.Module, data: Data) -> dict[str, float | None]:

@@ -78,6 +78,8 @@ def test_parser_refuses(arguments: list[str], expected: list[str], capsys: pytes
         ({"momentum": 1.0}, ["--momentum:", "1.0", "including, 1"]),
         ({"weight_decay": -1.0}, ["--weight-decay:", "-1.0", "at least 0"]),
         ({"label_noise": 1.5}, ["--label-noise:", "1.5", "from 0 to 1"]),
+        ({"network": "densenet40_12", "bn_batches": -1}, ["--bn-batches:", "-1", "at least 0"]),
+        ({"bn_batches": 10}, ["--bn-batches:", "10", "small_cnn has no batch normalisation"]),
         ({"mixup": 0.0}, ["--mixup:", "0.0", "above 0"]),
         ({"epochs": 0}, ["--epochs:", "0", "at least 1"]),
         ({"batch_size": 0}, ["--batch-size:", "0", "at least 1"]),

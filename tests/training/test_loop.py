@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
 from pathlib import Path
@@ -172,6 +173,47 @@ def test_mixup_leaves_initial_weights_and_batches_as_they_were(config: TrainConf
     assert drawn is not None
     weight, partners = drawn.weights[0], drawn.partners[0]
     torch.testing.assert_close(found, weight * inputs + (1 - weight) * inputs[partners])
+
+
+def with_batch_norm(name: str, *, in_channels: int, image_size: int, classes: int) -> nn.Sequential:
+    """Stands in for a network of the paper that would take long."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 4, 3, stride=2),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16, classes),
+    )
+
+
+def test_statistics_for_testing_leave_training_as_it_was(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "build_network", with_batch_norm)
+    config = dataclasses.replace(config, network="densenet40_12", method="FP", penalty_every=2, augment="crop_flip")
+    own, one, many = (
+        dataclasses.replace(config, out=f"{config.out}-{count}", bn_batches=count) for count in (0, 1, 100)
+    )
+    for each in (own, one, many):
+        assert loop.train(each) == "finished"
+        assert_same_state(RunFolder(each.out).load_checkpoint(), RunFolder(own.out).load_checkpoint())
+    found = [[record["test_accuracy"] for record in metrics(each)] for each in (own, one, many)]
+    assert found[0] != found[1] != found[2] != found[0]
+
+
+def test_the_statistics_for_testing_are_of_as_many_batches_as_asked_for(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "build_network", with_batch_norm)
+    seen: list[int] = []
+
+    def counting(model: nn.Module, batches: Any) -> Any:
+        seen.extend(len(inputs) for inputs in batches)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(loop, "averaged_batch_statistics", counting)
+    # More than an epoch has.
+    loop.train(dataclasses.replace(config, network="wresnet44_3_bn", epochs=1, bn_batches=STEPS + 3))
+    assert seen == [256] * (STEPS + 3)
 
 
 def test_the_running_estimate_of_the_trace_is_of_its_size(config: TrainConfig) -> None:
