@@ -56,6 +56,10 @@ INCREASING = Rule(
     "increasing epochs, each at least 1",
     lambda value: all(epoch >= 1 for epoch in value) and all(a < b for a, b in itertools.pairwise(value)),
 )
+DECREASING = Rule(
+    "decreasing finite numbers above 0",
+    lambda value: all(0 < each < math.inf for each in value) and all(a > b for a, b in itertools.pairwise(value)),
+)
 NAMED_MEASUREMENTS = Rule(
     f"none, or some of {', '.join(MEASUREMENTS)}, each once, separated by commas",
     lambda value: sorted(set(measurements(value)) & set(MEASUREMENTS)) == sorted(measurements(value)),
@@ -155,6 +159,11 @@ class TrainConfig:
     measure_every: str = _option("1epoch", "how often: 1epoch, 5epochs, 50steps", rule=AN_INTERVAL)
     trace_samples: int = _option(
         256, "training examples, chosen at random each time, that --measure looks at", rule=AT_LEAST_ONE
+    )
+    trace_thresholds: tuple[float, ...] = _option(
+        (),
+        "also measure Tr(F) after the first epoch whose training loss is below each of these: Tr(F_i) of section 3",
+        rule=DECREASING,
     )
     seed: int = _option(0, "seed of the initial weights, the batches and the sampled labels", rule=SEED)
     threads: int = _option(0, "CPU threads; 0 leaves PyTorch's choice", rule=AT_LEAST_ZERO)
@@ -312,7 +321,9 @@ def _check_combinations(config: TrainConfig) -> None:
                 raise ConfigError(f"{flag(name)}: got {value}, expected it left out: {reason}")
 
     if config.measure == "none":
-        refuse(("measure_every", "trace_samples"), "--measure none measures nothing")
+        refuse(("measure_every",), "--measure none measures nothing")
+        if not config.trace_thresholds:
+            refuse(("trace_samples",), "--measure none measures nothing")
     if config.network not in NORMALISED_NETWORKS:
         refuse(("bn_batches",), f"--network {config.network} has no batch normalisation")
     if config.method == "baseline":

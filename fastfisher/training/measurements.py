@@ -32,6 +32,10 @@ TITLES = {
 }
 
 
+# Followed by one of --trace-thresholds: Tr(F) when the loss was first below it.
+BELOW = "trace_fisher_below_"
+
+
 @dataclass(frozen=True)
 class Examples:
     """Training examples: inputs ``[N, ...]``, the labels they are trained on, and which of these are noise (bool)."""
