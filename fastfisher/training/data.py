@@ -194,9 +194,12 @@ def _cifar(name: str, data_dir: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
     try:
         parts: list[Any] = [cifar(data_dir, train=train, download=False) for train in (True, False)]
     except RuntimeError as error:
+        base = Path(data_dir) / cifar.base_folder
+        checksums = [*cifar.train_list, *cifar.test_list, (cifar.meta["filename"], cifar.meta["md5"])]
+        bad = [str(base / file) for file, md5 in checksums if not datasets.utils.check_integrity(str(base / file), md5)]
         raise ConfigError(
             f"--data-dir: got {data_dir!r}, expected a folder that holds {cifar.base_folder}, "
-            f"the extracted files of {name}"
+            f"the extracted files of {name}; missing or damaged: {', '.join(bad)}"
         ) from error
     images = torch.cat([torch.from_numpy(part.data).permute(0, 3, 1, 2) for part in parts])
     labels = torch.cat([torch.tensor(part.targets) for part in parts])

@@ -283,6 +283,24 @@ def test_cifar10_holds_out_5000_training_examples(
     assert data.test_labels[7] == 7
 
 
+def test_bad_files_of_cifar_are_named(torchvision: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision import datasets
+
+    write_cifar10(tmp_path, monkeypatch, datasets)
+    base = tmp_path / "cifar-10-batches-py"
+    (base / "data_batch_2").unlink()
+    (base / "test_batch").write_bytes(b"cut off")
+
+    def whole(path: str, md5: str | None = None) -> bool:
+        return (Path(path).exists() and Path(path).stat().st_size > 100) or path.endswith("meta")
+
+    monkeypatch.setattr(datasets.cifar, "check_integrity", whole)
+    monkeypatch.setattr(datasets.utils, "check_integrity", whole)
+    with pytest.raises(ConfigError) as refused:
+        load_data("cifar10", data_dir=str(tmp_path), image_size=32, label_noise=0, noise_seed=0, device="cpu")
+    assert str(refused.value).endswith(f"missing or damaged: {base / 'data_batch_2'}, {base / 'test_batch'}")
+
+
 def test_absent_cifar_is_explained(torchvision: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected a folder that holds cifar-100-python"):
         load_data("cifar100", data_dir=str(tmp_path), image_size=32, label_noise=0, noise_seed=0, device="cpu")

@@ -318,7 +318,7 @@ def test_free_memory_is_a_plausible_number() -> None:
 
 
 @pytest.mark.parametrize(("name", "size"), [("tinyimagenet", 32), ("imagenet", 224)])
-def test_images_have_the_papers_size(name: str, size: int, tmp_path: Path) -> None:
+def test_the_size_of_images_defaults_to_that_of_the_data_set(name: str, size: int, tmp_path: Path) -> None:
     assert resolve(TrainConfig(data=name, data_dir=str(tmp_path))).image_size == size
 
 
