@@ -139,14 +139,15 @@ def _of_folder(folder: ImageFolder, images: Tensor, *, label_noise: float, noise
 def mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each channel of uint8 images, float32 ``[1, C, 1, 1]``.
 
-    The sums are of integers, and exact; a few images at a time are converted.
+    The sums are of integers, and up to 2^53 exact in float64; a few images at a time are converted.
     """
-    total = torch.zeros(2, images.shape[1], dtype=torch.int64)
+    total = torch.zeros(2, images.shape[1], dtype=torch.float64)
     for part in torch.split(images, 256):
-        values = part.to(torch.int32)
-        total += torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
+        for channel, pixels in enumerate(part.unbind(1)):
+            values = pixels.double().flatten()
+            total[:, channel] += torch.stack([values.sum(), values.dot(values)])
     count = images.numel() // images.shape[1]
-    mean, mean_square = total.double() / count
+    mean, mean_square = total / count
     std = ((mean_square - mean.square()) * count / (count - 1)).sqrt()
     return mean.float().view(1, -1, 1, 1), std.float().view(1, -1, 1, 1)
 

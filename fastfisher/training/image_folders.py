@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import zipfile
-import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -156,7 +154,7 @@ def load_images(folder: ImageFolder, size: int, cache: Path, device: torch.devic
             if images.shape != shape or images.dtype != np.uint8:
                 raise ValueError(f"it holds {images.dtype} {images.shape}")
             return torch.from_numpy(images)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # whatever a damaged file raises
             tqdm.write(f"{cache} cannot be used and is made anew: {error}")
     images = np.empty(shape, np.uint8)
     with ThreadPoolExecutor() as pool, tqdm(total=len(images), unit="image", disable=None) as bar:
