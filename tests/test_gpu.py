@@ -195,12 +195,13 @@ def test_captured_steps_serve_autocast_channels_last_and_dropout(options: dict[s
         assert all(x.isfinite().all() for x in trained(True, options, **arguments))
 
 
-def test_the_training_script_on_a_gpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"method": "FP", "penalty_every": 3}, {"mixup": 0.4}], ids=str)
+def test_the_training_script_on_a_gpu(options: dict[str, Any], tmp_path: Path) -> None:
     records = []
     for graphs in ("on", "off"):
         config = TrainConfig(
-            out=str(tmp_path / graphs), method="FP", epochs=2, batch_size=64, penalty_every=3, lr=0.01, graphs=graphs,
-            augment="crop_flip", device="cuda",
+            out=str(tmp_path / graphs), epochs=2, batch_size=64, lr=0.01, graphs=graphs, augment="crop_flip",
+            device="cuda", **options,
         )  # fmt: skip
         assert train(config) == "finished"
         lines = (tmp_path / graphs / "metrics.jsonl").read_text().splitlines()

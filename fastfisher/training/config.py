@@ -19,11 +19,14 @@ import torch
 T = TypeVar("T")
 
 METHODS = ("baseline", "FP", "GP", "GP_r", "GP_x")
-DATA_SETS = ("digits", "cifar10", "cifar100")
+DATA_SETS = ("digits", "cifar10", "cifar100", "tinyimagenet", "imagenet")
+IMAGE_SIZES = {"digits": 16, "imagenet": 224}
+OTHER_IMAGE_SIZE = 32
 NETWORKS = (
     *("small_cnn", "simple_cnn", "vgg11", "densenet40_12", "wresnet44_3", "wresnet44_3_bn"),
     *("resnet26", "resnet32", "resnet50", "resnet52", "resnet56", "fixup_resnet18"),
 )
+NORMALISED_NETWORKS = ("densenet40_12", "wresnet44_3_bn")
 AUGMENTATIONS = ("none", "flip", "crop_flip")
 MEASUREMENTS = ("trace_fisher", "trace_hessian", "per_example_grad_norms")
 INTERVAL = re.compile(r"([1-9][0-9]*)(step|epoch)s?")
@@ -53,6 +56,10 @@ INCREASING = Rule(
     "increasing epochs, each at least 1",
     lambda value: all(epoch >= 1 for epoch in value) and all(a < b for a, b in itertools.pairwise(value)),
 )
+DECREASING = Rule(
+    "decreasing finite numbers above 0",
+    lambda value: all(0 < each < math.inf for each in value) and all(a > b for a, b in itertools.pairwise(value)),
+)
 NAMED_MEASUREMENTS = Rule(
     f"none, or some of {', '.join(MEASUREMENTS)}, each once, separated by commas",
     lambda value: sorted(set(measurements(value)) & set(MEASUREMENTS)) == sorted(measurements(value)),
@@ -81,17 +88,31 @@ class TrainConfig:
     out: str = _option("runs/train", "folder the run is written to", identity=False)
     resume: bool = _option(False, "continue the run in --out; options not given are read from there", identity=False)
     data: str = _option("digits", "data set; digits comes with scikit-learn", choices=DATA_SETS)
-    data_dir: str = _option("data", "folder that holds the CIFAR files; never downloaded", identity=False)
+    data_dir: str = _option("data", "folder that holds the data set's files; never downloaded", identity=False)
     image_size: int | None = _option(
-        None, "images are resized to this many pixels a side; 16 for digits, else 32", rule=AT_LEAST_EIGHT
+        None,
+        "images are resized to this many pixels a side; 16 for digits, 224 for imagenet, else 32",
+        rule=AT_LEAST_EIGHT,
     )
     augment: str = _option(
         "none", "flip: horizontal flips; crop_flip: also crops with padding 4", choices=AUGMENTATIONS
+    )
+    mixup: float | None = _option(
+        None,
+        "mix each batch with itself in another order, inputs and labels, with a weight drawn from "
+        "Beta(MIXUP, MIXUP); the penalties then see the mixed inputs, GP and GP_x the mixed labels too",
+        rule=POSITIVE,
     )
     label_noise: float = _option(0.0, "fraction of the training labels replaced by uniformly drawn ones", rule=FRACTION)
     noise_seed: int | None = _option(None, "seed of the label noise; --seed unless given", rule=SEED)
     network: str = _option(
         "small_cnn", "network; densenet40_12 and wresnet44_3_bn have batch normalisation", choices=NETWORKS
+    )
+    bn_batches: int = _option(
+        100,
+        "training batches over which the statistics of batch normalisation are averaged before each test; training "
+        "keeps its own, which serve in testing too where this is 0",
+        rule=AT_LEAST_ZERO,
     )
     method: str = _option(
         "baseline",
@@ -138,6 +159,11 @@ class TrainConfig:
     measure_every: str = _option("1epoch", "how often: 1epoch, 5epochs, 50steps", rule=AN_INTERVAL)
     trace_samples: int = _option(
         256, "training examples, chosen at random each time, that --measure looks at", rule=AT_LEAST_ONE
+    )
+    trace_thresholds: tuple[float, ...] = _option(
+        (),
+        "also measure Tr(F) after the first epoch whose training loss is below each of these: Tr(F_i) of section 3",
+        rule=DECREASING,
     )
     seed: int = _option(0, "seed of the initial weights, the batches and the sampled labels", rule=SEED)
     threads: int = _option(0, "CPU threads; 0 leaves PyTorch's choice", rule=AT_LEAST_ZERO)
@@ -257,7 +283,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(
         config,
         graphs="on" if device.startswith("cuda") and config.graphs != "off" else "off",
-        image_size=config.image_size or (16 if config.data == "digits" else 32),
+        image_size=config.image_size or IMAGE_SIZES.get(config.data, OTHER_IMAGE_SIZE),
         noise_seed=config.seed if config.noise_seed is None else config.noise_seed,
         device=device,
         # One spelling for each meaning, for --resume compares them.
@@ -295,7 +321,11 @@ def _check_combinations(config: TrainConfig) -> None:
                 raise ConfigError(f"{flag(name)}: got {value}, expected it left out: {reason}")
 
     if config.measure == "none":
-        refuse(("measure_every", "trace_samples"), "--measure none measures nothing")
+        refuse(("measure_every",), "--measure none measures nothing")
+        if not config.trace_thresholds:
+            refuse(("trace_samples",), "--measure none measures nothing")
+    if config.network not in NORMALISED_NETWORKS:
+        refuse(("bn_batches",), f"--network {config.network} has no batch normalisation")
     if config.method == "baseline":
         refuse(penalty_only, "--method baseline has no penalty")
     if config.penalty_method == "double_backprop":

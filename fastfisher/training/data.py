@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastfisher.training.config import ConfigError
+from fastfisher.training.image_folders import ImageFolder, imagenet, load_images, tiny_imagenet
 
 # The splits belong to the data set, not to the run: every run is judged on the same held-out examples.
 SPLIT_SEED = 0
@@ -17,34 +21,77 @@ CROP_PADDING = 4
 
 
 @dataclass(frozen=True)
+class StoredImages:
+    """Images kept as uint8 ``[N, C, H, W]``; what is taken by an index or a slice is float32 and normalised."""
+
+    stored: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.stored)
+
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        """Return the images at some indices."""
+        return (self.stored[index].float() - self.mean) / self.std
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape that all of them have together."""
+        return self.stored.shape
+
+
+Images = Tensor | StoredImages
+
+
+@dataclass(frozen=True)
 class Data:
     """A data set, normalised by the mean and standard deviation of its training images.
 
-    Inputs are float32 ``[N, channels, image_size, image_size]``, labels int64 ``[N]``. ``labels`` are what is
-    trained on, ``true_labels`` what they were before the noise, ``noisy`` (bool ``[N]``) marks the replaced
-    ones. Validation and test labels are never replaced.
+    Inputs, once taken, are float32 ``[N, channels, image_size, image_size]``, labels int64 ``[N]``. ``labels`` are
+    what is trained on, ``true_labels`` what they were before the noise, ``noisy`` (bool ``[N]``) marks the replaced
+    ones. Validation and test labels are never replaced. There may be no validation examples.
     """
 
-    inputs: Tensor
+    inputs: Images
     labels: Tensor
     true_labels: Tensor
     noisy: Tensor
-    validation_inputs: Tensor
+    validation_inputs: Images
     validation_labels: Tensor
-    test_inputs: Tensor
+    test_inputs: Images
     test_labels: Tensor
     classes: int
 
 
 def load_data(name: str, *, data_dir: str, image_size: int, label_noise: float, noise_seed: int, device: str) -> Data:
-    """Return the data set ``digits``, ``cifar10`` or ``cifar100``, resized, normalised, on ``device``.
+    """Return a data set by its name, resized, normalised, on ``device``.
 
-    ``digits`` is scikit-learn's (1,797 images of 8x8): 1,097 for training, 200 for validation and 500 for
-    testing, stratified. CIFAR is read from ``data_dir``, and 5,000 random training images are held out.
+    - ``digits`` is scikit-learn's (1,797 images of 8x8): 1,097 for training, 200 for validation and 500 for testing,
+      stratified.
+    - ``cifar10``, ``cifar100``: the extracted archives in ``data_dir``; 5,000 random training images are held out.
+    - ``tinyimagenet``: the extracted archive, ``tiny-imagenet-200`` in ``data_dir``. As in the paper there is no
+      validation set; the archive's validation images, for its test images have no labels, are for testing.
+    - ``imagenet``: ``train/<class>/*`` and ``val/<class>/*`` in ``data_dir``, of which the latter is for testing.
+
+    The last two are read once, with the largest centred square of each image resized, and kept in ``data_dir``, as
+    ``<name>-<image_size>.npz``.
 
     Raises:
-        ConfigError: if the CIFAR files are not in ``data_dir`` or torchvision cannot be imported.
+        ConfigError: if a file is missing or damaged, the images do not fit into the memory, or torchvision, for CIFAR,
+            cannot be imported.
     """
+    if name in IMAGE_FOLDERS:
+        folder = IMAGE_FOLDERS[name](Path(data_dir))
+        cache = Path(data_dir) / f"{name}-{image_size}.npz"
+        return _of_folder(
+            folder,
+            load_images(folder, image_size, cache, torch.device(device)),
+            label_noise=label_noise,
+            noise_seed=noise_seed,
+            device=device,
+        )
     images, labels, train, validation, test = _digits() if name == "digits" else _cifar(name, data_dir)
     inputs = images.to(device, torch.float32)
     if inputs.shape[-1] != image_size:
@@ -65,6 +112,44 @@ def load_data(name: str, *, data_dir: str, image_size: int, label_noise: float, 
         test_labels=labels[test].to(device),
         classes=classes,
     )
+
+
+IMAGE_FOLDERS: dict[str, Callable[[Path], ImageFolder]] = {"tinyimagenet": tiny_imagenet, "imagenet": imagenet}
+
+
+def _of_folder(folder: ImageFolder, images: Tensor, *, label_noise: float, noise_seed: int, device: str) -> Data:
+    count = folder.training
+    mean, std = mean_and_std(images[:count])
+    labels = torch.tensor(folder.labels)
+    noisy_labels, noisy = replace_labels(labels[:count], label_noise, folder.classes, noise_seed)
+    images, mean, std = images.to(device), mean.to(device), std.to(device)
+    return Data(
+        inputs=StoredImages(images[:count], mean, std),
+        labels=noisy_labels.to(device),
+        true_labels=labels[:count].to(device),
+        noisy=noisy.to(device),
+        validation_inputs=StoredImages(images[:0], mean, std),
+        validation_labels=labels[:0].to(device),
+        test_inputs=StoredImages(images[count:], mean, std),
+        test_labels=labels[count:].to(device),
+        classes=folder.classes,
+    )
+
+
+def mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of each channel of uint8 images, float32 ``[1, C, 1, 1]``.
+
+    The sums are of integers, and up to 2^53 exact in float64; a few images at a time are converted.
+    """
+    total = torch.zeros(2, images.shape[1], dtype=torch.float64)
+    for part in torch.split(images, 256):
+        for channel, pixels in enumerate(part.unbind(1)):
+            values = pixels.double().flatten()
+            total[:, channel] += torch.stack([values.sum(), values.dot(values)])
+    count = images.numel() // images.shape[1]
+    mean, mean_square = total / count
+    std = ((mean_square - mean.square()) * count / (count - 1)).sqrt()
+    return mean.float().view(1, -1, 1, 1), std.float().view(1, -1, 1, 1)
 
 
 def replace_labels(labels: Tensor, fraction: float, classes: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -110,9 +195,12 @@ def _cifar(name: str, data_dir: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
     try:
         parts: list[Any] = [cifar(data_dir, train=train, download=False) for train in (True, False)]
     except RuntimeError as error:
+        base = Path(data_dir) / cifar.base_folder
+        checksums = [*cifar.train_list, *cifar.test_list, (cifar.meta["filename"], cifar.meta["md5"])]
+        bad = [str(base / file) for file, md5 in checksums if not datasets.utils.check_integrity(str(base / file), md5)]
         raise ConfigError(
             f"--data-dir: got {data_dir!r}, expected a folder that holds {cifar.base_folder}, "
-            f"the extracted files of {name}"
+            f"the extracted files of {name}; missing or damaged: {', '.join(bad)}"
         ) from error
     images = torch.cat([torch.from_numpy(part.data).permute(0, 3, 1, 2) for part in parts])
     labels = torch.cat([torch.tensor(part.targets) for part in parts])
@@ -162,15 +250,60 @@ class Augmentation:
         return torch.where(self.flipped[part, None, None, None], inputs.flip(-1), inputs)
 
 
+class Mixup:
+    """Batches mixed with themselves in another order (Zhang et al., 2018), drawn for an epoch at once.
+
+    Inputs become λ x_i + (1 − λ) x_π(i), labels the probabilities λ [y_i] + (1 − λ) [y_π(i)], the cross-entropy against
+    which is λ ℓ(y_i) + (1 − λ) ℓ(y_π(i)). Each batch has a permutation π and one λ ~ Beta(``beta``, ``beta``), from a
+    generator of their own: the batches are those of a run without.
+
+    Attributes:
+        weights: the λ, float32 ``[batches]``.
+        partners: the π, int64 ``[batches, batch_size]``.
+    """
+
+    def __init__(self, beta: float, *, classes: int, seed: int) -> None:
+        """Take the parameter of the Beta distribution and the number of classes; :meth:`draw` before the rest."""
+        self.beta = beta
+        self.classes = classes
+        self.generator = np.random.default_rng(seed)
+
+    def draw(self, batches: int, batch_size: int, device: torch.device) -> None:
+        """Draw for so many batches."""
+        self.beginning: dict[str, Any] = dict(self.generator.bit_generator.state)
+        weights = self.generator.beta(self.beta, self.beta, batches).astype(np.float32)
+        partners = self.generator.permuted(np.tile(np.arange(batch_size), (batches, 1)), axis=1)
+        self.weights, self.partners = torch.from_numpy(weights).to(device), torch.from_numpy(partners).to(device)
+
+    def apply(self, inputs: Tensor, labels: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """Return the batch at ``position``, inputs ``[n, ...]`` and labels ``[n]``, mixed; labels ``[n, classes]``."""
+        weight, partners = self.weights[position], self.partners[position]
+        # F.one_hot may wait for the device, to look for labels out of range.
+        one_hot = (labels[:, None] == torch.arange(self.classes, device=labels.device)).to(weight.dtype)
+        mixed, probabilities = (weight * x + (1 - weight) * x[partners] for x in (inputs, one_hot))
+        return mixed, probabilities
+
+
 class Batches:
     """Shuffled batches of a resident data set, whose place in the epoch can be saved and restored.
 
-    All randomness, shuffling and augmentation, comes from one generator of its own, at the beginning of an epoch.
+    Shuffling and augmentation are drawn from one generator of its own, at the beginning of an epoch.
     Incomplete batches are dropped: E‖g‖² is Tr(F)/B, so a short batch would be penalised more than the others.
     """
 
-    def __init__(self, inputs: Tensor, labels: Tensor, *, batch_size: int, augment: str, seed: int) -> None:
+    def __init__(
+        self,
+        inputs: Images,
+        labels: Tensor,
+        *,
+        batch_size: int,
+        augment: str,
+        seed: int,
+        mixup: Mixup | None = None,
+    ) -> None:
         """Take inputs ``[N, ...]`` and labels ``[N]``; ``len()`` is the number of batches of an epoch.
+
+        With ``mixup`` the labels of a batch are probabilities.
 
         Raises:
             ConfigError: if the data set is smaller than one batch.
@@ -181,6 +314,7 @@ class Batches:
         self.labels = labels
         self.batch_size = batch_size
         self.augment = augment
+        self.mixup = mixup
         self.generator = torch.Generator().manual_seed(seed)
         self._begin()
 
@@ -190,6 +324,8 @@ class Batches:
         count, device = len(self.labels), self.labels.device
         self.order = torch.randperm(count, generator=self.generator).to(device)
         self.augmentation = Augmentation.draw(self.augment, count, self.generator, device)
+        if self.mixup is not None:
+            self.mixup.draw(len(self), self.batch_size, device)
         self.position = 0
 
     def __len__(self) -> int:
@@ -202,15 +338,21 @@ class Batches:
             self._begin()
         part = slice(self.position * self.batch_size, (self.position + 1) * self.batch_size)
         chosen = self.order[part]
+        inputs, labels = self.augmentation.apply(self.inputs[chosen], part), self.labels[chosen]
+        if self.mixup is not None:
+            inputs, labels = self.mixup.apply(inputs, labels, self.position)
         self.position += 1
-        return self.augmentation.apply(self.inputs[chosen], part), self.labels[chosen]
+        return inputs, labels
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the generator at the beginning of the epoch, and the place in it."""
-        return {"beginning": self.beginning, "position": self.position}
+        """Return the state of the generators at the beginning of the epoch, and the place in it."""
+        mixup = {} if self.mixup is None else {"mixup": self.mixup.beginning}
+        return {"beginning": self.beginning, "position": self.position, **mixup}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what :meth:`state_dict` returned: the batches that follow are the same."""
         self.generator.set_state(state["beginning"])
+        if self.mixup is not None:
+            self.mixup.generator.bit_generator.state = state["mixup"]
         self._begin()
         self.position = state["position"]

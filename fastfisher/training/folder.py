@@ -127,11 +127,15 @@ def refuse_other_options(config: TrainConfig, stored: TrainConfig, where: str) -
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file that takes the place of ``path`` once it is whole and on disk."""
-    temporary = path.with_suffix(".tmp")
+def replacing(path: Path, suffix: str = ".tmp") -> Iterator[BinaryIO]:
+    """Open a temporary file, with another suffix, that takes the place of ``path`` once it is whole and on disk."""
+    temporary = path.with_suffix(suffix)
     with temporary.open("wb") as file:
-        yield file
+        try:
+            yield file
+        except BaseException:
+            temporary.unlink()
+            raise
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -20,10 +20,24 @@ from tqdm import tqdm
 
 from fastfisher import FisherPenalty
 from fastfisher.model import eval_mode
-from fastfisher.training.config import TrainConfig, measurements, resolve, steps_between_measurements
-from fastfisher.training.data import Batches, Data, load_data
+from fastfisher.training.config import (
+    NORMALISED_NETWORKS,
+    TrainConfig,
+    measurements,
+    resolve,
+    steps_between_measurements,
+)
+from fastfisher.training.data import Batches, Data, Mixup, load_data
 from fastfisher.training.folder import RunFolder
-from fastfisher.training.measurements import MEASURE, TITLES, Examples, Record, accuracies
+from fastfisher.training.measurements import (
+    BELOW,
+    MEASURE,
+    TITLES,
+    Examples,
+    Record,
+    accuracies,
+    averaged_batch_statistics,
+)
 from fastfisher.training.networks import build_network
 
 # What each method of the paper (section 4) penalises.
@@ -105,13 +119,7 @@ class Run:
             noise_seed=config.noise_seed,
             device=config.device,
         )
-        self.batches = Batches(
-            self.data.inputs,
-            self.data.labels,
-            batch_size=config.batch_size,
-            augment=config.augment,
-            seed=_seed(config.seed, "batches"),
-        )
+        self.batches = self._batches("batches")
         torch.manual_seed(_seed(config.seed, "network"))
         self.model = build_network(
             config.network,
@@ -133,9 +141,25 @@ class Run:
         self.steps = 0
         self.epoch = 0
         self.train_seconds = 0.0
+        self.lowest_loss = math.inf  # of the epochs' means
         # Sums over the steps of this epoch, kept on the device so that a step waits for nothing:
         # loss, penalty, the number of steps with a penalty, and the penalty's estimate of Tr(F).
         self.sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+
+    def _batches(self, purpose: str) -> Batches:
+        """Return training batches; runs that differ in mixup alone have the same ones before mixing."""
+        config = self.config
+        mixup = None
+        if config.mixup is not None:
+            mixup = Mixup(config.mixup, classes=self.data.classes, seed=_seed(config.seed, f"{purpose} mixup"))
+        return Batches(
+            self.data.inputs,
+            self.data.labels,
+            batch_size=config.batch_size,
+            augment=config.augment,
+            seed=_seed(config.seed, purpose),
+            mixup=mixup,
+        )
 
     def _build_penalty(self) -> FisherPenalty | None:
         config = self.config
@@ -196,7 +220,7 @@ class Run:
         """Return the record of the step just taken; empty unless it ends an epoch or a measurement is due.
 
         ``step`` is the number of steps taken so far, ``measure_seconds`` the time the whole record took; the rest is
-        described at :meth:`finish_epoch` and :meth:`measure`.
+        described at :meth:`finish_epoch`, :meth:`measure` and :meth:`measure_at_thresholds`.
 
         Raises:
             TrainingDivergedError: if the loss, the logits or a measurement are not finite.
@@ -208,8 +232,11 @@ class Run:
         self.sums.tolist()  # on a GPU the steps only end when their sums arrive
         started = time.perf_counter()
         self.train_seconds += started - waiting
-        measured = self.measure() if due else {}
-        ended = self.finish_epoch() if self.epoch_complete else {}
+        measured = self.measure(measurements(self.config.measure)) if due else {}
+        ended: Record = {}
+        if self.epoch_complete:
+            measured |= self.measure_at_thresholds(measured)
+            ended = self.finish_epoch()
         return {"step": self.steps, **ended, **measured, "measure_seconds": time.perf_counter() - started}
 
     def finish_epoch(self) -> Record:
@@ -217,7 +244,8 @@ class Run:
 
         ``train_loss``, ``penalty`` (‖g‖²) and ``penalty_trace_estimate`` (for FP B‖g‖², an estimate of Tr(F)) are
         means over the epoch's steps, ``train_seconds`` is the time of the steps alone; the accuracies are those at its
-        end, see ``accuracies``. What does not exist, such as the penalty of a baseline, is None.
+        end, see ``accuracies``, with the statistics of batch normalisation averaged over ``config.bn_batches``. What
+        does not exist, such as the penalty of a baseline, is None.
 
         Raises:
             TrainingDivergedError: if the loss or the logits are not finite.
@@ -230,7 +258,7 @@ class Run:
             "epoch": self.epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_loss": loss / len(self.batches),
-            **accuracies(self.model, self.data),
+            **self._test(),
             "penalty": penalty / penalised if penalised else None,
             "penalty_trace_estimate": trace_estimate / penalised if trace_estimate else None,
             "train_seconds": self.train_seconds,
@@ -238,6 +266,15 @@ class Run:
         self.sums.zero_()
         self.train_seconds = 0.0
         return record
+
+    def _test(self) -> dict[str, float | None]:
+        """Return the accuracies; with batch normalisation, on statistics over batches made as training's are."""
+        count = self.config.bn_batches
+        if self.config.network not in NORMALISED_NETWORKS or count == 0:
+            return accuracies(self.model, self.data)
+        batches = self._batches(f"batch statistics {self.steps}")
+        with averaged_batch_statistics(self.model, (batches.next()[0] for _ in range(count))):
+            return accuracies(self.model, self.data)
 
     def _check_logits(self, inputs: Tensor) -> None:
         with eval_mode(self.model), torch.no_grad():
@@ -248,8 +285,28 @@ class Run:
             remedy = "a lower --lr" if self.penalty is None else "a lower --lr or --alpha"
             raise TrainingDivergedError(f"training diverged in epoch {self.epoch + 1}: try {remedy}")
 
-    def measure(self) -> Record:
-        """Take the measurements of ``config.measure``, all on the same ``trace_samples`` random training examples.
+    def measure_at_thresholds(self, measured: Record) -> Record:
+        """Return Tr(F) for each of ``config.trace_thresholds`` that this epoch's mean loss is the first to be below.
+
+        ``trace_fisher_below_<threshold>`` and its standard error: what the paper calls Tr(F_i). It is what was
+        ``measured`` at this step, if Tr(F) was.
+
+        Raises:
+            TrainingDivergedError: if the logits or the trace are not finite.
+        """
+        loss = self.sums[0].item() / len(self.batches)
+        crossed = [each for each in self.config.trace_thresholds if loss < each <= self.lowest_loss]
+        self.lowest_loss = min(self.lowest_loss, loss)
+        record: Record = {}
+        if crossed:
+            trace = measured if "trace_fisher" in measured else self.measure(("trace_fisher",))
+            for threshold in crossed:
+                for end in ("", "_standard_error"):
+                    record[f"{BELOW}{threshold}{end}"] = trace[f"trace_fisher{end}"]
+        return record
+
+    def measure(self, names: Sequence[str]) -> Record:
+        """Take the measurements with these names, all on the same ``trace_samples`` random training examples.
 
         See ``fastfisher.training.measurements``; ``<measurement>_seconds`` is the time of each. Their generators are
         seeded anew each time, from the run's seed, the step and the measurement's name: measuring changes nothing in
@@ -266,7 +323,7 @@ class Run:
         chosen = order[: self.config.trace_samples]
         examples = Examples(self.data.inputs[chosen], self.data.labels[chosen], self.data.noisy[chosen])
         record: Record = {}
-        for name in measurements(self.config.measure):
+        for name in names:
             started = time.perf_counter()
             try:
                 found = MEASURE[name](self.model, examples, generator(name))
@@ -291,6 +348,7 @@ class Run:
             "epoch": self.epoch,
             "train_seconds": self.train_seconds,
             "sums": self.sums,
+            "lowest_loss": self.lowest_loss,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -307,6 +365,8 @@ class Run:
         self.epoch = state["epoch"]
         self.train_seconds = state["train_seconds"]
         self.sums.copy_(state["sums"])
+        # Checkpoints made before there were thresholds do not have it, nor need it.
+        self.lowest_loss = state.get("lowest_loss", math.inf)
 
 
 def _seed(seed: int, purpose: str) -> int:
@@ -331,7 +391,9 @@ def describe(record: Record, epochs: int) -> str:
             f"validation {percent('validation_accuracy')}  test {percent('test_accuracy')}"
         )
         seconds = f"{record['train_seconds']:.3g} s + {seconds}"
-    for name, title in TITLES.items():
+    crossed = [name for name in record if name.startswith(BELOW) and not name.endswith("_standard_error")]
+    titles = TITLES | {name: f"Tr(F_i) at {name.removeprefix(BELOW)}" for name in crossed}
+    for name, title in titles.items():
         if record.get(name) is not None:
             error = record[f"{name}_standard_error"]
             line += f"  {title} {record[name]:.3g}" + ("" if error is None else f" ± {error:.1g}")

@@ -7,7 +7,8 @@ A measurement takes the model, the examples and a generator, and returns a recor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from fastfisher import TraceEstimate, per_example_grad_norms, trace_fisher, trace_hessian
 from fastfisher.model import eval_mode
-from fastfisher.training.data import Data
+from fastfisher.training.data import Data, Images
 
 Record = dict[str, float | int | str | None]
 
@@ -31,6 +32,10 @@ TITLES = {
 }
 
 
+# Followed by one of --trace-thresholds: Tr(F) when the loss was first below it.
+BELOW = "trace_fisher_below_"
+
+
 @dataclass(frozen=True)
 class Examples:
     """Training examples: inputs ``[N, ...]``, the labels they are trained on, and which of these are noise (bool)."""
@@ -40,10 +45,36 @@ class Examples:
     noisy: Tensor
 
 
-def predict(model: nn.Module, inputs: Tensor, *, chunk: int = BATCH_SIZE) -> Tensor:
-    """Return the most likely class of each input, int64 ``[N]``, in eval mode."""
+def predict(model: nn.Module, inputs: Images, *, chunk: int = BATCH_SIZE) -> Tensor:
+    """Return the most likely class of each of ``N >= 1`` inputs, int64 ``[N]``, in eval mode."""
+    parts = (inputs[start : start + chunk] for start in range(0, len(inputs), chunk))
     with eval_mode(model), torch.no_grad():
-        return torch.cat([model(part).argmax(dim=1) for part in torch.split(inputs, chunk)])
+        return torch.cat([model(part).argmax(dim=1) for part in parts])
+
+
+@contextmanager
+def averaged_batch_statistics(model: nn.Module, batches: Iterable[Tensor]) -> Iterator[None]:
+    """Let batch normalisation use, while this lasts, the averages of its statistics over the inputs in ``batches``.
+
+    For testing, as in the paper (I.2): running statistics weigh the last few batches most, each with the parameters
+    before its step. They are put back afterwards, where they were in memory. ``batches`` must not be empty.
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    saved = [(layer.momentum, {name: buffer.clone() for name, buffer in layer.named_buffers()}) for layer in layers]
+    try:
+        with eval_mode(model), torch.no_grad():
+            for layer in layers:
+                layer.train()
+                layer.reset_running_stats()
+                layer.momentum = None  # the mean over all batches
+            for inputs in batches:
+                model(inputs)
+        yield
+    finally:
+        for layer, (momentum, buffers) in zip(layers, saved, strict=True):
+            layer.momentum = momentum
+            for name, buffer in layer.named_buffers():
+                buffer.copy_(buffers[name])
 
 
 def accuracies(model: nn.Module, data: Data) -> dict[str, float | None]:
@@ -55,6 +86,9 @@ def accuracies(model: nn.Module, data: Data) -> dict[str, float | None]:
     """
     predictions = predict(model, data.inputs)
 
+    def of_part(inputs: Images, labels: Tensor) -> float | None:
+        return share(predict(model, inputs) == labels) if len(labels) else None
+
     def share(right: Tensor) -> float | None:
         return right.double().mean().item() if len(right) else None
 
@@ -63,8 +97,8 @@ def accuracies(model: nn.Module, data: Data) -> dict[str, float | None]:
         "clean_accuracy": share((predictions == data.labels)[~noisy]),
         "noisy_accuracy": share((predictions == data.labels)[noisy]),
         "noisy_true_accuracy": share((predictions == data.true_labels)[noisy]),
-        "validation_accuracy": share(predict(model, data.validation_inputs) == data.validation_labels),
-        "test_accuracy": share(predict(model, data.test_inputs) == data.test_labels),
+        "validation_accuracy": of_part(data.validation_inputs, data.validation_labels),
+        "test_accuracy": of_part(data.test_inputs, data.test_labels),
     }
 
 

@@ -34,7 +34,7 @@ from fastfisher.training.config import (
 )
 from fastfisher.training.folder import RunFolder, refuse_other_options, replacing
 from fastfisher.training.loop import Run, catch_interrupt, describe
-from fastfisher.training.measurements import TITLES
+from fastfisher.training.measurements import BELOW, TITLES
 
 Metrics = list[dict[str, Any]]
 
@@ -334,13 +334,15 @@ def final(run: Metrics, name: str) -> Any:
 def summarise(configs: Sequence[TrainConfig], failures: Sequence[Failure]) -> dict[str, Any]:
     """Return what the finished runs ended with, ready for JSON.
 
-    ``final`` has the accuracies and all that ``--measure`` names, each as ``mean``, ``standard_deviation`` (the
-    sample's; None for a single seed) and ``by_seed``; ``seeds`` are those of the finished runs, ``failed`` says of
-    each other seed why it failed. What a run does not have, such as noisy examples, is left out.
+    ``final`` has the accuracies, all that ``--measure`` names and Tr(F) at ``--trace-thresholds``, each as ``mean``,
+    ``standard_deviation`` (the sample's; None for a single seed) and ``by_seed``; ``seeds`` are those of the finished
+    runs, ``failed`` says of each other seed why it failed. What a run does not have, such as noisy examples, is left
+    out.
     """
     runs = {config.seed: RunFolder(config.out).read_metrics() for config in configs if finished(config)}
     quantities = {}
-    for name in (*ACCURACIES, "noisy_true_accuracy", *TITLES):
+    at_thresholds = (f"{BELOW}{threshold}" for threshold in configs[0].trace_thresholds)
+    for name in (*ACCURACIES, "noisy_true_accuracy", *TITLES, *at_thresholds):
         by_seed = {seed: value for seed, run in runs.items() if (value := final(run, name)) is not None}
         if by_seed:
             over_seeds = Summary.of(list(by_seed.values()))

@@ -40,8 +40,20 @@ def test_options_of_every_kind_are_parsed() -> None:
         "4",
         "--data",
         "digits",
+        "--mixup=0.4",
+        "--trace-thresholds",
+        "3.5",
+        "1",
     )
-    assert config == TrainConfig(lr=0.5, epochs=7, lr_milestones=(3, 5), mixed=True, penalty_examples=4)
+    assert config == TrainConfig(
+        lr=0.5,
+        epochs=7,
+        lr_milestones=(3, 5),
+        mixed=True,
+        penalty_examples=4,
+        mixup=0.4,
+        trace_thresholds=(3.5, 1.0),
+    )
 
 
 def test_every_option_has_help() -> None:
@@ -78,6 +90,11 @@ def test_parser_refuses(arguments: list[str], expected: list[str], capsys: pytes
         ({"momentum": 1.0}, ["--momentum:", "1.0", "including, 1"]),
         ({"weight_decay": -1.0}, ["--weight-decay:", "-1.0", "at least 0"]),
         ({"label_noise": 1.5}, ["--label-noise:", "1.5", "from 0 to 1"]),
+        ({"network": "densenet40_12", "bn_batches": -1}, ["--bn-batches:", "-1", "at least 0"]),
+        ({"bn_batches": 10}, ["--bn-batches:", "10", "small_cnn has no batch normalisation"]),
+        ({"trace_thresholds": (1.2, 3.5)}, ["--trace-thresholds:", "(1.2, 3.5)", "decreasing"]),
+        ({"trace_thresholds": (0.0,)}, ["--trace-thresholds:", "0.0", "above 0"]),
+        ({"mixup": 0.0}, ["--mixup:", "0.0", "above 0"]),
         ({"epochs": 0}, ["--epochs:", "0", "at least 1"]),
         ({"batch_size": 0}, ["--batch-size:", "0", "at least 1"]),
         ({"image_size": 7}, ["--image-size:", "7", "at least 8"]),

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastfisher.training.config import ConfigError
-from fastfisher.training.data import Augmentation, Batches, Data, load_data, replace_labels
+from fastfisher.training.data import Augmentation, Batches, Data, Mixup, load_data, replace_labels
 
 
 def augment(images: Tensor, kind: str) -> Tensor:
@@ -128,9 +130,10 @@ def test_each_image_has_its_own_augmentation_whatever_its_batch() -> None:
     assert torch.equal(apart, augmentation.apply(images, slice(0, 10)))
 
 
-def batches(seed: int = 0) -> Batches:
+def batches(seed: int = 0, mixup: float | None = None) -> Batches:
     inputs = torch.arange(10.0).view(10, 1, 1, 1).expand(10, 1, 4, 4).clone()
-    return Batches(inputs, torch.arange(10), batch_size=3, augment="crop_flip", seed=seed)
+    mixed = None if mixup is None else Mixup(mixup, classes=10, seed=seed)
+    return Batches(inputs, torch.arange(10), batch_size=3, augment="crop_flip", seed=seed, mixup=mixed)
 
 
 def test_an_epoch_holds_no_example_twice_and_drops_the_rest() -> None:
@@ -148,9 +151,51 @@ def test_inputs_and_labels_stay_together() -> None:
     assert torch.equal(inputs.long(), labels)
 
 
+@pytest.mark.parametrize("beta", [0.2, 1.0, 6.4])
+def test_the_weights_of_mixup_have_the_beta_distribution(beta: float) -> None:
+    mixup = Mixup(beta, classes=2, seed=3)
+    mixup.draw(5_000, 2, torch.device("cpu"))
+    # In float32 a weight may be a whole 0 or 1, of which the distribution has none. Significance 1 in 1,000.
+    assert stats.kstest(mixup.weights.double().numpy(), stats.beta(beta, beta).cdf).pvalue > 1e-3
+    # Half of the permutations of two are the identity.
+    assert stats.binomtest(int((mixup.partners[:, 0] == 0).sum()), 5_000).pvalue > 1e-3
+
+
+def test_mixup_mixes_inputs_and_labels_alike() -> None:
+    values = torch.arange(10.0)
+    plain = Batches(values, torch.arange(10), batch_size=4, augment="none", seed=1)
+    mixed = Batches(
+        values, torch.arange(10), batch_size=4, augment="none", seed=1, mixup=Mixup(1.0, classes=10, seed=2)
+    )
+    for position in (0, 1, 0, 1):
+        first, _ = plain.next()
+        inputs, labels = mixed.next()
+        assert mixed.mixup is not None
+        weight, partners = mixed.mixup.weights[position], mixed.mixup.partners[position]
+        assert sorted(partners.tolist()) == [0, 1, 2, 3]
+        assert 0 < weight < 1
+        torch.testing.assert_close(inputs, weight * first + (1 - weight) * first[partners])
+        # An example is its own label here.
+        torch.testing.assert_close(labels @ values, inputs)
+        torch.testing.assert_close(labels.sum(1), torch.ones(4))
+        assert ((labels > 0).sum(1) <= 2).all()
+
+
+def test_the_loss_of_mixup_is_that_of_both_labels() -> None:
+    mixup = Mixup(1.0, classes=5, seed=0)
+    mixup.draw(1, 6, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(6, 5, generator=generator), torch.randint(5, (6,), generator=generator)
+    _, probabilities = mixup.apply(torch.zeros(6, 1), labels, 0)
+    weight, partners = mixup.weights[0], mixup.partners[0]
+    expected = weight * F.cross_entropy(logits, labels) + (1 - weight) * F.cross_entropy(logits, labels[partners])
+    torch.testing.assert_close(F.cross_entropy(logits, probabilities), expected)
+
+
+@pytest.mark.parametrize("mixup", [None, 0.4])
 @pytest.mark.parametrize("taken", [0, 1, 3, 4])
-def test_batches_resume_exactly_and_leave_the_global_generator_alone(taken: int) -> None:
-    loader, other = batches(), batches(seed=9)
+def test_batches_resume_exactly_and_leave_the_global_generator_alone(taken: int, mixup: float | None) -> None:
+    loader, other = batches(mixup=mixup), batches(seed=9, mixup=mixup)
     for _ in range(taken):
         loader.next()
     state = loader.state_dict()
@@ -236,6 +281,24 @@ def test_cifar10_holds_out_5000_training_examples(
     both = torch.stack([data.test_inputs[7].flatten(1), image.flatten(1)])
     assert all(torch.corrcoef(both[:, channel])[0, 1] > 0.9999 for channel in range(3))
     assert data.test_labels[7] == 7
+
+
+def test_bad_files_of_cifar_are_named(torchvision: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision import datasets
+
+    write_cifar10(tmp_path, monkeypatch, datasets)
+    base = tmp_path / "cifar-10-batches-py"
+    (base / "data_batch_2").unlink()
+    (base / "test_batch").write_bytes(b"cut off")
+
+    def whole(path: str, md5: str | None = None) -> bool:
+        return (Path(path).exists() and Path(path).stat().st_size > 100) or path.endswith("meta")
+
+    monkeypatch.setattr(datasets.cifar, "check_integrity", whole)
+    monkeypatch.setattr(datasets.utils, "check_integrity", whole)
+    with pytest.raises(ConfigError) as refused:
+        load_data("cifar10", data_dir=str(tmp_path), image_size=32, label_noise=0, noise_seed=0, device="cpu")
+    assert str(refused.value).endswith(f"missing or damaged: {base / 'data_batch_2'}, {base / 'test_batch'}")
 
 
 def test_absent_cifar_is_explained(torchvision: Any, tmp_path: Path) -> None:

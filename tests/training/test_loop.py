@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ def with_dropout(name: str, **options: Any) -> nn.Sequential:
         {"augment": "crop_flip", "lr_milestones": (2,), "measure": ALL, "measure_every": "2epochs"},
         {"method": "FP", "penalty_every": 3, "measure": ALL, "measure_every": "3steps"},
         {"method": "FP", "penalty_every": 2, "gates": "free", "penalty_start": 1},
+        {"mixup": 0.4, "augment": "flip", "trace_thresholds": (2.31, 2.305, 2.3, 2.295, 2.29)},
         {"method": "GP_r", "penalty_every": 3, "penalty_method": "double_backprop"},
     ],
 )
@@ -152,6 +155,68 @@ def test_every_method_learns_clean_digits(method: str, config: TrainConfig) -> N
     assert (last["penalty_trace_estimate"] is None) == (method != "FP")
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_from_mixed_batches(method: str, config: TrainConfig) -> None:
+    penalty = {} if method == "baseline" else {"alpha": 0.01, "penalty_every": 2}
+    config = dataclasses.replace(config, method=method, batch_size=64, lr=0.1, label_noise=0.0, mixup=0.4, **penalty)
+    assert loop.train(config) == "finished"
+    assert metrics(config)[-1]["test_accuracy"] > 0.6
+
+
+def test_mixup_leaves_initial_weights_and_batches_as_they_were(config: TrainConfig) -> None:
+    plain = loop.Run(loop.resolve(config))
+    mixed = loop.Run(loop.resolve(dataclasses.replace(config, mixup=1.0)))
+    assert_same_state(mixed.model.state_dict(), plain.model.state_dict())
+    assert torch.equal(mixed.batches.order, plain.batches.order)
+    inputs, _ = plain.batches.next()
+    found, _ = mixed.batches.next()
+    drawn = mixed.batches.mixup
+    assert drawn is not None
+    weight, partners = drawn.weights[0], drawn.partners[0]
+    torch.testing.assert_close(found, weight * inputs + (1 - weight) * inputs[partners])
+
+
+def with_batch_norm(name: str, *, in_channels: int, image_size: int, classes: int) -> nn.Sequential:
+    """Stands in for a network of the paper that would take long."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 4, 3, stride=2),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16, classes),
+    )
+
+
+def test_statistics_for_testing_leave_training_as_it_was(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "build_network", with_batch_norm)
+    config = dataclasses.replace(config, network="densenet40_12", method="FP", penalty_every=2, augment="crop_flip")
+    own, one, many = (
+        dataclasses.replace(config, out=f"{config.out}-{count}", bn_batches=count) for count in (0, 1, 100)
+    )
+    for each in (own, one, many):
+        assert loop.train(each) == "finished"
+        assert_same_state(RunFolder(each.out).load_checkpoint(), RunFolder(own.out).load_checkpoint())
+    found = [[record["test_accuracy"] for record in metrics(each)] for each in (own, one, many)]
+    assert found[0] != found[1] != found[2] != found[0]
+
+
+def test_the_statistics_for_testing_are_of_as_many_batches_as_asked_for(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "build_network", with_batch_norm)
+    seen: list[int] = []
+
+    def counting(model: nn.Module, batches: Any) -> Any:
+        seen.extend(len(inputs) for inputs in batches)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(loop, "averaged_batch_statistics", counting)
+    # More than an epoch has.
+    loop.train(dataclasses.replace(config, network="wresnet44_3_bn", epochs=1, bn_batches=STEPS + 3))
+    assert seen == [256] * (STEPS + 3)
+
+
 def test_the_running_estimate_of_the_trace_is_of_its_size(config: TrainConfig) -> None:
     config = dataclasses.replace(
         config, method="FP", alpha=1e-9, penalty_every=1, lr=1e-9, batch_size=16, trace_samples=1_097, epochs=1
@@ -237,6 +302,64 @@ def test_measurements_are_taken_when_they_should(every: str, steps: list[int], c
         assert len(spent) == (3 if record["step"] in steps else 0)
         assert all(seconds > 0 for seconds in spent)
         assert sum(spent) < record["measure_seconds"]
+
+
+def test_the_trace_is_taken_when_the_loss_is_first_below_each_threshold(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Means of an epoch: 3, 1, 2, 0.5. A loss that comes back from above counts once; so does one that is equal, never.
+    losses = iter([mean for mean in (3.0, 1.0, 2.0, 0.5) for _ in range(STEPS)])
+    original = loop.Run.step
+
+    def stepping(run: loop.Run) -> None:
+        before = run.sums[0].clone()
+        original(run)
+        run.sums[0] = before + next(losses)
+
+    monkeypatch.setattr(loop.Run, "step", stepping)
+    thresholds = (5.0, 3.0, 2.5, 1.5, 0.5, 0.1)
+    config = dataclasses.replace(config, epochs=4, trace_thresholds=thresholds, measure_every="2epochs")
+    loop.train(config)
+    records = metrics(config)
+    found = [{name for name in record if "_below_" in name} for record in records]
+    names = [{"trace_fisher_below_5.0"}, {f"trace_fisher_below_{each}" for each in (3.0, 2.5, 1.5)}, set(), set()]
+    assert found == [each | {f"{name}_standard_error" for name in each} for each in names]
+    assert records[0]["trace_fisher_below_5.0"] > 0
+    assert "trace_fisher" not in records[0]
+    for name in names[1]:
+        assert records[1][name] == records[1]["trace_fisher"]
+        assert records[1][f"{name}_standard_error"] == records[1]["trace_fisher_standard_error"]
+    assert "Tr(F_i) at 5.0 " in loop.describe(RunFolder(config.out).read_metrics()[0], 4)
+
+
+def test_thresholds_need_no_other_measurement_and_change_nothing(config: TrainConfig) -> None:
+    config = dataclasses.replace(config, epochs=1, trace_samples=16)
+    loop.train(config)
+    alone = dataclasses.replace(config, out=config.out + "-alone", measure="none", trace_thresholds=(9.0,))
+    loop.train(alone)
+    assert metrics(alone)[0]["trace_fisher_below_9.0"] == metrics(config)[0]["trace_fisher"]
+    assert_same_state(RunFolder(alone.out).load_checkpoint(), RunFolder(config.out).load_checkpoint())
+
+
+def test_a_run_from_before_an_option_existed_can_be_resumed(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop.train(config)
+    older = dataclasses.replace(config, out=config.out + "-older")
+    with monkeypatch.context() as context:
+        interrupt_at(STEPS + 1, context)
+        loop.train(older)
+    folder = RunFolder(older.out)
+    values = json.loads(folder.config.read_text())
+    for name in ("mixup", "bn_batches", "trace_thresholds"):
+        del values[name]
+    folder.config.write_text(json.dumps(values))
+    state = folder.load_checkpoint()
+    assert state is not None
+    del state["lowest_loss"]
+    folder.save_checkpoint(state)
+    assert loop.train(dataclasses.replace(older, resume=True)) == "finished"
+    assert metrics(older) == metrics(config)
 
 
 def test_no_measurement_changes_another(config: TrainConfig) -> None:

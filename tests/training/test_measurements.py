@@ -12,7 +12,14 @@ from torch.nn import functional as F
 from fastfisher.model import eval_mode
 from fastfisher.training.config import MEASUREMENTS
 from fastfisher.training.data import Data
-from fastfisher.training.measurements import MEASURE, Examples, accuracies, area_under_curve, predict
+from fastfisher.training.measurements import (
+    MEASURE,
+    Examples,
+    accuracies,
+    area_under_curve,
+    averaged_batch_statistics,
+    predict,
+)
 
 
 def network_with_batch_norm() -> nn.Sequential:
@@ -67,6 +74,35 @@ def test_predict_does_not_depend_on_the_chunk() -> None:
     network = network_with_batch_norm()
     inputs = torch.randn(7, 1, 8, 8)
     assert torch.equal(predict(network, inputs, chunk=2), predict(network, inputs, chunk=7))
+
+
+def test_averaged_statistics_are_the_means_over_the_batches() -> None:
+    network = network_with_batch_norm()
+    norm = network[1]
+    assert isinstance(norm, nn.BatchNorm2d)
+    before = {name: (buffer.clone(), buffer.data_ptr()) for name, buffer in network.named_buffers()}
+    batches = [torch.randn(8, 1, 8, 8) for _ in range(5)]
+    hidden = [network[0](inputs) for inputs in batches]
+    with averaged_batch_statistics(network, iter(batches)):
+        means = torch.stack([h.mean((0, 2, 3)) for h in hidden]).mean(0)
+        variances = torch.stack([h.var((0, 2, 3)) for h in hidden]).mean(0)
+        torch.testing.assert_close(norm.running_mean, means)
+        torch.testing.assert_close(norm.running_var, variances)
+        assert network.training
+    assert norm.momentum == 0.1
+    for name, buffer in network.named_buffers():
+        content, place = before[name]
+        assert torch.equal(buffer, content)
+        assert buffer.data_ptr() == place
+
+
+def test_statistics_are_put_back_whatever_is_raised() -> None:
+    network = network_with_batch_norm()
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    with pytest.raises(RuntimeError), averaged_batch_statistics(network, [torch.randn(8, 1, 8, 8), torch.randn(1, 2)]):
+        pass
+    assert all(torch.equal(buffer, before[name]) for name, buffer in network.named_buffers())
+    assert all(module.training for module in network.modules())
 
 
 def examples(count: int, noisy: int, dtype: torch.dtype = torch.float64) -> Examples:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastfisher.training.config import NETWORKS, ConfigError
+from fastfisher.training.config import NETWORKS, NORMALISED_NETWORKS, ConfigError
 from fastfisher.training.networks import build_network
 from fastfisher.training.residual_networks import WideBlock, densenet, resnet
 
@@ -95,3 +95,9 @@ def test_an_impossible_depth_is_named(depth: int, build: Any) -> None:
 def test_unknown_network_is_refused() -> None:
     with pytest.raises(ConfigError, match="--network: got 'lenet', expected one of small_cnn"):
         build_network("lenet", in_channels=1, image_size=16, classes=10)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_it_is_known_which_networks_have_batch_normalisation(name: str) -> None:
+    network = build_network(name, in_channels=3, image_size=16, classes=10)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in network.modules()) == (name in NORMALISED_NETWORKS)

@@ -395,6 +395,17 @@ def test_the_summary_is_that_of_the_finished_runs(config: TrainConfig) -> None:
     assert replicas.describe_summary(replicas.summarise(configs[4:], [])) == "no run has finished"
 
 
+def test_the_summary_has_the_trace_at_each_threshold(config: TrainConfig) -> None:
+    config = dataclasses.replace(config, trace_thresholds=(1.5, 0.5))
+    configs = Replicas(config, seeds=2).configs()
+    for each, trace in zip(configs, (2.0, 4.0), strict=True):
+        first = {"step": 4, "epoch": 1, "test_accuracy": 0.5, "trace_fisher_below_1.5": trace}
+        write_run(each, [first, {"step": 8, "epoch": 2, "test_accuracy": 0.5}], epochs_saved=2)
+    found = replicas.summarise(configs, [])["final"]
+    assert found.keys() == {"test_accuracy", "trace_fisher_below_1.5"}
+    assert found["trace_fisher_below_1.5"]["by_seed"] == {"5": 2.0, "6": 4.0}
+
+
 def test_summary_is_mean_and_sample_standard_deviation() -> None:
     several = Summary.of([1.0, 3.0])
     assert several == Summary(2.0, pytest.approx(2**0.5))
