@@ -110,7 +110,7 @@ def top_eigenvalues(
     with measuring(model, params, mode) as parameters:
         hessian = _Hessian(model, parameters, batches)
         values, bounds, converged, iterations = _lanczos(hessian, key, k, tolerance, max_iterations)
-    if not converged:
+    if not converged and math.isfinite(values[0]):
         warnings.warn(
             f"top_eigenvalues: not converged after {iterations} products; raise max_iterations or tolerance",
             stacklevel=2,

@@ -170,6 +170,46 @@ def test_error_bounds_hold_when_it_stops_early() -> None:
             assert bound > 0 and float((every - value).abs().min()) <= bound * (1 + 1e-9)
 
 
+class Diagonal:
+    """Stands for a Hessian; keeps what it was multiplied with."""
+
+    def __init__(self, diagonal: Tensor) -> None:
+        self.diagonal, self.sizes, self.vector = diagonal, [len(diagonal)], diagonal[:0]
+        self.seen: list[Tensor] = []
+
+    def __call__(self, z: Tensor) -> Tensor:
+        self.seen.append(z.clone())
+        return self.diagonal * z
+
+
+def lanczos(diagonal: Tensor, k: int, tolerance: float, max_iterations: int) -> tuple[Any, list[Tensor]]:
+    hessian: Any = Diagonal(diagonal)
+    return spectrum._lanczos(hessian, torch.tensor([1, 2]), k, tolerance, max_iterations), hessian.seen
+
+
+def test_error_bounds_are_the_residuals() -> None:
+    """Against the Ritz vectors of the Krylov space of the same start."""
+    diagonal = torch.linspace(-2, 3, 40, dtype=torch.float64)
+    (values, bounds, _, _), (start, *_) = lanczos(diagonal, 2, 1e-12, 5)
+    space, _ = torch.linalg.qr(torch.stack([diagonal**power * start for power in range(5)], 1))
+    ritz, mixing = torch.linalg.eigh(space.mT @ (diagonal[:, None] * space))
+    vectors = space @ mixing.flip(1)[:, :2]
+    residuals = (diagonal[:, None] * vectors - vectors * ritz.flip(0)[:2]).norm(dim=0)
+    assert values == pytest.approx(ritz.flip(0)[:2].tolist(), rel=1e-8)
+    assert bounds == pytest.approx(residuals.tolist(), rel=1e-8)
+
+
+def test_what_is_orthogonalised_is_orthogonal() -> None:
+    """Also where hardly anything is left of it."""
+    basis = torch.linalg.qr(torch.randn(50, 9, generator=generator(), dtype=torch.float64))[0].mT
+    lengths = torch.arange(9.0, dtype=torch.float64)
+    vector = lengths @ basis + 1e-9 * torch.randn(50, generator=generator(1), dtype=torch.float64)
+    found = spectrum._orthogonalise(vector, basis)
+    assert 1e-9 < vector.norm() < 1e-8
+    assert float((basis @ vector).abs().max() / vector.norm()) < 1e-14
+    assert found.tolist() == pytest.approx(lengths.tolist(), abs=1e-8)
+
+
 def test_tolerance_is_kept() -> None:
     model = build("conv, stride and groups").eval()
     exact = largest(explicit_hessian(model), 2)
@@ -187,16 +227,7 @@ def test_tolerance_is_kept() -> None:
 def test_a_basis_that_is_too_small_starts_anew() -> None:
     """A spectrum without gaps needs more than the 30 vectors that are kept."""
     diagonal = torch.linspace(-1, 1, 400, dtype=torch.float64) ** 3
-
-    class Diagonal:
-        sizes = (400,)
-        vector = torch.empty(0, dtype=torch.float64)
-
-        def __call__(self, z: Tensor) -> Tensor:
-            return diagonal * z
-
-    hessian: Any = Diagonal()
-    values, bounds, converged, iterations = spectrum._lanczos(hessian, torch.tensor([1, 2]), 4, 1e-9, 500)
+    (values, bounds, converged, iterations), _ = lanczos(diagonal, 4, 1e-9, 500)
     assert converged and iterations > 2 * 30
     assert values == pytest.approx(diagonal.flip(0)[:4].tolist(), rel=1e-9)
     assert max(bounds) <= 1e-9
@@ -206,16 +237,7 @@ def test_a_basis_that_is_too_small_starts_anew() -> None:
 @pytest.mark.parametrize("k", [1, 2, 9])
 def test_small_matrices_have_all_their_eigenvalues(diagonal: list[float], k: int) -> None:
     """Multiple eigenvalues, all the same, all negative, a single one; k beyond the dimension gives what there is."""
-
-    class Diagonal:
-        sizes = (len(diagonal),)
-        vector = torch.empty(0, dtype=torch.float64)
-
-        def __call__(self, z: Tensor) -> Tensor:
-            return torch.tensor(diagonal, dtype=torch.float64) * z
-
-    hessian: Any = Diagonal()
-    values, _, converged, _ = spectrum._lanczos(hessian, torch.tensor([1, 2]), k, 1e-6, 50)
+    (values, _, converged, _), _ = lanczos(torch.tensor(diagonal, dtype=torch.float64), k, 1e-6, 50)
     assert converged
     assert values == pytest.approx(sorted(diagonal, reverse=True)[:k], rel=1e-12, abs=1e-14)
 
@@ -290,8 +312,8 @@ def test_what_is_not_finite_is_nan() -> None:
     model = build("linear")
     with torch.no_grad():
         model[1].weight.fill_(math.nan)  # type: ignore[index]
-    with pytest.warns(UserWarning, match="not converged after 1 products"):
-        found = top_eigenvalues(model, IMAGES, LABELS, k=2)
+    found = top_eigenvalues(model, IMAGES, LABELS, k=2)
+    assert not found.converged
     assert all(math.isnan(value) for value in found.values) and found.error_bounds == (math.inf, math.inf)
     covariance = gradient_covariance(model, (IMAGES, LABELS))
     assert math.isnan(covariance.trace) and math.isnan(covariance.largest)
@@ -323,7 +345,7 @@ def test_covariance_of_mini_batches(name: str, elements: int, monkeypatch: pytes
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gradients_made_a_few_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "CHUNK_ELEMENTS", 300)
+    monkeypatch.setattr(base, "CHUNK_ELEMENTS", 50)
     monkeypatch.setattr(base, "GRAM_ELEMENTS", 500)
     model = build(name)
     check_covariance(gradient_covariance(model, (IMAGES, LABELS)), explicit_gradients(model))
@@ -397,6 +419,15 @@ def test_an_example_given_twice_adds_no_eigenvalue(dtype: torch.dtype) -> None:
     centred = centred - centred.mean(0)
     expected = largest(centred @ centred.mT / 7, 4)
     assert found.eigenvalues == pytest.approx(expected, rel=1e-8 if dtype == torch.float64 else 1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 5), (torch.float64, 6)])
+def test_the_rounding_of_gradients_is_no_eigenvalue(dtype: torch.dtype, count: int) -> None:
+    gradients = torch.randn(7, 50, generator=generator(), dtype=torch.float64)
+    gradients[6] = gradients[0] * (1 + 1e-6 * torch.randn(50, generator=generator(1), dtype=torch.float64))
+    trace, eigenvalues = spectrum._spectrum(gradients @ gradients.mT, torch.finfo(dtype).eps)
+    assert len(eigenvalues) == count
+    assert trace == pytest.approx(float((gradients - gradients.mean(0)).square().sum()) / 7, rel=1e-12)
 
 
 # ---- what is put back, repeated and refused --------------------------------------------------------------------------

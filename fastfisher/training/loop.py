@@ -333,7 +333,7 @@ def describe(record: Record, epochs: int) -> str:
         seconds = f"{record['train_seconds']:.3g} s + {seconds}"
     for name, title in TITLES.items():
         if record.get(name) is not None:
-            error = record[f"{name}_standard_error"]
+            error = record.get(f"{name}_standard_error")
             line += f"  {title} {record[name]:.3g}" + ("" if error is None else f" ± {error:.1g}")
     return f"{line}  {seconds}"
 
