@@ -72,10 +72,10 @@ def top_eigenvalues(
     """The k largest (algebraic) eigenvalues of the Hessian of L(θ) = mean over examples of −log softmax(model(x))[y].
 
     Lanczos' method from a random start, every vector orthogonalised against all earlier ones. A product with H costs
-    about two plain steps where all examples are one batch, whose graph is kept, and about three where they are not.
-    Memory, beside the graph of one batch: at most max(2k + 10, 30) vectors as long as the parameters, for the method
-    then starts anew from the best directions it has found. The vectors have the parameters' precision, at least
-    float32, since products with H are no better than that; inner products are summed in float64.
+    two to three plain steps; where all examples are one batch, its graph is made once. Memory, beside the graph of a
+    batch: at most max(2k + 10, 30) vectors as long as the parameters, for the method then starts anew from the best
+    directions it has found. The vectors have the parameters' precision, at least float32, since
+    products with H are no better than that; inner products are summed in float64.
 
     An eigenvalue that occurs more than once may be counted once only.
 
