@@ -7,6 +7,7 @@ from fastfisher.labels import sample_cross_entropy
 from fastfisher.penalty import AdaptiveStep, penalty
 from fastfisher.regularizer import FisherPenalty
 from fastfisher.slow_path import SlowPathWarning
+from fastfisher.spectrum import GradientCovariance, TopEigenvalues, gradient_covariance, top_eigenvalues
 from fastfisher.traces import FisherTrace, GradInnerProducts, grad_inner_products, per_example_grad_norms, trace_fisher
 
 __all__ = [
@@ -15,13 +16,17 @@ __all__ = [
     "FisherTrace",
     "Gates",
     "GradInnerProducts",
+    "GradientCovariance",
     "SlowPathWarning",
+    "TopEigenvalues",
     "TraceEstimate",
     "grad_inner_products",
+    "gradient_covariance",
     "penalty",
     "per_example_grad_norms",
     "record_gates",
     "sample_cross_entropy",
+    "top_eigenvalues",
     "trace_fisher",
     "trace_hessian",
 ]

@@ -109,8 +109,8 @@ def trace_hessian(
     """
     _check_options(method, probes, distribution, hvp, tolerance, batch_size, mode)
     key = new_key(generator, torch.device("cpu"))
-    batches = _pairs(data, targets, batch_size, next(model.parameters()).device)
-    with _measuring(model, params, mode) as parameters:
+    batches = labelled(data, targets, batch_size, next(model.parameters()).device)
+    with measuring(model, params, mode) as parameters:
         product: str = "reduced" if method == "reduced" else hvp
         fisher = None
         if method in ("auto", "fisher", "split"):
@@ -171,7 +171,7 @@ def logits_form(model: nn.Module, parameters: dict[str, Tensor], inputs: Inputs)
 
 def _fisher(
     model: nn.Module,
-    batches: _Pairs,
+    batches: Pairs,
     classes: int,
     tolerance: float | None,
     generator: torch.Generator | None,
@@ -181,7 +181,7 @@ def _fisher(
     draws = 1 if labels == "exact" else 2
     return trace_fisher(
         model,
-        _Pairs(batches.batches, counted=True),
+        Pairs(batches.batches, counted=True),
         labels=labels,
         draws=draws,
         tolerance=tolerance,
@@ -195,7 +195,7 @@ def _fisher(
 def _hutchinson(
     model: nn.Module,
     parameters: dict[str, Tensor],
-    batches: _Pairs,
+    batches: Pairs,
     key: Tensor,
     probes: int,
     distribution: str,
@@ -280,23 +280,36 @@ def _by_taylor(
 def _by_autograd(
     model: nn.Module, parameters: dict[str, Tensor], inputs: Inputs, targets: Tensor, distribution: str
 ) -> QuadraticForm:
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-        loss = cross_entropy(call_model(model, inputs), targets)
-        found = torch.autograd.grad(loss, list(parameters.values()), create_graph=True, allow_unused=True)
-    reached = [(p, g, i) for i, (p, g) in enumerate(zip(parameters.values(), found, strict=True)) if g is not None]
-    pairs = [(p, g, i) for p, g, i in reached if g.requires_grad]
+    product = hessian_product(model, parameters, inputs, targets)
     z = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters.values()]
 
     def quadratic_form(key: Tensor) -> Tensor:
         ops.perturb(z, [], key, 1.0, distribution)
-        if not pairs:
-            return torch.zeros((), dtype=torch.float64)
-        inputs, outputs, directions = [p for p, _, _ in reached], [g for _, g, _ in pairs], [z[i] for _, _, i in pairs]
-        products = torch.autograd.grad(outputs, inputs, directions, retain_graph=True, allow_unused=True)
-        terms = [(h.double() * z[i]).sum() for h, (_, _, i) in zip(products, reached, strict=True) if h is not None]
-        return torch.stack(terms).sum()
+        terms = [(h.double() * x).sum() for h, x in zip(product(z), z, strict=True) if h is not None]
+        return torch.stack(terms).sum() if terms else torch.zeros((), dtype=torch.float64)
 
     return quadratic_form
+
+
+def hessian_product(
+    model: nn.Module, parameters: dict[str, Tensor], inputs: Inputs, targets: Tensor
+) -> Callable[[Sequence[Tensor]], Sequence[Tensor | None]]:
+    """The function z ↦ Hz of one batch's mean loss, both by parameter, None where it is 0 whatever z is.
+
+    The graph of the gradient is made once and kept for all z.
+    """
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        loss = cross_entropy(call_model(model, inputs), targets)
+        found = torch.autograd.grad(loss, list(parameters.values()), create_graph=True, allow_unused=True)
+    curved = [(g, i) for i, g in enumerate(found) if g is not None and g.requires_grad]
+
+    def product(z: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        if not curved:
+            return [None] * len(z)
+        outputs, directions = [g for g, _ in curved], [z[i] for _, i in curved]
+        return torch.autograd.grad(outputs, list(parameters.values()), directions, retain_graph=True, allow_unused=True)
+
+    return product
 
 
 def _by_difference(
@@ -324,7 +337,7 @@ def _by_difference(
 # ---- data, options, and what has to be put back ----------------------------------------------------------------------
 
 
-class _Pairs:
+class Pairs:
     """Inputs with their targets, as often as they are iterated; where ``counted``, without the targets −100."""
 
     def __init__(self, batches: Batches, *, counted: bool = False) -> None:
@@ -352,18 +365,19 @@ class _Pairs:
         raise ValueError("data: expected at least one example, got none")
 
 
-def _pairs(data: Any, targets: Tensor | None, batch_size: int | None, device: torch.device) -> _Pairs:
+def labelled(data: Any, targets: Tensor | None, batch_size: int | None, device: torch.device) -> Pairs:
+    """``data`` with its targets, which may come beside it, as often as they are iterated."""
     if targets is not None:
         data = (data, targets)
     elif isinstance(data, list) and len(data) == 2 and isinstance(data[1], Tensor):
         data = tuple(data)
     elif isinstance(data, Iterator):  # it can be read only once
         data = list(data)
-    return _Pairs(Batches(data, device, batch_size=batch_size))
+    return Pairs(Batches(data, device, batch_size=batch_size))
 
 
 @contextmanager
-def _measuring(model: nn.Module, params: Iterable[Tensor] | None, mode: str) -> Iterator[dict[str, Tensor]]:
+def measuring(model: nn.Module, params: Iterable[Tensor] | None, mode: str) -> Iterator[dict[str, Tensor]]:
     """The wanted parameters, alone in requiring a gradient; the model in the wanted mode; all put back afterwards."""
     trainable = trainable_parameters(model)
     chosen = chosen_names(trainable, params)

@@ -75,7 +75,7 @@ def per_example_grad_norms(
         ValueError: an argument is none of the above; it is named.
     """
     _check(labels, draws, loss, targets)
-    names = _names(model, params)
+    names = parameter_names(model, params)
     with eval_mode(model):
         capture = _capture(model, inputs, names)
         cotangents = _Cotangents(capture.logits.detach(), labels, targets, loss, generator)
@@ -146,7 +146,7 @@ def trace_fisher(
     _check(labels, draws, None, None, data_has_targets=True)
     if tolerance is not None and not (math.isfinite(tolerance) and tolerance > 0):
         raise ValueError(f"tolerance: expected a number > 0, got {tolerance!r}")
-    names = _names(model, params)
+    names = parameter_names(model, params)
     drawn = labels in ("rademacher", "sampled")
     sums = _Sums(names)
     rounds = max(2, draws) if tolerance is not None and drawn else draws if drawn else 1
@@ -225,21 +225,12 @@ def grad_inner_products(
     """
     if labels == "exact":
         raise ValueError('labels: expected "true", "sampled" or "rademacher", got "exact"')
-    names = _names(model, params)
+    names = parameter_names(model, params)
     sides = []
     with eval_mode(model):
         for inputs, targets in (first, second):
             _check(labels, 1, loss, targets)
-            capture = _capture(model, inputs, names)
-            cotangents = _Cotangents(capture.logits.detach(), labels, targets, loss, generator)
-            (cotangent,) = cotangents.draw()
-            kept: Seen = {}
-
-            def keep(layer: Layer, grad: Tensor, kept: Seen = kept) -> None:
-                kept[id(layer)] = layer.seen(grad)
-
-            capture.backward(cotangent, keep)
-            sides.append(_Side(model, inputs, capture, cotangent, kept))
+            sides.append(one_backward(model, inputs, names, labels, targets, loss, generator))
         one, two = sides
         pairs = one.capture.examples == two.capture.examples
         per_example = _zeros(one.capture)
@@ -273,7 +264,7 @@ def _check(
         raise ValueError('targets: expected the true labels with labels="true", got None')
 
 
-def _names(model: nn.Module, params: Iterable[Tensor] | None) -> list[str]:
+def parameter_names(model: nn.Module, params: Iterable[Tensor] | None) -> list[str]:
     """The chosen parameters in the model's order: that of a set differs between processes, and so would rounding."""
     trainable = trainable_parameters(model)
     chosen = chosen_names(trainable, params)
@@ -439,7 +430,7 @@ def _squared_norms(
             kept[id(layer)] = (a, d)
 
     capture.backward(cotangent, receive, retain_graph=retain_graph)
-    side = _Side(model, inputs, capture, cotangent, kept)
+    side = Side(model, inputs, capture, cotangent, kept)
     for name in [*capture.joint, *capture.fallbacks]:
         chunked = [(squares(g), g.sum(0) if with_mean else g[:0]) for g in side.gradients(name)]
         norms[name] = torch.cat([squared for squared, _ in chunked])
@@ -449,8 +440,29 @@ def _squared_norms(
     return norms, mean
 
 
+def one_backward(
+    model: nn.Module,
+    inputs: Inputs,
+    names: Iterable[str],
+    labels: Labels | Tensor,
+    targets: Tensor | None,
+    loss: Loss | None = None,
+    generator: torch.Generator | None = None,
+) -> Side:
+    """A capture, one backward of it, and what its layers saw there; the model is in eval mode."""
+    capture = _capture(model, inputs, names)
+    (cotangent,) = _Cotangents(capture.logits.detach(), labels, targets, loss, generator).draw()
+    kept: Seen = {}
+
+    def keep(layer: Layer, grad: Tensor) -> None:
+        kept[id(layer)] = layer.seen(grad)
+
+    capture.backward(cotangent, keep)
+    return Side(model, inputs, capture, cotangent, kept)
+
+
 @dataclass
-class _Side:
+class Side:
     """A capture with what its layers saw in one backward; gradients are made a chunk of examples at a time."""
 
     model: nn.Module
@@ -459,7 +471,7 @@ class _Side:
     cotangent: Tensor
     seen: Seen
 
-    def inner_products(self, name: str, other: _Side) -> Tensor:
+    def inner_products(self, name: str, other: Side) -> Tensor:
         """⟨g_i, h_i⟩ for one parameter, float64[N]."""
         if name in self.capture.direct and name in other.capture.direct:
             total = _zeros(self.capture)
@@ -470,6 +482,25 @@ class _Side:
             return total
         both = zip(self.gradients(name), other.gradients(name), strict=True)
         return torch.cat([(g.double() * h.double()).flatten(1).sum(1) for g, h in both])
+
+    def gram(self, name: str, other: Side) -> Tensor:
+        """⟨g_i, h_j⟩ for one parameter and all pairs of examples, float64[N, M]."""
+        total = self.cotangent.new_zeros(self.capture.examples, other.capture.examples, dtype=torch.float64)
+        if name in self.capture.direct and name in other.capture.direct:
+            for mine, theirs in zip(self.capture.direct[name], other.capture.direct[name], strict=True):
+                if id(mine.layer) in self.seen and id(theirs.layer) in other.seen:
+                    pair = (*self.seen[id(mine.layer)], *other.seen[id(theirs.layer)])
+                    total += mine.layer.gram(mine.slot, *pair)
+            return total
+        row = 0
+        for g in self.gradients(name):
+            column = 0
+            for h in other.gradients(name):
+                block = total[row : row + len(g), column : column + len(h)]
+                block += g.reshape(len(g), -1).double() @ h.reshape(len(h), -1).double().mT
+                column += len(h)
+            row += len(g)
+        return total
 
     def totals(self, name: str) -> list[Tensor]:
         """The summed gradient of one parameter, in the pieces in which it is used."""

@@ -3,7 +3,7 @@
 One file per family of layers. :func:`bind` finds the formula for a call; ``base.py`` says what a formula is.
 """
 
-from fastfisher.layers.base import Layer, Layout, chunks, depends, squares, tensors_in
+from fastfisher.layers.base import Layer, Layout, chunks, computing, depends, squares, tensors_in
 from fastfisher.layers.table import bind
 
-__all__ = ["Layer", "Layout", "bind", "chunks", "depends", "squares", "tensors_in"]
+__all__ = ["Layer", "Layout", "bind", "chunks", "computing", "depends", "squares", "tensors_in"]

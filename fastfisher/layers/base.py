@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 22
 """How many elements of per-example gradients may exist at once, where a formula has to make them."""
+
+GRAM_ELEMENTS = 1 << 24
+"""The same for each of the two sides of a Gram matrix: the larger, the fewer times a gradient is made again."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,21 @@ class Layer:
             parts.append(dots(mine, theirs))
         return torch.cat(parts)
 
+    def gram(self, slot: str, a: Tensor, d: Tensor, other_a: Tensor, other_d: Tensor) -> Tensor:
+        """The inner product of example i's gradient with that of example j in another capture, float64[n, m]."""
+        elements = self.tensors[slot].numel()
+        found = torch.empty(len(d), len(other_d), dtype=torch.float64, device=d.device)
+        for mine in chunks(len(d), elements, GRAM_ELEMENTS):
+            rows = self._flat_gradients(slot, a[mine], d[mine])
+            for theirs in chunks(len(other_d), elements, GRAM_ELEMENTS):
+                found[mine, theirs] = rows @ self._flat_gradients(slot, other_a[theirs], other_d[theirs]).mT
+        return found
+
+    def _flat_gradients(self, slot: str, a: Tensor, d: Tensor) -> Tensor:
+        """float64[n, elements of the parameter]."""
+        parts = [self.gradients(slot, a[rows], d[rows]) for rows in self.chunks(slot, len(d))]
+        return torch.cat([part.reshape(len(part), -1).double() for part in parts])
+
     def chunks(self, slot: str, examples: int) -> Iterator[slice]:
         """Slices of examples whose gradients may exist at once."""
         yield from chunks(examples, self.tensors[slot].numel())
@@ -173,11 +192,27 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from tensors_in(value)
 
 
-def chunks(examples: int, elements: int) -> Iterator[slice]:
-    """Slices of the examples, each with at most CHUNK_ELEMENTS elements (or a single example)."""
-    step = max(1, CHUNK_ELEMENTS // max(1, elements))
+def chunks(examples: int, elements: int, limit: int | None = None) -> Iterator[slice]:
+    """Slices of the examples, each with at most ``limit`` elements (CHUNK_ELEMENTS by default), or a single example."""
+    step = max(1, (limit or CHUNK_ELEMENTS) // max(1, elements))
     for start in range(0, examples, step):
         yield slice(start, min(examples, start + step))
+
+
+def gram_of_positions(
+    alike: Callable[[Tensor, Tensor], Tensor], a: Tensor, d: Tensor, other_a: Tensor, other_d: Tensor
+) -> Tensor:
+    """Σ_{s, t} alike(a_is, a_jt) ⟨d_is, d_jt⟩ over the positions s of example i and t of j, float64[n, m]."""
+    positions, others = d.shape[1], other_d.shape[1]
+    step = max(1, math.isqrt(CHUNK_ELEMENTS // max(1, positions * others)))
+    found = torch.empty(len(d), len(other_d), dtype=torch.float64, device=d.device)
+    for i in range(0, len(d), step):
+        x, dx = a[i : i + step].flatten(0, 1), d[i : i + step].flatten(0, 1).double()
+        for j in range(0, len(other_d), step):
+            y, dy = other_a[j : j + step].flatten(0, 1), other_d[j : j + step].flatten(0, 1).double()
+            products = (alike(x, y) * (dx @ dy.mT)).view(len(dx) // positions, positions, -1, others)
+            found[i : i + step, j : j + step] = products.sum((1, 3))
+    return found
 
 
 def squares(x: Tensor) -> Tensor:

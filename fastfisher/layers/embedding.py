@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastfisher.layers.base import Layer, computing, squares
+from fastfisher.layers.base import Layer, computing, gram_of_positions, squares
 
 
 class Embedding(Layer):
@@ -38,6 +38,9 @@ class Embedding(Layer):
         rows = d.new_zeros(len(pairs), d.shape[-1]).index_add_(0, inverse.flatten(), d.flatten(0, 1))
         norms = torch.zeros(len(a), dtype=torch.float64, device=a.device)
         return {"weight": norms.index_add_(0, pairs // len(self.weight), squares(rows))}
+
+    def gram(self, slot: str, a: Tensor, d: Tensor, other_a: Tensor, other_d: Tensor) -> Tensor:
+        return gram_of_positions(lambda x, y: x[:, None] == y, a, d, other_a, other_d)
 
     def total(self, slot: str, a: Tensor, d: Tensor) -> Tensor:
         return d.new_zeros(self.weight.shape).index_add_(0, a.flatten(), d.flatten(0, 1))

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastfisher import ops
-from fastfisher.layers.base import Layer, chunks, computing, squares
+from fastfisher.layers.base import Layer, chunks, computing, gram_of_positions, squares
 
 
 def gram_is_cheaper(positions: int, inputs: int, outputs: int, device: torch.device) -> bool:
@@ -73,6 +73,12 @@ class Linear(Layer):
                 parts.append(gram.sum((1, 2), dtype=torch.float64))
             return torch.cat(parts)
         return super().inner_products(slot, a, d, other_a, other_d)
+
+    def gram(self, slot: str, a: Tensor, d: Tensor, other_a: Tensor, other_d: Tensor) -> Tensor:
+        inputs, outputs = a.shape[2], d.shape[2]
+        if slot == "weight" and a.shape[1] * other_a.shape[1] * (inputs + outputs) < inputs * outputs:
+            return gram_of_positions(lambda x, y: x.double() @ y.double().mT, a, d, other_a, other_d)
+        return super().gram(slot, a, d, other_a, other_d)
 
     def total(self, slot: str, a: Tensor, d: Tensor) -> Tensor:
         if slot == "bias":

@@ -28,7 +28,7 @@ NETWORKS = (
 )
 NORMALISED_NETWORKS = ("densenet40_12", "wresnet44_3_bn")
 AUGMENTATIONS = ("none", "flip", "crop_flip")
-MEASUREMENTS = ("trace_fisher", "trace_hessian", "per_example_grad_norms")
+MEASUREMENTS = ("trace_fisher", "trace_hessian", "per_example_grad_norms", "top_eigenvalue", "gradient_covariance")
 INTERVAL = re.compile(r"([1-9][0-9]*)(step|epoch)s?")
 
 
@@ -153,7 +153,8 @@ class TrainConfig:
     measure: str = _option(
         "trace_fisher",
         "what is measured on the way, separated by commas: trace_fisher, trace_hessian, per_example_grad_norms (of "
-        "clean and of noisy examples, and how well they tell them apart); or none",
+        "clean and of noisy examples, and how well they tell them apart), top_eigenvalue (of the Hessian), "
+        "gradient_covariance (of single examples: trace, largest and smallest eigenvalue); or none",
         rule=NAMED_MEASUREMENTS,
     )
     measure_every: str = _option("1epoch", "how often: 1epoch, 5epochs, 50steps", rule=AN_INTERVAL)

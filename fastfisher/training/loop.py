@@ -395,7 +395,7 @@ def describe(record: Record, epochs: int) -> str:
     titles = TITLES | {name: f"Tr(F_i) at {name.removeprefix(BELOW)}" for name in crossed}
     for name, title in titles.items():
         if record.get(name) is not None:
-            error = record[f"{name}_standard_error"]
+            error = record.get(f"{name}_standard_error")
             line += f"  {title} {record[name]:.3g}" + ("" if error is None else f" ± {error:.1g}")
     return f"{line}  {seconds}"
 

@@ -1,7 +1,7 @@
 """What is measured on the way. Nothing here moves the parameters, the buffers or PyTorch's global generators.
 
-A measurement takes the model, the examples and a generator, and returns a record: its numbers by name, each with its
-``_standard_error``, which is None where there are too few examples for one.
+A measurement takes the model, the examples and a generator, and returns a record: its numbers by name. What is
+estimated has its ``_standard_error`` beside it, None where there are too few examples for one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastfisher import TraceEstimate, per_example_grad_norms, trace_fisher, trace_hessian
+from fastfisher import (
+    TraceEstimate,
+    gradient_covariance,
+    per_example_grad_norms,
+    top_eigenvalues,
+    trace_fisher,
+    trace_hessian,
+)
 from fastfisher.model import eval_mode
 from fastfisher.training.data import Data, Images
 
@@ -29,6 +36,10 @@ TITLES = {
     "squared_grad_norm_clean": "‖∇ℓ‖² clean",
     "squared_grad_norm_noisy": "noisy",
     "grad_norm_auc": "AUC",
+    "top_eigenvalue": "λ¹(H)",
+    "gradient_covariance_trace": "Tr(K)",
+    "gradient_covariance_largest": "λ¹(K)",
+    "gradient_covariance_smallest": "λ*(K)",
 }
 
 
@@ -149,6 +160,25 @@ def measure_grad_norms(model: nn.Module, examples: Examples, generator: torch.Ge
     return record
 
 
+def measure_top_eigenvalue(model: nn.Module, examples: Examples, generator: torch.Generator) -> Record:
+    """Return ``top_eigenvalue``, the largest of the Hessian of the examples' mean loss, and its ``_error_bound``."""
+    found = top_eigenvalues(model, examples.inputs, examples.labels, batch_size=BATCH_SIZE, generator=generator)
+    return {"top_eigenvalue": found.values[0], "top_eigenvalue_error_bound": found.error_bounds[0]}
+
+
+def measure_gradient_covariance(model: nn.Module, examples: Examples, generator: torch.Generator) -> Record:
+    """Return trace, largest and smallest non-zero eigenvalue of the covariance of the examples' gradients.
+
+    ``gradient_covariance_smallest`` is None where there is none, as for a single example.
+    """
+    found = gradient_covariance(model, (examples.inputs, examples.labels), generator=generator)
+    return {
+        "gradient_covariance_trace": found.trace,
+        "gradient_covariance_largest": found.largest,
+        "gradient_covariance_smallest": found.smallest_nonzero if found.eigenvalues else None,
+    }
+
+
 def _mean(values: Tensor) -> tuple[float | None, float | None]:
     """Return the mean and its standard error."""
     count = len(values)
@@ -185,4 +215,6 @@ MEASURE: dict[str, Callable[[nn.Module, Examples, torch.Generator], Record]] = {
     "trace_fisher": measure_trace_fisher,
     "trace_hessian": measure_trace_hessian,
     "per_example_grad_norms": measure_grad_norms,
+    "top_eigenvalue": measure_top_eigenvalue,
+    "gradient_covariance": measure_gradient_covariance,
 }

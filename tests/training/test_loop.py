@@ -292,14 +292,16 @@ def test_measurements_are_taken_when_they_should(every: str, steps: list[int], c
     scalars = EventAccumulator(str(RunFolder(config.out).events))
     scalars.Reload()
     names = ("trace_fisher", "trace_hessian", "squared_grad_norm_clean", "squared_grad_norm_noisy", "grad_norm_auc")
-    for name in (*names, *(f"{name}_standard_error" for name in names)):
+    covariance = (f"gradient_covariance_{name}" for name in ("trace", "largest", "smallest"))
+    without = ("top_eigenvalue", "top_eigenvalue_error_bound", *covariance)
+    for name in (*names, *(f"{name}_standard_error" for name in names), *without):
         events = scalars.Scalars(name)
         assert [event.step for event in events] == steps
         expected = [record[name] for record in records if name in record]
         assert [event.value for event in events] == pytest.approx(expected, rel=1e-6)
     for record in records:
         spent = [record[f"{name}_seconds"] for name in MEASUREMENTS if f"{name}_seconds" in record]
-        assert len(spent) == (3 if record["step"] in steps else 0)
+        assert len(spent) == (len(MEASUREMENTS) if record["step"] in steps else 0)
         assert all(seconds > 0 for seconds in spent)
         assert sum(spent) < record["measure_seconds"]
 
@@ -384,6 +386,8 @@ def test_a_single_example_has_no_standard_error(config: TrainConfig) -> None:
     assert record["trace_hessian_standard_error"] == 0
     assert (record["squared_grad_norm_clean"] is None) != (record["squared_grad_norm_noisy"] is None)
     assert record["grad_norm_auc"] is None
+    assert record["gradient_covariance_trace"] == 0
+    assert record["gradient_covariance_smallest"] is None
 
 
 def test_options_decide_what_may_be_resumed(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,8 +410,9 @@ def test_divergence_is_reported_where_it_is_measured(name: str, step: int, epoch
         run.step()
         assert f"{name}_seconds" in run.finish_step()
     run.step()
+    overflow = torch.inf if name == "gradient_covariance" else 1e30  # its float64 holds the squares of 1e30
     with torch.no_grad():
-        run.model[-1].weight.fill_(1e30 if step % 2 else torch.nan)
+        run.model[-1].weight.fill_(overflow if step % 2 else torch.nan)
     with pytest.raises(loop.TrainingDivergedError, match=f"diverged in epoch {epoch}: try a lower --lr"):
         run.finish_step()
 

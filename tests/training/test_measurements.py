@@ -202,6 +202,30 @@ def test_traces_and_their_standard_errors() -> None:
     assert "labels=rademacher" in fisher["trace_fisher_method"]
 
 
+def test_leading_curvature() -> None:
+    model, data = network_with_batch_norm().double(), examples(12, 5)
+    parameters = list(model.parameters())
+
+    def flat(loss: Tensor, **options: bool) -> Tensor:
+        return torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, parameters, **options)])
+
+    with eval_mode(model):
+        mean = flat(F.cross_entropy(model(data.inputs), data.labels), create_graph=True)
+        hessian = torch.stack([flat(g, retain_graph=True, materialize_grads=True) for g in mean])
+        losses = F.cross_entropy(model(data.inputs), data.labels, reduction="none")
+        gradients = torch.stack([flat(loss, retain_graph=True) for loss in losses])
+    record = MEASURE["top_eigenvalue"](model, data, generator())
+    largest = float(torch.linalg.eigvalsh(hessian)[-1])
+    assert abs(record["top_eigenvalue"] - largest) <= record["top_eigenvalue_error_bound"] <= 1e-3 * largest
+    centred = gradients - gradients.mean(0)
+    eigenvalues = torch.linalg.eigvalsh(centred @ centred.mT / 12)
+    assert MEASURE["gradient_covariance"](model, data, generator()) == {
+        "gradient_covariance_trace": pytest.approx(float(eigenvalues.sum()), rel=1e-10),
+        "gradient_covariance_largest": pytest.approx(float(eigenvalues[-1]), rel=1e-10),
+        "gradient_covariance_smallest": pytest.approx(float(eigenvalues[1]), rel=1e-8),
+    }
+
+
 def test_the_trace_of_a_smooth_networks_hessian_has_an_error_bar() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.GELU(), nn.Linear(8, 4)).double()
