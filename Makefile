@@ -52,10 +52,10 @@ $(VENV)/torch:
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77" cmake ninja pybind11 numpy
 	touch $@
 
-# Isolated, pip would fetch another torch to build against.
+# Isolated, pip would fetch another torch to build against; torch is named again so that what comes with it fits it.
 $(VENV)/built-%: $(VENV)/torch $(NATIVE)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation \
-	  --editable ".[train$(if $(filter test,$*),$(comma)test$(comma)lint)]"
+	  "$(TORCH)" --editable ".[train$(if $(filter test,$*),$(comma)test$(comma)lint)]"
 	touch $@ $(VENV)/built-train
 
 # See the extra in pyproject.toml.

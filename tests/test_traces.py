@@ -565,6 +565,21 @@ def test_inner_products(build: Callable[[], nn.Module]) -> None:
     assert uneven.mean == pytest.approx(float(gradients[0][:3].mean(0) @ means[1]), rel=1e-9)
 
 
+def test_torchvisions_resnet18_agrees_with_one_backward_per_example(torchvision: Any) -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=4).double()
+    x, y = torch.randn(3, 3, 40, 40, dtype=torch.float64), torch.tensor([0, 3, 1])
+    expected = per_example_gradients(model.eval(), x, y)
+    found = per_example_grad_norms(model.train(), x, y, labels="true")
+    assert model.training
+    wanted = torch.stack([g.flatten(1).square().sum(1) for g in expected.values()]).sum(0)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=0)
+    # Each parameter for itself, batch normalisation's own ones included.
+    for name, parameter in list(model.named_parameters())[::7]:
+        alone = per_example_grad_norms(model, x, y, labels="true", params=[parameter])
+        torch.testing.assert_close(alone, expected[name].flatten(1).square().sum(1), rtol=1e-9, atol=0)
+
+
 def test_the_same_bits_on_repeat_and_for_any_number_of_threads() -> None:
     torch.manual_seed(0)
     model, x = resnet18(), torch.randn(16, 3, 32, 32)

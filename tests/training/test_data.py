@@ -234,20 +234,6 @@ def test_an_unusable_torchvision_is_explained(error: Exception, monkeypatch: pyt
     assert "match" in str(refused.value)
 
 
-@pytest.fixture(scope="module")
-def torchvision() -> Any:
-    """torchvision, which beside a CPU build of torch misses two operators that its data sets do not use."""
-    pytest.importorskip("PIL")
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    try:
-        yield pytest.importorskip("torchvision", exc_type=ImportError)
-    finally:
-        library._destroy()
-
-
 def write_cifar10(folder: Path, monkeypatch: pytest.MonkeyPatch, datasets: Any) -> None:
     """Write CIFAR-10's layout with small files: 5 x 1,200 training and 50 test images."""
     base = folder / "cifar-10-batches-py"
