@@ -78,6 +78,15 @@ def assert_labels_are_the_exact_inverse_cdf(logits: Tensor, labels: Tensor, key:
     assert (labels != expected).float().mean() < 0.05
 
 
+@needs_kernels
+@pytest.mark.parametrize("key", [118, 701, 909, 1373, 1460])
+def test_no_label_lies_beyond_the_row(key: int) -> None:
+    """In one draw of 10^7 the running sum up to the last class rounds below the target, and the padding's above."""
+    logits = torch.randn(60_000, 10, generator=torch.Generator().manual_seed(10))
+    _, labels, _ = ops.sample_cross_entropy(logits, torch.tensor([key, 0]), 1.0)
+    assert 0 <= int(labels.min()) and int(labels.max()) < 10
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("classes", CLASSES)
 def test_values_err_at_most_twice_what_pytorch_errs(classes: int, dtype: torch.dtype) -> None:

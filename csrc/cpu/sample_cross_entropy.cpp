@@ -166,10 +166,12 @@ struct Row {
     return lane == kLanes || first >= stop ? last_positive(stop) : element_of(first, target, before);
   }
 
-  // The element drawn from the vector that begins at `first`.
+  // The element drawn from the vector that begins at `first`. The lanes' running sums add up in different orders, so one
+  // of weight 0, a masked class or a lane beyond the row, may pass the target by rounding where the one before does not.
   int64_t element_of(int64_t first, double target, double before) const {
-    const int64_t element = locate(*(const Value*)(e + first), target, before);
-    return element == kLanes ? last_positive(first + kLanes) : first + element;
+    const int64_t lane = locate(*(const Value*)(e + first), target, before);
+    const int64_t drawn = first + (lane == kLanes ? kLanes - 1 : lane);
+    return e[drawn] > 0 ? drawn : last_positive(drawn);
   }
 
   // The last element of positive weight before `end`: rounding alone leads here.
