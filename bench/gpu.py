@@ -21,6 +21,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -439,6 +440,26 @@ def steps() -> Iterator[Figure]:
             captured = of_ten(step(name, {"every": every, "graphs": True}))
             bar_of_graphs = 3 if name == "SimpleCNN" else None
             yield Figure(f"{name}, every {every}", ours / captured, "times faster in graphs", bar_of_graphs)
+
+
+def seconds_a_seed(seeds: int, together: int) -> float:
+    """Wall time of whole runs of SimpleCNN on digits of 32x32 with the penalty, start-up included, for each seed."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = f"--network simple_cnn --image-size 32 --method FP --epochs 40 --measure none --out {folder}/runs"
+        command = [sys.executable, "-m", "fastfisher", "train", *options.split()]
+        start = time.monotonic()
+        counts = ["--seeds", str(seeds), "--together", str(together)]
+        subprocess.run([*command, *counts], cwd=ROOT, capture_output=True, check=True)
+        return (time.monotonic() - start) / seeds
+
+
+@section("many seeds")
+def seeds() -> Iterator[Figure]:
+    """32 seeds together against 4 one after another."""
+    alone = seconds_a_seed(4, 1)
+    for together in (8, 16, 32):
+        ratio = alone / seconds_a_seed(32, together)
+        yield Figure(f"SimpleCNN, 32 seeds, {together} together", ratio, "times the throughput of one at a time", 4)
 
 
 @section("compute-sanitizer")

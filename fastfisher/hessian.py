@@ -104,6 +104,9 @@ def trace_hessian(
     Raises:
         ValueError: an unknown option, no examples, or a parameter that is not the model's.
 
+    The same key gives the same bits; another number of threads may change the last ones in float32, where PyTorch's
+    convolution splits its sums by thread.
+
     The model is as before afterwards, also after an exception: modes, buffers, gradients, ``requires_grad``, and the
     state of the random number generators but for the draw of one key.
     """
