@@ -166,8 +166,9 @@ struct Row {
     return lane == kLanes || first >= stop ? last_positive(stop) : element_of(first, target, before);
   }
 
-  // The element drawn from the vector that begins at `first`. The lanes' running sums add up in different orders, so one
-  // of weight 0, a masked class or a lane beyond the row, may pass the target by rounding where the one before does not.
+  // The element drawn from the vector that begins at `first`. The lanes' running sums add up in different orders, so
+  // one of weight 0, a masked class or a lane beyond the row, may pass the target by rounding where the one before does
+  // not.
   int64_t element_of(int64_t first, double target, double before) const {
     const int64_t lane = locate(*(const Value*)(e + first), target, before);
     const int64_t drawn = first + (lane == kLanes ? kLanes - 1 : lane);
