@@ -224,7 +224,11 @@ class Process:
         with log.open("ab") as file:
             self.log_start = file.tell()
             # In a session of its own, so that Ctrl-C in the terminal reaches it once, through stop().
-            self.process = subprocess.Popen(command(config), stdout=file, stderr=file, start_new_session=True)
+            # Unbuffered: what it says last is its reason, should it fail.
+            environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+            self.process = subprocess.Popen(
+                command(config), stdout=file, stderr=file, start_new_session=True, env=environment
+            )
 
     def ended(self) -> bool:
         """Return whether the process has ended."""
