@@ -174,7 +174,7 @@ def _lanczos(
     def draw() -> Tensor:
         nonlocal drawn
         z = basis.new_empty(size)
-        ops.perturb([z], [], key + torch.tensor([0, drawn]), 1.0, "gaussian")
+        ops.perturb([z], [], (key + torch.tensor([0, drawn])).to(z.device), 1.0, "gaussian")
         drawn += 1
         _orthogonalise(z, basis[:count])
         return z.div_(torch.linalg.vector_norm(z))

@@ -1,6 +1,7 @@
 """What tests share: how Triton runs without a GPU, and torchvision beside a CPU build of torch."""
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,3 +24,12 @@ def torchvision() -> Any:
         yield pytest.importorskip("torchvision", exc_type=ImportError)
     finally:
         library._destroy()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small networks gain nothing from threads, wait for those of a busy machine, and bits depend on their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -54,3 +54,14 @@ def flat(tensors: list[Tensor | None]) -> Tensor:
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """‖found − expected‖ / ‖expected‖."""
     return float((found - expected).norm() / expected.norm())
+
+
+class Shared(nn.Module):
+    """One layer applied twice: the logits are quadratic in its weight."""
+
+    def __init__(self, inputs: int, classes: int) -> None:
+        super().__init__()
+        self.stem, self.layer, self.head = nn.Linear(inputs, 4), nn.Linear(4, 4), nn.Linear(4, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.layer(self.stem(x.flatten(1))).relu()))

@@ -15,19 +15,12 @@ from torch.nn import functional as F
 import fastfisher
 from fastfisher import SlowPathWarning, TraceEstimate, trace_hessian
 from fastfisher.hessian import logits_form
-from tests.networks import Hostile
+from tests.networks import Hostile, Shared
 
 SIGNIFICANCE = 1e-4
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks as small as these only wait for the threads of a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 IMAGES = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 LABELS = torch.tensor([0, 3, 2, 2, 1, 0])
@@ -95,17 +88,6 @@ def vgg() -> nn.Module:
     )  # fmt: skip
 
 
-class Shared(nn.Module):
-    """One layer applied twice: the logits are quadratic in its weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.layer, self.head = nn.Linear(192, 4), nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layer(self.layer(self.stem(x.flatten(1))).relu()))
-
-
 class Gated(nn.Module):
     """A product of two branches with a common parameter below them."""
 
@@ -129,7 +111,7 @@ CURVED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "tanh": (lambda: simple_cnn(nn.Tanh), "tanh is not piecewise linear"),
     "GELU": (lambda: simple_cnn(nn.GELU), "gelu is not piecewise linear"),
     "softplus": (lambda: simple_cnn(nn.Softplus), "softplus is not piecewise linear"),
-    "shared weights": (Shared, "layer.weight reaches both factors of a linear"),
+    "shared weights": (lambda: Shared(192, 4), "layer.weight reaches both factors of a linear"),
     "product of branches": (Gated, "stem.weight reaches both factors of a mul"),
     "LayerNorm": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.LayerNorm(4), nn.Linear(4, 4)),
                   "layer_norm is not piecewise linear"),

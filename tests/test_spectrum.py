@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,34 +14,17 @@ from torch.nn import functional as F
 import fastfisher
 from fastfisher import gradient_covariance, spectrum, top_eigenvalues
 from fastfisher.layers import base
-from tests.networks import Hostile
+from tests.networks import Hostile, Shared
 
 IMAGES = torch.randn(7, 4, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 LABELS = torch.tensor([0, 2, 1, 1, 0, 2, 2])
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks as small as these only wait for the threads of a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-class Shared(nn.Module):
-    """One layer applied twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.layer, self.head = nn.Linear(144, 4), nn.Linear(4, 4), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layer(self.layer(self.stem(x.flatten(1))).relu()))
 
 
 class Bare(nn.Module):
@@ -83,7 +66,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
         nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 6),
         nn.LayerNorm(6), nn.Linear(6, 3),
     ),
-    "shared weights": Shared,
+    "shared weights": lambda: Shared(144, 3),
     "bare parameters": Bare,
     "embedding": Words,
 }  # fmt: skip
