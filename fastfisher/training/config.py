@@ -28,7 +28,10 @@ NETWORKS = (
 )
 NORMALISED_NETWORKS = ("densenet40_12", "wresnet44_3_bn")
 AUGMENTATIONS = ("none", "flip", "crop_flip")
-MEASUREMENTS = ("trace_fisher", "trace_hessian", "per_example_grad_norms", "top_eigenvalue", "gradient_covariance")
+MEASUREMENTS = (
+    *("trace_fisher", "trace_hessian", "per_example_grad_norms", "top_eigenvalue", "gradient_covariance"),
+    *("noisy_gradients", "trace_fisher_batch", "minibatch_covariance", "accuracy"),
+)
 INTERVAL = re.compile(r"([1-9][0-9]*)(step|epoch)s?")
 
 
@@ -154,7 +157,9 @@ class TrainConfig:
         "trace_fisher",
         "what is measured on the way, separated by commas: trace_fisher, trace_hessian, per_example_grad_norms (of "
         "clean and of noisy examples, and how well they tell them apart), top_eigenvalue (of the Hessian), "
-        "gradient_covariance (of single examples: trace, largest and smallest eigenvalue); or none",
+        "gradient_covariance (of single examples: trace, largest and smallest eigenvalue), noisy_gradients (norms "
+        "of the mean gradients of clean and of noisy examples, and their cosine), trace_fisher_batch (Tr(F_B), of one "
+        "batch), minibatch_covariance (of batches' gradients), accuracy (and loss, of what is measured); or none",
         rule=NAMED_MEASUREMENTS,
     )
     measure_every: str = _option("1epoch", "how often: 1epoch, 5epochs, 50steps", rule=AN_INTERVAL)

@@ -321,7 +321,8 @@ class Run:
 
         order = torch.randperm(len(self.data.labels), generator=generator("examples"), device=self.device)
         chosen = order[: self.config.trace_samples]
-        examples = Examples(self.data.inputs[chosen], self.data.labels[chosen], self.data.noisy[chosen])
+        data = self.data
+        examples = Examples(data.inputs[chosen], data.labels[chosen], data.noisy[chosen], self.config.batch_size)
         record: Record = {}
         for name in names:
             started = time.perf_counter()

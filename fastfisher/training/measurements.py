@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastfisher import (
     TraceEstimate,
@@ -22,7 +23,7 @@ from fastfisher import (
     trace_fisher,
     trace_hessian,
 )
-from fastfisher.model import eval_mode
+from fastfisher.model import eval_mode, trainable_parameters
 from fastfisher.training.data import Data, Images
 
 Record = dict[str, float | int | str | None]
@@ -40,6 +41,15 @@ TITLES = {
     "gradient_covariance_trace": "Tr(K)",
     "gradient_covariance_largest": "λ¹(K)",
     "gradient_covariance_smallest": "λ*(K)",
+    "gradient_norm_clean": "‖g_c‖",
+    "gradient_norm_noisy": "‖g_n‖",
+    "noisy_clean_cosine": "cos(g_n, g_c)",
+    "trace_fisher_batch": "Tr(F_B)",
+    "minibatch_covariance_trace": "Tr(K_B)",
+    "minibatch_covariance_largest": "λ¹(K_B)",
+    "minibatch_covariance_smallest": "λ*(K_B)",
+    "measured_accuracy": "measured accuracy",
+    "measured_loss": "loss",
 }
 
 
@@ -49,11 +59,15 @@ BELOW = "trace_fisher_below_"
 
 @dataclass(frozen=True)
 class Examples:
-    """Training examples: inputs ``[N, ...]``, the labels they are trained on, and which of these are noise (bool)."""
+    """Training examples: inputs ``[N, ...]``, the labels they are trained on, and which of these are noise (bool).
+
+    ``batch_size`` is how many of them a training step takes.
+    """
 
     inputs: Tensor
     labels: Tensor
     noisy: Tensor
+    batch_size: int
 
 
 def predict(model: nn.Module, inputs: Images, *, chunk: int = BATCH_SIZE) -> Tensor:
@@ -179,6 +193,84 @@ def measure_gradient_covariance(model: nn.Module, examples: Examples, generator:
     }
 
 
+def measure_noisy_gradients(model: nn.Module, examples: Examples, generator: torch.Generator) -> Record:
+    """Return norms and angle of the mean gradients g_c of the clean and g_n of the noisy examples (figures 5, 11, 12).
+
+    g = (1/n) Σ_i ∂ℓ(x_i, y_i)/∂θ over the n examples of the group, with the labels trained on. ``gradient_norm_clean``
+    is ‖g_c‖, ``gradient_norm_noisy`` ‖g_n‖, ``noisy_clean_cosine`` ⟨g_n, g_c⟩/(‖g_n‖‖g_c‖). None where a group is
+    empty; the cosine also where a gradient is 0.
+    """
+    clean, noisy = (_mean_gradient(model, examples, group) for group in (~examples.noisy, examples.noisy))
+
+    def inner_product(first: list[Tensor], second: list[Tensor]) -> float:
+        return sum(float(a.double().flatten() @ b.double().flatten()) for a, b in zip(first, second, strict=True))
+
+    norms = [None if each is None else math.sqrt(inner_product(each, each)) for each in (clean, noisy)]
+    cosine = None
+    if clean is not None and noisy is not None and all(norm != 0 for norm in norms):
+        cosine = inner_product(noisy, clean) / math.prod(norm for norm in norms if norm is not None)
+    return {"gradient_norm_clean": norms[0], "gradient_norm_noisy": norms[1], "noisy_clean_cosine": cosine}
+
+
+def _mean_gradient(model: nn.Module, examples: Examples, group: Tensor) -> list[Tensor] | None:
+    """Return the gradient of the group's mean loss in each parameter; None for an empty group."""
+    inputs, labels = examples.inputs[group], examples.labels[group]
+    if not len(labels):
+        return None
+    parameters = list(trainable_parameters(model).values())
+    total = [torch.zeros_like(parameter) for parameter in parameters]
+    with eval_mode(model):
+        for part, part_labels in zip(torch.split(inputs, BATCH_SIZE), torch.split(labels, BATCH_SIZE), strict=True):
+            loss = F.cross_entropy(model(part), part_labels, reduction="sum") / len(labels)
+            for summed, gradient in zip(total, torch.autograd.grad(loss, parameters), strict=True):
+                summed += gradient
+    return total
+
+
+def measure_trace_fisher_batch(model: nn.Module, examples: Examples, generator: torch.Generator) -> Record:
+    """Return ``trace_fisher_batch``: Tr(F_B) = ‖(1/B) Σ_i g(x_i, ŷ_i)‖², ŷ_i drawn from the model (figures 15 and 21).
+
+    Of the first B = ``batch_size`` examples, or of all if they are fewer: what FP penalises (supplement C).
+    """
+    size = min(examples.batch_size, len(examples.labels))
+    found = trace_fisher(
+        model, examples.inputs[:size], labels="sampled", batch_size=size, minibatch=True, generator=generator
+    )
+    return {"trace_fisher_batch": found.minibatch}
+
+
+def measure_minibatch_covariance(model: nn.Module, examples: Examples, generator: torch.Generator) -> Record:
+    """Return trace, largest and smallest non-zero eigenvalue of the covariance of mini-batches' gradients (the talk).
+
+    The mini-batches are the ``batch_size`` examples each into which the examples are cut; an incomplete last one is
+    dropped. All three are None for fewer than two, the smallest also where the gradients do not differ.
+    """
+    names = [f"minibatch_covariance_{each}" for each in ("trace", "largest", "smallest")]
+    if len(examples.labels) < 2 * examples.batch_size:
+        return dict.fromkeys(names)
+    found = gradient_covariance(
+        model, (examples.inputs, examples.labels), batch_size=examples.batch_size, generator=generator
+    )
+    smallest = found.smallest_nonzero if found.eigenvalues else None
+    return dict(zip(names, (found.trace, found.largest, smallest), strict=True))
+
+
+def measure_accuracy(model: nn.Module, examples: Examples, generator: torch.Generator) -> Record:
+    """Return ``measured_accuracy`` and ``measured_loss``, with the labels trained on (figures 18 and 19).
+
+    The fraction of right predictions and the mean cross-entropy.
+    """
+    right, loss = 0, 0.0
+    with eval_mode(model), torch.no_grad():
+        parts = zip(torch.split(examples.inputs, BATCH_SIZE), torch.split(examples.labels, BATCH_SIZE), strict=True)
+        for inputs, labels in parts:
+            logits = model(inputs)
+            right += int((logits.argmax(dim=1) == labels).sum())
+            loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
+    count = len(examples.labels)
+    return {"measured_accuracy": right / count, "measured_loss": loss / count}
+
+
 def _mean(values: Tensor) -> tuple[float | None, float | None]:
     """Return the mean and its standard error."""
     count = len(values)
@@ -217,4 +309,8 @@ MEASURE: dict[str, Callable[[nn.Module, Examples, torch.Generator], Record]] = {
     "per_example_grad_norms": measure_grad_norms,
     "top_eigenvalue": measure_top_eigenvalue,
     "gradient_covariance": measure_gradient_covariance,
+    "noisy_gradients": measure_noisy_gradients,
+    "trace_fisher_batch": measure_trace_fisher_batch,
+    "minibatch_covariance": measure_minibatch_covariance,
+    "accuracy": measure_accuracy,
 }

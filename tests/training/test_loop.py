@@ -293,7 +293,9 @@ def test_measurements_are_taken_when_they_should(every: str, steps: list[int], c
     scalars.Reload()
     names = ("trace_fisher", "trace_hessian", "squared_grad_norm_clean", "squared_grad_norm_noisy", "grad_norm_auc")
     covariance = (f"gradient_covariance_{name}" for name in ("trace", "largest", "smallest"))
-    without = ("top_eigenvalue", "top_eigenvalue_error_bound", *covariance)
+    gradients = ("gradient_norm_clean", "gradient_norm_noisy", "noisy_clean_cosine", "trace_fisher_batch")
+    accuracy = ("measured_accuracy", "measured_loss")
+    without = ("top_eigenvalue", "top_eigenvalue_error_bound", *covariance, *gradients, *accuracy)
     for name in (*names, *(f"{name}_standard_error" for name in names), *without):
         events = scalars.Scalars(name)
         assert [event.step for event in events] == steps
@@ -405,12 +407,16 @@ def test_options_decide_what_may_be_resumed(config: TrainConfig, monkeypatch: py
 @pytest.mark.parametrize("name", MEASUREMENTS)
 @pytest.mark.parametrize(("step", "epoch"), [(1, 1), (STEPS, 1), (STEPS + 1, 2)])
 def test_divergence_is_reported_where_it_is_measured(name: str, step: int, epoch: int, config: TrainConfig) -> None:
-    run = loop.Run(loop.resolve(dataclasses.replace(config, measure=name, measure_every="1step")))
+    samples = 512 if name == "minibatch_covariance" else 8  # at least two batches
+    config = dataclasses.replace(config, measure=name, measure_every="1step", trace_samples=samples)
+    run = loop.Run(loop.resolve(config))
     for _ in range(step - 1):
         run.step()
         assert f"{name}_seconds" in run.finish_step()
     run.step()
-    overflow = torch.inf if name == "gradient_covariance" else 1e30  # its float64 holds the squares of 1e30
+    # The others' float64 holds the squares of 1e30, and logits that are all alike have an ordinary loss.
+    in_float32 = ("trace_fisher", "trace_hessian", "per_example_grad_norms", "top_eigenvalue")
+    overflow = 1e30 if name in in_float32 else torch.inf
     with torch.no_grad():
         run.model[-1].weight.fill_(overflow if step % 2 else torch.nan)
     with pytest.raises(loop.TrainingDivergedError, match=f"diverged in epoch {epoch}: try a lower --lr"):

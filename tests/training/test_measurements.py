@@ -1,3 +1,5 @@
+import dataclasses
+import itertools
 import math
 import os
 import subprocess
@@ -105,24 +107,28 @@ def test_statistics_are_put_back_whatever_is_raised() -> None:
     assert all(module.training for module in network.modules())
 
 
-def examples(count: int, noisy: int, dtype: torch.dtype = torch.float64) -> Examples:
+def examples(count: int, noisy: int, dtype: torch.dtype = torch.float64, batch_size: int = 4) -> Examples:
     """Random images, the first ``noisy`` of them with noisy labels."""
     generator = torch.Generator().manual_seed(1)
     return Examples(
         inputs=torch.randn(count, 1, 8, 8, generator=generator, dtype=dtype),
         labels=torch.randint(4, (count,), generator=generator),
         noisy=torch.arange(count) < noisy,
+        batch_size=batch_size,
     )
+
+
+def gradient(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    """The gradient of the mean loss in eval mode, flat."""
+    with eval_mode(model):
+        found = torch.autograd.grad(F.cross_entropy(model(inputs), labels), list(model.parameters()))
+    return torch.cat([each.flatten() for each in found])
 
 
 def squared_norms(model: nn.Module, data: Examples) -> Tensor:
     """‖∇ℓ(x_i, y_i)‖², one backward for each example."""
-    found = []
-    with eval_mode(model):
-        for one, label in zip(data.inputs.split(1), data.labels.split(1), strict=True):
-            gradients = torch.autograd.grad(F.cross_entropy(model(one), label), list(model.parameters()))
-            found.append(sum(float(g.square().sum()) for g in gradients))
-    return torch.tensor(found, dtype=torch.float64)
+    each = zip(data.inputs.split(1), data.labels.split(1), strict=True)
+    return torch.stack([gradient(model, one, label).square().sum() for one, label in each])
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -171,7 +177,8 @@ def test_a_fitted_network_tells_noisy_examples_by_their_norms() -> None:
             optimizer.step()
     wrong = torch.where(torch.arange(40) < 20, (data.labels + 1) % 4, data.labels)
     model.zero_grad(set_to_none=True)
-    record = MEASURE["per_example_grad_norms"](model, Examples(data.inputs, wrong, torch.arange(40) < 20), generator())
+    fitted = dataclasses.replace(data, labels=wrong, noisy=torch.arange(40) < 20)
+    record = MEASURE["per_example_grad_norms"](model, fitted, generator())
     assert record["grad_norm_auc"] == 1.0
     assert record["squared_grad_norm_noisy"] > 10 * record["squared_grad_norm_clean"]
 
@@ -190,7 +197,7 @@ def test_traces_and_their_standard_errors() -> None:
     # Tr(F) over all labels is the probability-weighted mean of the squared norms.
     with eval_mode(model), torch.no_grad():
         probabilities = model(data.inputs).softmax(1)
-    each = [squared_norms(model, Examples(data.inputs, torch.full((200,), label), data.noisy)) for label in range(4)]
+    each = [squared_norms(model, dataclasses.replace(data, labels=torch.full((200,), label))) for label in range(4)]
     trace = float((probabilities * torch.stack(each, 1)).sum(1).mean())
     hessian = MEASURE["trace_hessian"](model, data, generator())
     assert hessian["trace_hessian"] == pytest.approx(trace, rel=1e-10)
@@ -223,6 +230,89 @@ def test_leading_curvature() -> None:
         "gradient_covariance_trace": pytest.approx(float(eigenvalues.sum()), rel=1e-10),
         "gradient_covariance_largest": pytest.approx(float(eigenvalues[-1]), rel=1e-10),
         "gradient_covariance_smallest": pytest.approx(float(eigenvalues[1]), rel=1e-8),
+    }
+
+
+def test_gradients_of_clean_and_noisy_examples() -> None:
+    # More examples of each kind than go through the model at once.
+    model, data = network_with_batch_norm().double(), examples(290, 140)
+    noisy, clean = (gradient(model, data.inputs[part], data.labels[part]) for part in (slice(140), slice(140, None)))
+    assert MEASURE["noisy_gradients"](model, data, generator()) == {
+        "gradient_norm_clean": pytest.approx(float(clean.norm()), rel=1e-10),
+        "gradient_norm_noisy": pytest.approx(float(noisy.norm()), rel=1e-10),
+        "noisy_clean_cosine": pytest.approx(float(noisy @ clean / noisy.norm() / clean.norm()), rel=1e-10),
+    }
+
+
+@pytest.mark.parametrize("noisy", [0, 3])
+def test_an_empty_group_has_no_gradient(noisy: int) -> None:
+    record = MEASURE["noisy_gradients"](network_with_batch_norm().double(), examples(3, noisy), generator())
+    there, missing = ("noisy", "clean") if noisy else ("clean", "noisy")
+    assert record[f"gradient_norm_{there}"] > 0
+    assert record[f"gradient_norm_{missing}"] is None
+    assert record["noisy_clean_cosine"] is None
+
+
+def test_a_gradient_of_zero_has_no_angle() -> None:
+    data = examples(6, 3)
+    one_class = nn.Sequential(nn.Flatten(), nn.Linear(64, 1)).double()
+    record = MEASURE["noisy_gradients"](one_class, dataclasses.replace(data, labels=data.labels * 0), generator())
+    assert record == {"gradient_norm_clean": 0.0, "gradient_norm_noisy": 0.0, "noisy_clean_cosine": None}
+
+
+def test_the_trace_of_a_batch_is_of_its_first_examples_with_drawn_labels() -> None:
+    model, data = network_with_batch_norm().double(), examples(5, 2, batch_size=2)
+    batch = data.inputs[:2]
+    with eval_mode(model), torch.no_grad():
+        first, second = model(batch).softmax(1)
+    # All that two labels can give, and how likely each is.
+    pairs = list(itertools.product(range(4), repeat=2))
+    possible = torch.stack([gradient(model, batch, torch.tensor(pair)).square().sum() for pair in pairs])
+    likely = torch.stack([first[a] * second[b] for a, b in pairs])
+    drawn = [MEASURE["trace_fisher_batch"](model, data, generator(seed)) for seed in range(200)]
+    values = torch.tensor([record["trace_fisher_batch"] for record in drawn], dtype=torch.float64)
+    assert ((values[:, None] - possible).abs() < 1e-10 * possible).any(1).all()
+    assert abs(values.mean() - likely @ possible) < 4 * values.std() / 200**0.5  # p = 6e-5
+    few = dataclasses.replace(data, inputs=batch, labels=data.labels[:2], batch_size=7)
+    assert MEASURE["trace_fisher_batch"](model, few, generator(0)) == drawn[0]
+
+
+def test_the_covariance_of_minibatches_drops_an_incomplete_one() -> None:
+    model, data = network_with_batch_norm().double(), examples(14, 5)
+    gradients = torch.stack([gradient(model, data.inputs[i : i + 4], data.labels[i : i + 4]) for i in (0, 4, 8)])
+    eigenvalues = torch.linalg.eigvalsh((gradients - gradients.mean(0)) @ (gradients - gradients.mean(0)).mT / 3)
+    assert MEASURE["minibatch_covariance"](model, data, generator()) == {
+        "minibatch_covariance_trace": pytest.approx(float(eigenvalues.sum()), rel=1e-10),
+        "minibatch_covariance_largest": pytest.approx(float(eigenvalues[2]), rel=1e-10),
+        "minibatch_covariance_smallest": pytest.approx(float(eigenvalues[1]), rel=1e-8),
+    }
+
+
+@pytest.mark.parametrize("batch_size", [6, 12])
+def test_fewer_than_two_minibatches_have_no_covariance(batch_size: int) -> None:
+    record = MEASURE["minibatch_covariance"](
+        network_with_batch_norm(), examples(11, 5, torch.float32, batch_size), generator()
+    )
+    names = ("trace", "largest", "smallest")
+    assert record == {f"minibatch_covariance_{name}": None for name in names}
+
+
+def test_minibatches_that_are_alike_have_no_smallest_eigenvalue() -> None:
+    data = examples(4, 2)
+    twice = dataclasses.replace(data, inputs=data.inputs.repeat(2, 1, 1, 1), labels=data.labels.repeat(2))
+    record = MEASURE["minibatch_covariance"](network_with_batch_norm().double(), twice, generator())
+    assert record["minibatch_covariance_trace"] == pytest.approx(0, abs=1e-12)
+    assert record["minibatch_covariance_largest"] == 0
+    assert record["minibatch_covariance_smallest"] is None
+
+
+def test_accuracy_and_loss_of_the_examples_measured() -> None:
+    model, data = network_with_batch_norm().double(), examples(150, 70)
+    with eval_mode(model), torch.no_grad():
+        logits = model(data.inputs)
+    assert MEASURE["accuracy"](model, data, generator()) == {
+        "measured_accuracy": float((logits.argmax(1) == data.labels).double().mean()),
+        "measured_loss": pytest.approx(float(F.cross_entropy(logits, data.labels)), rel=1e-12),
     }
 
 
