@@ -25,8 +25,10 @@ OTHER_IMAGE_SIZE = 32
 NETWORKS = (
     *("small_cnn", "simple_cnn", "vgg11", "densenet40_12", "wresnet44_3", "wresnet44_3_bn"),
     *("resnet26", "resnet32", "resnet50", "resnet52", "resnet56", "fixup_resnet18"),
+    *("small_simple_cnn", "small_vgg11", "small_densenet7_8", "small_wresnet8_1", "small_wresnet8_1_bn"),
+    *("small_resnet8", "small_resnet14", "small_fixup_resnet10"),
 )
-NORMALISED_NETWORKS = ("densenet40_12", "wresnet44_3_bn")
+NORMALISED_NETWORKS = tuple(name for name in NETWORKS if "densenet" in name or name.endswith("_bn"))
 AUGMENTATIONS = ("none", "flip", "crop_flip")
 MEASUREMENTS = (
     *("trace_fisher", "trace_hessian", "per_example_grad_norms", "top_eigenvalue", "gradient_covariance"),
@@ -109,7 +111,9 @@ class TrainConfig:
     label_noise: float = _option(0.0, "fraction of the training labels replaced by uniformly drawn ones", rule=FRACTION)
     noise_seed: int | None = _option(None, "seed of the label noise; --seed unless given", rule=SEED)
     network: str = _option(
-        "small_cnn", "network; densenet40_12 and wresnet44_3_bn have batch normalisation", choices=NETWORKS
+        "small_cnn",
+        "network; DenseNets and those that end in _bn have batch normalisation; small_... are reduced, for digits",
+        choices=NETWORKS,
     )
     bn_batches: int = _option(
         100,

@@ -1,11 +1,13 @@
-"""The networks of the paper by name, and a small one for digits: convolutional, ReLU, no dropout."""
+"""The networks of the paper by name, and small ones for digits: convolutional, ReLU, no dropout."""
 
 from __future__ import annotations
+
+import re
 
 from torch import nn
 
 from fastfisher.training.config import NETWORKS, ConfigError
-from fastfisher.training.residual_networks import densenet, fixup_resnet18, resnet, wide_resnet
+from fastfisher.training.residual_networks import densenet, fixup_resnet, resnet, wide_resnet
 
 
 def build_network(name: str, *, in_channels: int, image_size: int, classes: int) -> nn.Sequential:
@@ -23,26 +25,36 @@ def build_network(name: str, *, in_channels: int, image_size: int, classes: int)
       numbers are 8 blocks a stage, counted as 6n + 4 and 6n + 2: a Wide ResNet of depth 50 and width 3 with SkipInit.
     - ``fixup_resnet18``: figure 2, ImageNet.
 
+    The others that begin with ``small_`` are of the same kinds, reduced for digits: of the depth and the width in their
+    names, and with fewer channels: half of them from the stem on; ``small_simple_cnn`` and ``small_fixup_resnet10``
+    have a quarter, ``small_vgg11`` an eighth.
+
     Raises:
-        ConfigError: for an unknown name, or images too small for the network.
+        ConfigError: for an unknown name, or images below 8x8.
     """
-    plain = {"small_cnn": _small_cnn, "simple_cnn": _simple_cnn, "vgg11": _vgg11}
-    if name in plain:
-        return plain[name](in_channels, image_size, classes)
     if name not in NETWORKS:
         raise ConfigError(f"--network: got {name!r}, expected one of {', '.join(NETWORKS)}")
     if image_size < 8:
         raise ConfigError(f"--image-size: got {image_size}, expected at least 8 for {name}")
+    if name == "small_cnn":
+        return _small_cnn(in_channels, image_size, classes)
+    kind, small = name.removeprefix("small_"), name.startswith("small_")
+    if kind == "simple_cnn":
+        return _simple_cnn(in_channels, image_size, classes, base=8 if small else 32)
+    if kind == "vgg11":
+        return _vgg11(in_channels, image_size, classes, base=8 if small else 64)
+    numbers = [int(number) for number in re.findall("[0-9]+", kind)]
     shape = {"in_channels": in_channels, "classes": classes}
-    if name == "fixup_resnet18":
-        return fixup_resnet18(**shape)
-    if name == "densenet40_12":
-        return densenet(40, 12, **shape)
-    if name == "resnet52":
+    if kind.startswith("fixup_resnet"):
+        return fixup_resnet(*numbers, base=16 if small else 64, **shape)
+    if kind == "resnet52":
         return wide_resnet(50, 3, skip_init=True, **shape)
-    if name.startswith("wresnet44_3"):
-        return wide_resnet(44, 3, skip_init=name == "wresnet44_3", **shape)
-    return resnet(int(name.removeprefix("resnet")), **shape)
+    shape["base"] = 8 if small else 16
+    if kind.startswith("densenet"):
+        return densenet(*numbers, **shape)
+    if kind.startswith("wresnet"):
+        return wide_resnet(*numbers, skip_init=not kind.endswith("_bn"), **shape)
+    return resnet(*numbers, **shape)
 
 
 def _small_cnn(in_channels: int, image_size: int, classes: int) -> nn.Sequential:
@@ -61,43 +73,35 @@ def _small_cnn(in_channels: int, image_size: int, classes: int) -> nn.Sequential
     )
 
 
-def _simple_cnn(in_channels: int, image_size: int, classes: int) -> nn.Sequential:
-    """SimpleCNN of the paper (I.2): Keras' ``cifar10_cnn`` example without dropout, last hidden layer 128.
+def _simple_cnn(in_channels: int, image_size: int, classes: int, *, base: int) -> nn.Sequential:
+    """SimpleCNN of the paper (I.2): Keras' ``cifar10_cnn`` example without dropout, last hidden layer 128 = 4 ``base``.
 
-    361,898 parameters for 3x32x32 and 10 classes.
-    """
-    # Each stage keeps the size, loses 2 pixels to the unpadded convolution, and halves.
-    after_first = (image_size - 2) // 2
-    after_second = (after_first - 2) // 2
-    if after_second < 1:
-        raise ConfigError(f"--image-size: got {image_size}, expected at least 10 for simple_cnn")
-    return nn.Sequential(
-        nn.Conv2d(in_channels, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(32, 32, 3),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(64, 64, 3),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(64 * after_second**2, 128),
-        nn.ReLU(),
-        nn.Linear(128, classes),
-    )
-
-
-def _vgg11(in_channels: int, image_size: int, classes: int) -> nn.Sequential:
-    """VGG-11, configuration A of Simonyan & Zisserman (2015), adapted to small images.
-
-    One fully connected layer, no dropout; 9,225,610 parameters for 3x32x32 and 10 classes, 9,271,780 for 100.
+    361,898 parameters for 3x32x32 and 10 classes with ``base`` 32; 6,562 for 1x16x16 with 8.
     """
     layers: list[nn.Module] = []
     channels, size = in_channels, image_size
-    for stage in ((64,), (128,), (256, 256), (512, 512), (512, 512)):
-        for width in stage:
+    for width in (base, 2 * base):
+        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3), nn.ReLU()]
+        channels, size = width, size - 2  # the second convolution has no padding
+        # Below 10 pixels the second stage has one left, and nothing to pool.
+        if size >= 2:
+            layers.append(nn.MaxPool2d(2))
+            size //= 2
+    head = [nn.Linear(channels * size**2, 4 * base), nn.ReLU(), nn.Linear(4 * base, classes)]
+    return nn.Sequential(*layers, nn.Flatten(), *head)
+
+
+def _vgg11(in_channels: int, image_size: int, classes: int, *, base: int) -> nn.Sequential:
+    """VGG-11, configuration A of Simonyan & Zisserman (2015), adapted to small images; theirs has ``base`` 64.
+
+    One fully connected layer, no dropout; 9,225,610 parameters for 3x32x32 and 10 classes, 9,271,780 for 100; with
+    ``base`` 8 145,066 for 1x16x16 and 10 classes.
+    """
+    layers: list[nn.Module] = []
+    channels, size = in_channels, image_size
+    for stage in ((1,), (2,), (4, 4), (8, 8), (8, 8)):
+        for factor in stage:
+            width = factor * base
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
             channels = width
         # Below 32 pixels the last stages have one pixel left, and nothing to pool.

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from fastfisher.training.config import NETWORKS, NORMALISED_NETWORKS, ConfigError
 from fastfisher.training.networks import build_network
-from fastfisher.training.residual_networks import WideBlock, densenet, resnet
+from fastfisher.training.residual_networks import FixupBlock, WideBlock, densenet, fixup_resnet, resnet
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,15 @@ from fastfisher.training.residual_networks import WideBlock, densenet, resnet
         ("resnet56", 3, 32, 10, 853_642),
         # ResNet-18's 11,689,512 without its 9,600 of batch normalisation, with 5 scalars a block and 2 more.
         ("fixup_resnet18", 3, 224, 1000, 11_689_512 - 9_600 + 8 * 5 + 2),
+        # Counted by hand, layer by layer.
+        ("small_simple_cnn", 1, 16, 10, 6_562),
+        ("small_vgg11", 1, 16, 10, 145_066),
+        ("small_densenet7_8", 1, 16, 10, 4_930),
+        ("small_wresnet8_1_bn", 1, 16, 10, 19_474 + 2 * 120),
+        ("small_wresnet8_1", 1, 16, 10, 19_642 + 3),
+        ("small_resnet8", 1, 16, 10, 19_642),
+        ("small_resnet14", 1, 16, 10, 19_642 + 24_304),
+        ("small_fixup_resnet10", 1, 16, 10, 307_738 + 4 * 5 + 2),
     ],
 )
 def test_parameter_counts(name: str, in_channels: int, image_size: int, classes: int, expected: int) -> None:
@@ -42,17 +51,14 @@ def test_parameter_counts(name: str, in_channels: int, image_size: int, classes:
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("image_size", [8, 11, 16, 40, 64])
 def test_logits_for_other_image_sizes(name: str, image_size: int) -> None:
-    if name == "simple_cnn" and image_size < 10:
-        with pytest.raises(ConfigError, match="--image-size: got 8, expected at least 10 for simple_cnn"):
-            build_network(name, in_channels=1, image_size=image_size, classes=7)
-        return
     network = build_network(name, in_channels=1, image_size=image_size, classes=7)
     assert network(torch.randn(2, 1, image_size, image_size)).shape == (2, 7)
 
 
-def test_simple_cnn_works_at_its_stated_minimum() -> None:
-    network = build_network("simple_cnn", in_channels=3, image_size=10, classes=10)
-    assert network(torch.randn(1, 3, 10, 10)).shape == (1, 10)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_images_below_8_pixels_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"--image-size: got 7, expected at least 8 for {name}"):
+        build_network(name, in_channels=1, image_size=7, classes=7)
 
 
 def test_vgg11_keeps_the_scale_of_its_gradients() -> None:
@@ -66,7 +72,13 @@ def test_vgg11_keeps_the_scale_of_its_gradients() -> None:
     assert all((m.bias == 0).all() for m in network if isinstance(m, nn.Conv2d) and m.bias is not None)
 
 
-@pytest.mark.parametrize("name", ["resnet26", "resnet56", "wresnet44_3", "densenet40_12", "fixup_resnet18"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("resnet26", "resnet56", "wresnet44_3", "densenet40_12", "fixup_resnet18"),
+        *("small_resnet8", "small_resnet14", "small_wresnet8_1", "small_densenet7_8", "small_fixup_resnet10"),
+    ],
+)
 def test_a_deep_network_starts_with_a_signal_of_order_one(name: str) -> None:
     """Without normalisation the shortcuts would double it 27 times over, were the branches not small."""
     torch.manual_seed(0)
@@ -85,9 +97,22 @@ def test_the_branches_of_skip_init_start_at_zero() -> None:
     assert torch.equal(same[0](x), x)
 
 
-@pytest.mark.parametrize(("depth", "build"), [(27, resnet), (45, densenet)])
+@pytest.mark.parametrize(("name", "blocks"), [("fixup_resnet18", 8), ("small_fixup_resnet10", 4)])
+def test_fixup_divides_the_variance_of_a_branch_by_the_number_of_blocks(name: str, blocks: int) -> None:
+    torch.manual_seed(0)
+    made = [m for m in build_network(name, in_channels=1, image_size=16, classes=10) if isinstance(m, FixupBlock)]
+    assert len(made) == blocks
+    for block in made:
+        weight = block.first.weight
+        variance = 2 / (weight.shape[0] * 9 * blocks)
+        # Four standard errors of a variance, p = 6e-5.
+        assert weight.square().mean().item() == pytest.approx(variance, rel=4 * (2 / weight.numel()) ** 0.5)
+        assert not block.second.weight.any()
+
+
+@pytest.mark.parametrize(("depth", "build"), [(27, resnet), (45, densenet), (20, fixup_resnet), (2, fixup_resnet)])
 def test_an_impossible_depth_is_named(depth: int, build: Any) -> None:
-    arguments = () if build is resnet else (12,)
+    arguments = (12,) if build is densenet else ()
     with pytest.raises(ValueError, match=f"depth: expected .* got {depth}"):
         build(depth, *arguments, in_channels=3, classes=10)
 
