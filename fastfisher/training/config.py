@@ -115,6 +115,10 @@ class TrainConfig:
         "network; DenseNets and those that end in _bn have batch normalisation; small_... are reduced, for digits",
         choices=NETWORKS,
     )
+    start_from: str | None = _option(
+        None,
+        "folder of a run; begin with the weights in its checkpoint, and nothing else of it, instead of random ones",
+    )
     bn_batches: int = _option(
         100,
         "training batches over which the statistics of batch normalisation are averaged before each test; training "
@@ -297,6 +301,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         noise_seed=config.seed if config.noise_seed is None else config.noise_seed,
         device=device,
         # One spelling for each meaning, for --resume compares them.
+        start_from=None if config.start_from is None else str(Path(config.start_from)),
         measure=",".join(name for name in MEASUREMENTS if name in measurements(config.measure)) or "none",
         measure_every=re.sub("s$", "", config.measure_every),
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor, nn
 
 from fastfisher.training.config import ConfigError, TrainConfig, differences, flag, from_values, to_values
 
@@ -102,6 +103,34 @@ class RunFolder:
             return None
         state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         return state
+
+    def load_weights(self, model: nn.Module, network: str) -> None:
+        """Give ``model``, a ``network``, the parameters and buffers of the checkpoint: what ``--start-from`` does.
+
+        Raises:
+            ConfigError: if there is no checkpoint, it cannot be read, or it is of another network or has other shapes;
+                the model is then as it was.
+        """
+        got = f"--start-from: got {str(self.path)!r}"
+        if not (self.config.exists() and self.checkpoint.exists()):
+            raise ConfigError(f"{got}, expected the folder of a run that has a checkpoint")
+        try:
+            trained = self.read_config().network
+            state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            weights: dict[str, Tensor] = state["model"]
+            found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        except Exception as error:  # whatever damaged files raise
+            raise ConfigError(f"{got}, whose run cannot be read: {error}") from error
+        if trained != network:
+            raise ConfigError(f"{got}, a run of {trained}, expected one of --network {network}")
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        for name in expected | found:
+            if found.get(name) != expected.get(name):
+                raise ConfigError(
+                    f"{got}, whose {network} has {name} of shape {found.get(name)}, expected {expected.get(name)}, as "
+                    "--data and --image-size make it"
+                )
+        model.load_state_dict(weights)
 
     def epochs_saved(self) -> int:
         """Return how many epochs the checkpoint is about, reading none of its tensors; 0 if it cannot be read."""

@@ -107,7 +107,11 @@ class Run:
     """The state of a run between two steps: all that a checkpoint holds, and nothing of the disk."""
 
     def __init__(self, config: TrainConfig) -> None:
-        """Read the data and build network, optimiser and penalty; ``config`` has been resolved."""
+        """Read the data and build network, optimiser and penalty; ``config`` has been resolved.
+
+        With ``config.start_from`` the weights are those of the run there, which is not looked at where ``config.out``
+        has a checkpoint of its own to continue from.
+        """
         assert config.image_size is not None and config.noise_seed is not None
         self.config = config
         self.device = torch.device(config.device)
@@ -127,6 +131,8 @@ class Run:
             image_size=config.image_size,
             classes=self.data.classes,
         ).to(self.device)
+        if config.start_from is not None and not RunFolder(config.out).checkpoint.exists():
+            RunFolder(config.start_from).load_weights(self.model, config.network)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=config.lr,

@@ -147,6 +147,7 @@ def test_resolve_fills_in_dependent_defaults() -> None:
     assert (config.image_size, config.noise_seed) == (16, 7)
     assert config.device == ("cuda" if torch.cuda.is_available() else "cpu")
     assert resolve(TrainConfig(seed=7, noise_seed=0)).noise_seed == 0
+    assert resolve(TrainConfig(start_from="runs//a/")).start_from == "runs/a"
     assert resolve(config) == config
 
 

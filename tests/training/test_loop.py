@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -363,6 +364,85 @@ def test_a_run_from_before_an_option_existed_can_be_resumed(
     folder.save_checkpoint(state)
     assert loop.train(dataclasses.replace(older, resume=True)) == "finished"
     assert metrics(older) == metrics(config)
+
+
+@pytest.fixture
+def trained(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
+    """A run of a network that has buffers too."""
+    monkeypatch.setattr(loop, "build_network", with_batch_norm)
+    config = dataclasses.replace(config, out=config.out + "-trained", network="densenet40_12", epochs=1)
+    loop.train(config)
+    return config
+
+
+def test_a_run_begins_with_the_weights_of_another_and_nothing_else(trained: TrainConfig) -> None:
+    plain = dataclasses.replace(trained, out=trained.out + "-continued", seed=7, lr=0.2)
+    fresh = loop.Run(loop.resolve(plain))
+    run = loop.Run(loop.resolve(dataclasses.replace(plain, start_from=trained.out)))
+    checkpoint = RunFolder(trained.out).load_checkpoint()
+    assert checkpoint is not None
+    state, expected = run.state_dict(), fresh.state_dict()
+    assert_same_state(state.pop("model"), checkpoint["model"])
+    assert not torch.equal(expected.pop("model")["0.weight"], checkpoint["model"]["0.weight"])
+    assert_same_state(state, expected)
+
+
+def test_a_run_that_began_with_the_weights_of_another_is_resumed_without_it(
+    trained: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(trained, out=trained.out + "-continued", seed=7, start_from=trained.out)
+    loop.train(config)
+    crashed, other = (dataclasses.replace(config, out=f"{config.out}-{name}") for name in ("crashed", "interrupted"))
+    # Without a checkpoint of its own it begins again with the same weights.
+    with monkeypatch.context() as context, pytest.raises(OSError, match="disk full"):
+        context.setattr(RunFolder, "append_metrics", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        loop.train(crashed)
+    loop.train(dataclasses.replace(crashed, resume=True))
+    with monkeypatch.context() as context:
+        interrupt_at(2, context)
+        loop.train(other)
+    shutil.rmtree(trained.out)
+    loop.train(dataclasses.replace(other, resume=True))
+    for each in (crashed, other):
+        assert metrics(each) == metrics(config)
+        assert_same_state(RunFolder(each.out).load_checkpoint(), RunFolder(config.out).load_checkpoint())
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "expected the folder of a run that has a checkpoint"),
+        ({"checkpoint": "damaged"}, "whose run cannot be read"),
+        ({"network": "small_resnet8"}, "a run of densenet40_12, expected one of --network small_resnet8"),
+        ({"classes": 7}, "whose densenet40_12 has 5.weight of shape (10, 16), expected (7, 16)"),
+        ({"layers": 1}, "whose densenet40_12 has 6.weight of shape None, expected (10, 10)"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(
+    changes: dict[str, Any], expected: str, trained: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(trained.out)
+    if not changes:
+        folder.checkpoint.unlink()
+    elif "checkpoint" in changes:
+        folder.checkpoint.write_bytes(folder.checkpoint.read_bytes()[:100])
+
+    def build(name: str, *, classes: int, **options: Any) -> nn.Sequential:
+        more = [nn.Linear(10, 10)] * changes.get("layers", 0)
+        return with_batch_norm(name, classes=changes.get("classes", classes), **options).extend(more)
+
+    monkeypatch.setattr(loop, "build_network", build)
+    config = dataclasses.replace(
+        trained,
+        out=trained.out + "-continued",
+        start_from=trained.out,
+        network=changes.get("network", trained.network),
+    )
+    with pytest.raises(ConfigError, match="--start-from: got ") as refused:
+        loop.train(config)
+    assert repr(trained.out) in str(refused.value)
+    assert expected in str(refused.value)
+    assert not Path(config.out).exists()
 
 
 def test_no_measurement_changes_another(config: TrainConfig) -> None:
