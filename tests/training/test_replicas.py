@@ -162,7 +162,7 @@ def test_ctrl_c_leaves_checkpoints(
         (["--seeds", "2", "--lr", "-1"], "--lr: got -1.0"),
         # Only the data and the network tell.
         (["--seeds", "2", "--batch-size", "5000"], "--batch-size: got 5000, expected at most the 1097"),
-        (["--seeds", "2", "--network", "simple_cnn", "--image-size", "8"], "--image-size: got 8"),
+        (["--seeds", "2", "--start-from", "/nowhere"], "--start-from: got '/nowhere', expected the folder of a run"),
         (["--seeds", "2", "--resume"], "expected a folder with runs that --seeds started"),
     ],
 )
