@@ -94,6 +94,12 @@ class TrainConfig:
     resume: bool = _option(False, "continue the run in --out; options not given are read from there", identity=False)
     data: str = _option("digits", "data set; digits comes with scikit-learn", choices=DATA_SETS)
     data_dir: str = _option("data", "folder that holds the data set's files; never downloaded", identity=False)
+    examples: int | None = _option(
+        None,
+        "use only this many training examples, and at most as many for validation and for testing, spread evenly over "
+        "the data set's order; all of them unless given",
+        rule=AT_LEAST_ONE,
+    )
     image_size: int | None = _option(
         None,
         "images are resized to this many pixels a side; 16 for digits, 224 for imagenet, else 32",

@@ -65,7 +65,16 @@ class Data:
     classes: int
 
 
-def load_data(name: str, *, data_dir: str, image_size: int, label_noise: float, noise_seed: int, device: str) -> Data:
+def load_data(
+    name: str,
+    *,
+    data_dir: str,
+    image_size: int,
+    label_noise: float,
+    noise_seed: int,
+    device: str,
+    examples: int | None = None,
+) -> Data:
     """Return a data set by its name, resized, normalised, on ``device``.
 
     - ``digits`` is scikit-learn's (1,797 images of 8x8): 1,097 for training, 200 for validation and 500 for testing,
@@ -78,38 +87,47 @@ def load_data(name: str, *, data_dir: str, image_size: int, label_noise: float, 
     The last two are read once, with the largest centred square of each image resized, and kept in ``data_dir``, as
     ``<name>-<image_size>.npz``.
 
+    With ``examples`` so many are used for training, and at most so many each for validation and for testing, see
+    :func:`spread`. What is not used decides neither the normalisation nor which labels are replaced.
+
     Raises:
-        ConfigError: if a file is missing or damaged, the images do not fit into the memory, or torchvision, for CIFAR,
-            cannot be imported.
+        ConfigError: if ``examples`` is more than there are for training, a file is missing or damaged, the images do
+            not fit into the memory, or torchvision, for CIFAR, cannot be imported.
     """
     if name in IMAGE_FOLDERS:
         folder = IMAGE_FOLDERS[name](Path(data_dir))
+        _check_examples(examples, folder.training)
         cache = Path(data_dir) / f"{name}-{image_size}.npz"
         return _of_folder(
             folder,
             load_images(folder, image_size, cache, torch.device(device)),
+            examples=examples,
             label_noise=label_noise,
             noise_seed=noise_seed,
             device=device,
         )
-    images, labels, train, validation, test = _digits() if name == "digits" else _cifar(name, data_dir)
-    inputs = images.to(device, torch.float32)
-    if inputs.shape[-1] != image_size:
-        inputs = F.interpolate(inputs, size=(image_size, image_size), mode="bilinear", align_corners=False)
-    std, mean = torch.std_mean(inputs[train.to(device)], dim=(0, 2, 3), keepdim=True)
-    inputs = (inputs - mean) / std
-    true_labels = labels[train]
+    images, labels, *parts = _digits() if name == "digits" else _cifar(name, data_dir)
+    _check_examples(examples, len(parts[0]))
+    parts = [spread(part, examples) for part in parts]
+    inputs, validation_inputs, test_inputs = (images[part].to(device, torch.float32) for part in parts)
+    if images.shape[-1] != image_size:
+        inputs, validation_inputs, test_inputs = (
+            F.interpolate(each, size=(image_size, image_size), mode="bilinear", align_corners=False)
+            for each in (inputs, validation_inputs, test_inputs)
+        )
+    std, mean = torch.std_mean(inputs, dim=(0, 2, 3), keepdim=True)
+    true_labels, validation_labels, test_labels = (labels[part] for part in parts)
     classes = int(labels.max()) + 1
     noisy_labels, noisy = replace_labels(true_labels, label_noise, classes, noise_seed)
     return Data(
-        inputs=inputs[train.to(device)],
+        inputs=(inputs - mean) / std,
         labels=noisy_labels.to(device),
         true_labels=true_labels.to(device),
         noisy=noisy.to(device),
-        validation_inputs=inputs[validation.to(device)],
-        validation_labels=labels[validation].to(device),
-        test_inputs=inputs[test.to(device)],
-        test_labels=labels[test].to(device),
+        validation_inputs=(validation_inputs - mean) / std,
+        validation_labels=validation_labels.to(device),
+        test_inputs=(test_inputs - mean) / std,
+        test_labels=test_labels.to(device),
         classes=classes,
     )
 
@@ -117,23 +135,42 @@ def load_data(name: str, *, data_dir: str, image_size: int, label_noise: float, 
 IMAGE_FOLDERS: dict[str, Callable[[Path], ImageFolder]] = {"tinyimagenet": tiny_imagenet, "imagenet": imagenet}
 
 
-def _of_folder(folder: ImageFolder, images: Tensor, *, label_noise: float, noise_seed: int, device: str) -> Data:
+def _of_folder(
+    folder: ImageFolder, images: Tensor, *, examples: int | None, label_noise: float, noise_seed: int, device: str
+) -> Data:
     count = folder.training
-    mean, std = mean_and_std(images[:count])
     labels = torch.tensor(folder.labels)
-    noisy_labels, noisy = replace_labels(labels[:count], label_noise, folder.classes, noise_seed)
-    images, mean, std = images.to(device), mean.to(device), std.to(device)
+    inputs, test_inputs, true_labels, test_labels = (
+        spread(part, examples) for part in (images[:count], images[count:], labels[:count], labels[count:])
+    )
+    mean, std = (each.to(device) for each in mean_and_std(inputs))
+    noisy_labels, noisy = replace_labels(true_labels, label_noise, folder.classes, noise_seed)
     return Data(
-        inputs=StoredImages(images[:count], mean, std),
+        inputs=StoredImages(inputs.to(device), mean, std),
         labels=noisy_labels.to(device),
-        true_labels=labels[:count].to(device),
+        true_labels=true_labels.to(device),
         noisy=noisy.to(device),
-        validation_inputs=StoredImages(images[:0], mean, std),
+        validation_inputs=StoredImages(images[:0].to(device), mean, std),
         validation_labels=labels[:0].to(device),
-        test_inputs=StoredImages(images[count:], mean, std),
-        test_labels=labels[count:].to(device),
+        test_inputs=StoredImages(test_inputs.to(device), mean, std),
+        test_labels=test_labels.to(device),
         classes=folder.classes,
     )
+
+
+def _check_examples(examples: int | None, training: int) -> None:
+    if examples is not None and examples > training:
+        raise ConfigError(f"--examples: got {examples}, expected at most the {training} training examples")
+
+
+def spread(values: Tensor, examples: int | None) -> Tensor:
+    """Return ``examples`` of N values, those at ⌊i N / ``examples``⌋; all N, not copied, if None or no fewer than N.
+
+    Files come class after class: their first ones would be of few classes.
+    """
+    if examples is None or examples >= len(values):
+        return values
+    return values[torch.arange(examples) * len(values) // examples]
 
 
 def mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:

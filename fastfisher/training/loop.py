@@ -118,6 +118,7 @@ class Run:
         self.data: Data = load_data(
             config.data,
             data_dir=config.data_dir,
+            examples=config.examples,
             image_size=config.image_size,
             label_noise=config.label_noise,
             noise_seed=config.noise_seed,

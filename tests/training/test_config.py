@@ -97,6 +97,7 @@ def test_parser_refuses(arguments: list[str], expected: list[str], capsys: pytes
         ({"mixup": 0.0}, ["--mixup:", "0.0", "above 0"]),
         ({"epochs": 0}, ["--epochs:", "0", "at least 1"]),
         ({"batch_size": 0}, ["--batch-size:", "0", "at least 1"]),
+        ({"examples": 0}, ["--examples:", "0", "at least 1"]),
         ({"image_size": 7}, ["--image-size:", "7", "at least 8"]),
         ({"image_size": 0}, ["--image-size:", "0", "at least 8"]),
         ({"seed": -1}, ["--seed:", "-1", "integer from 0"]),

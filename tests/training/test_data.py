@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastfisher.training.config import ConfigError
-from fastfisher.training.data import Augmentation, Batches, Data, Mixup, load_data, replace_labels
+from fastfisher.training.data import Augmentation, Batches, Data, Mixup, load_data, replace_labels, spread
 
 
 def augment(images: Tensor, kind: str) -> Tensor:
@@ -62,6 +62,37 @@ def test_validation_and_test_labels_stay_clean() -> None:
     assert torch.equal(noisy.true_labels, clean.labels)
     assert not clean.noisy.any()
     assert torch.equal(noisy.inputs, clean.inputs)
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(1, [0]), (3, [0, 3, 6]), (4, [0, 2, 5, 7]), (9, [0, 1, 2, 3, 4, 5, 6, 7, 8])]
+)
+def test_examples_are_spread_over_the_order(count: int, expected: list[int]) -> None:
+    values = torch.arange(10)
+    assert spread(values, count).tolist() == expected
+    assert all(spread(values, each) is values for each in (None, 10, 11))
+
+
+def test_some_examples_are_as_if_there_were_no_others() -> None:
+    everything, some = digits(label_noise=0.0), digits(examples=300)
+    assert [len(part) for part in (some.labels, some.validation_labels, some.test_labels)] == [300, 200, 300]
+    assert torch.equal(some.true_labels, spread(everything.labels, 300))
+    assert torch.equal(some.test_labels, spread(everything.test_labels, 300))
+    assert int(some.noisy.sum()) == 150
+    assert some.classes == 10
+    # Normalised by themselves: they are the others up to one scale and shift.
+    chosen = spread(everything.inputs, 300)
+    std, mean = torch.std_mean(chosen)
+    torch.testing.assert_close(some.inputs, (chosen - mean) / std)
+    torch.testing.assert_close(some.validation_inputs, (everything.validation_inputs - mean) / std)
+    torch.testing.assert_close(some.test_inputs, (spread(everything.test_inputs, 300) - mean) / std)
+    assert abs(mean) > 1e-4
+
+
+def test_more_examples_than_there_are_are_refused() -> None:
+    assert len(digits(examples=1097).labels) == 1097
+    with pytest.raises(ConfigError, match="--examples: got 1098, expected at most the 1097 training examples"):
+        digits(examples=1098)
 
 
 def test_replace_labels_follows_the_definition_of_the_paper() -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from fastfisher.training import image_folders, loop
 from fastfisher.training.config import ConfigError, TrainConfig, resolve
-from fastfisher.training.data import Data, StoredImages, load_data, mean_and_std
+from fastfisher.training.data import Data, StoredImages, load_data, mean_and_std, spread
 from fastfisher.training.folder import RunFolder
 from fastfisher.training.image_folders import read_image
 
@@ -138,6 +138,27 @@ def test_label_noise_leaves_the_test_set_and_counts_every_class(name: str, tmp_p
     assert torch.equal(noisy.labels[~noisy.noisy], clean.labels[~noisy.noisy])
     assert not torch.equal(noisy.labels, clean.labels)
     assert noisy.labels.unique().tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["tinyimagenet", "imagenet"])
+def test_some_of_the_stored_images_are_of_every_class(name: str, tmp_path: Path) -> None:
+    (write_tiny_imagenet if name == "tinyimagenet" else write_imagenet)(tmp_path)
+    everything, some = load(name, tmp_path), load(name, tmp_path, examples=6, label_noise=0.5)
+    assert torch.equal(stored(some.inputs), spread(stored(everything.inputs), 6))
+    assert torch.equal(some.true_labels, spread(everything.labels, 6))
+    assert some.true_labels.unique().tolist() == [0, 1, 2]
+    assert torch.equal(stored(some.test_inputs), spread(stored(everything.test_inputs), 6))
+    assert torch.equal(some.test_labels, spread(everything.test_labels, 6))
+    assert int(some.noisy.sum()) == 3
+    assert some.inputs[:].mean((0, 2, 3)).tolist() == pytest.approx([0] * 3, abs=1e-5)
+    assert len(some.validation_labels) == len(some.validation_inputs) == 0
+
+
+def test_more_images_than_there_are_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    write_imagenet(tmp_path)
+    with pytest.raises(ConfigError, match="--examples: got 15, expected at most the 14 training examples"):
+        load("imagenet", tmp_path, examples=15)
+    assert not list(tmp_path.glob("*.npz"))
 
 
 def test_imagenet_has_its_folders_as_classes(tmp_path: Path) -> None:

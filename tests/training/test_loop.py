@@ -131,6 +131,8 @@ def test_a_finished_run_is_left_alone(config: TrainConfig) -> None:
     ("changes", "expected"),
     [
         ({"batch_size": 5_000}, "--batch-size"),
+        ({"examples": 100}, "--batch-size: got 256, expected at most the 100 training examples"),
+        ({"examples": 1_098}, "--examples: got 1098, expected at most the 1097 training examples"),
         ({"epochs": 0}, "--epochs"),
         ({"measure_every": "13steps"}, "--measure-every: got 13step, expected at most the run's 3 epochs or 12 steps"),
         ({"measure_every": "4epochs"}, "--measure-every: got 4epoch"),
@@ -215,6 +217,11 @@ def test_the_statistics_for_testing_are_of_as_many_batches_as_asked_for(
     # More than an epoch has.
     loop.train(dataclasses.replace(config, network="wresnet44_3_bn", epochs=1, bn_batches=STEPS + 3))
     assert seen == [256] * (STEPS + 3)
+
+
+def test_a_run_of_some_examples_has_so_many_steps(config: TrainConfig) -> None:
+    loop.train(dataclasses.replace(config, examples=600, epochs=1))
+    assert [record["step"] for record in metrics(config)] == [2]
 
 
 def test_the_running_estimate_of_the_trace_is_of_its_size(config: TrainConfig) -> None:
