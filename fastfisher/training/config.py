@@ -180,6 +180,9 @@ class TrainConfig:
     trace_samples: int = _option(
         256, "training examples, chosen at random each time, that --measure looks at", rule=AT_LEAST_ONE
     )
+    save_predictions: bool = _option(
+        False, "with each measurement also write the probabilities of the test examples, to predictions/<step>.npy"
+    )
     trace_thresholds: tuple[float, ...] = _option(
         (),
         "also measure Tr(F) after the first epoch whose training loss is below each of these: Tr(F_i) of section 3",
@@ -342,7 +345,7 @@ def _check_combinations(config: TrainConfig) -> None:
                 raise ConfigError(f"{flag(name)}: got {value}, expected it left out: {reason}")
 
     if config.measure == "none":
-        refuse(("measure_every",), "--measure none measures nothing")
+        refuse(("measure_every", "save_predictions"), "--measure none measures nothing")
         if not config.trace_thresholds:
             refuse(("trace_samples",), "--measure none measures nothing")
     if config.network not in NORMALISED_NETWORKS:

@@ -9,14 +9,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastfisher.training.config import ConfigError, TrainConfig, differences, flag, from_values, to_values
 
 
 class RunFolder:
-    """The output folder of one run: ``config.json``, ``metrics.jsonl``, ``checkpoint.pt`` and ``events/``."""
+    """The output folder of one run.
+
+    ``config.json``, ``metrics.jsonl``, ``checkpoint.pt``, ``events/``; ``predictions/`` with ``--save-predictions``.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Name the folder; nothing is created or read."""
@@ -25,6 +30,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoint = self.path / "checkpoint.pt"
         self.events = self.path / "events"
+        self.predictions = self.path / "predictions"
 
     def check(self, config: TrainConfig) -> None:
         """Check that the folder can take a new run, or that the run in it is the one to resume.
@@ -91,6 +97,17 @@ class RunFolder:
             lines = [line for line in self.metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
             with replacing(self.metrics) as file:
                 file.write("".join(line for line in lines if json.loads(line)["step"] <= steps).encode())
+
+    def save_predictions(self, step: int, probabilities: NDArray[np.float16]) -> None:
+        """Write the test examples' probabilities ``[N, classes]`` after so many steps to ``predictions/<step>.npy``."""
+        self.predictions.mkdir(exist_ok=True)
+        with replacing(self.predictions / f"{step}.npy") as file:
+            np.save(file, probabilities)
+
+    def read_predictions(self) -> dict[int, NDArray[np.float16]]:
+        """Return what ``--save-predictions`` wrote: probabilities ``[N, classes]`` by step, in order of steps."""
+        steps = sorted(int(path.stem) for path in self.predictions.glob("*.npy"))
+        return {step: np.load(self.predictions / f"{step}.npy") for step in steps}
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write ``checkpoint.pt``; whatever happens meanwhile, the old or the new one is there, whole."""

@@ -37,6 +37,7 @@ from fastfisher.training.measurements import (
     Record,
     accuracies,
     averaged_batch_statistics,
+    predict_probabilities,
 )
 from fastfisher.training.networks import build_network
 
@@ -91,6 +92,8 @@ def train(config: TrainConfig) -> Outcome:
             run.step()
             bar.update()
             if record := run.finish_step():
+                if config.save_predictions and run.measurement_due:
+                    folder.save_predictions(run.steps, run.predictions().numpy())
                 folder.append_metrics(record)
                 for name, value in record.items():
                     if isinstance(value, (int, float)):
@@ -191,6 +194,11 @@ class Run:
         """Whether all steps of the current epoch have been taken."""
         return self.steps == (self.epoch + 1) * len(self.batches)
 
+    @property
+    def measurement_due(self) -> bool:
+        """Whether ``config.measure_every`` asks for a measurement after the step just taken."""
+        return self.config.measure != "none" and self.steps % self.steps_between_measurements == 0
+
     def step(self) -> None:
         """Take one optimiser step on the next batch."""
         started = time.perf_counter()
@@ -232,7 +240,7 @@ class Run:
         Raises:
             TrainingDivergedError: if the loss, the logits or a measurement are not finite.
         """
-        due = self.config.measure != "none" and self.steps % self.steps_between_measurements == 0
+        due = self.measurement_due
         if not (due or self.epoch_complete):
             return {}
         waiting = time.perf_counter()
@@ -261,11 +269,13 @@ class Run:
         self._check(math.isfinite(loss))
         self._check_logits(self.data.inputs[: self.config.batch_size])
         self.epoch += 1
+        with self._testing():
+            tested = accuracies(self.model, self.data)
         record: Record = {
             "epoch": self.epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_loss": loss / len(self.batches),
-            **self._test(),
+            **tested,
             "penalty": penalty / penalised if penalised else None,
             "penalty_trace_estimate": trace_estimate / penalised if trace_estimate else None,
             "train_seconds": self.train_seconds,
@@ -274,14 +284,24 @@ class Run:
         self.train_seconds = 0.0
         return record
 
-    def _test(self) -> dict[str, float | None]:
-        """Return the accuracies; with batch normalisation, on statistics over batches made as training's are."""
+    @contextmanager
+    def _testing(self) -> Iterator[None]:
+        """Let batch normalisation, where there is any, use statistics over batches made as training's are."""
         count = self.config.bn_batches
         if self.config.network not in NORMALISED_NETWORKS or count == 0:
-            return accuracies(self.model, self.data)
+            yield
+            return
         batches = self._batches(f"batch statistics {self.steps}")
         with averaged_batch_statistics(self.model, (batches.next()[0] for _ in range(count))):
-            return accuracies(self.model, self.data)
+            yield
+
+    def predictions(self) -> Tensor:
+        """Return the probabilities p(y|x) of the test examples, float16 ``[N, classes]``, on the CPU.
+
+        They are those of the network as it is tested, see :meth:`finish_epoch`.
+        """
+        with self._testing():
+            return predict_probabilities(self.model, self.data.test_inputs).cpu()
 
     def _check_logits(self, inputs: Tensor) -> None:
         with eval_mode(self.model), torch.no_grad():

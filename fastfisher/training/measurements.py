@@ -72,9 +72,18 @@ class Examples:
 
 def predict(model: nn.Module, inputs: Images, *, chunk: int = BATCH_SIZE) -> Tensor:
     """Return the most likely class of each of ``N >= 1`` inputs, int64 ``[N]``, in eval mode."""
+    return _of_logits(model, inputs, chunk, lambda logits: logits.argmax(dim=1))
+
+
+def predict_probabilities(model: nn.Module, inputs: Images, *, chunk: int = BATCH_SIZE) -> Tensor:
+    """Return p(y|x) = softmax(logits) of each of ``N >= 1`` inputs, float16 ``[N, classes]``, in eval mode."""
+    return _of_logits(model, inputs, chunk, lambda logits: logits.softmax(dim=1).half())
+
+
+def _of_logits(model: nn.Module, inputs: Images, chunk: int, function: Callable[[Tensor], Tensor]) -> Tensor:
     parts = (inputs[start : start + chunk] for start in range(0, len(inputs), chunk))
     with eval_mode(model), torch.no_grad():
-        return torch.cat([model(part).argmax(dim=1) for part in parts])
+        return torch.cat([function(model(part)) for part in parts])
 
 
 @contextmanager

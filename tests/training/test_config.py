@@ -110,6 +110,7 @@ def test_parser_refuses(arguments: list[str], expected: list[str], capsys: pytes
         ({"measure_every": "1.5epochs"}, ["--measure-every:", "1.5epochs", "its unit"]),
         ({"measure_every": "1week"}, ["--measure-every:", "1week", "50steps"]),
         ({"measure": "none", "measure_every": "5steps"}, ["--measure-every:", "5steps", "--measure none"]),
+        ({"measure": "none", "save_predictions": True}, ["--save-predictions:", "True", "--measure none"]),
         ({"measure": "none", "trace_samples": 5}, ["--trace-samples:", "5", "--measure none"]),
         ({"lr_milestones": (5, 3)}, ["--lr-milestones:", "(5, 3)", "increasing"]),
         ({"lr_milestones": (0, 3)}, ["--lr-milestones:", "(0, 3)", "at least 1"]),

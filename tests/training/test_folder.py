@@ -2,6 +2,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -98,6 +99,29 @@ def test_a_failed_save_keeps_the_old_checkpoint(config: TrainConfig, monkeypatch
     assert state is not None
     assert state["epoch"] == 1
     assert torch.equal(state["weights"], torch.ones(3))
+
+
+def test_predictions_are_read_in_order_of_steps(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(config.out)
+    assert folder.read_predictions() == {}
+    folder.create(config)
+    written = {step: np.full((3, 2), step, np.float16) for step in (100, 9, 10)}
+    for step, probabilities in written.items():
+        folder.save_predictions(step, probabilities)
+
+    def failing(file: object, array: object) -> None:
+        file.write(b"half a file")  # type: ignore[attr-defined]
+        raise OSError("disk full")
+
+    monkeypatch.setattr(np, "save", failing)
+    for step in (9, 11):
+        with pytest.raises(OSError, match="disk full"):
+            folder.save_predictions(step, written[9])
+    found = folder.read_predictions()
+    assert list(found) == [9, 10, 100]
+    for step, probabilities in found.items():
+        assert probabilities.dtype == np.float16
+        assert np.array_equal(probabilities, written[step])
 
 
 def test_epochs_are_counted_without_reading_much(config: TrainConfig) -> None:

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -45,7 +46,7 @@ def with_dropout(name: str, **options: Any) -> nn.Sequential:
     "changes",
     [
         {"augment": "crop_flip", "lr_milestones": (2,), "measure": ALL, "measure_every": "2epochs"},
-        {"method": "FP", "penalty_every": 3, "measure": ALL, "measure_every": "3steps"},
+        {"method": "FP", "penalty_every": 3, "measure": ALL, "measure_every": "3steps", "save_predictions": True},
         {"method": "FP", "penalty_every": 2, "gates": "free", "penalty_start": 1},
         {"mixup": 0.4, "augment": "flip", "trace_thresholds": (2.31, 2.305, 2.3, 2.295, 2.29)},
         {"method": "GP_r", "penalty_every": 3, "penalty_method": "double_backprop"},
@@ -71,6 +72,11 @@ def test_a_resumed_run_computes_the_same_bits(
     assert loop.train(other) == "finished"
     assert metrics(other) == metrics(config)
     assert_same_state(RunFolder(other.out).load_checkpoint(), RunFolder(config.out).load_checkpoint())
+    written, again = (
+        {path.name: path.read_bytes() for path in RunFolder(each.out).predictions.glob("*")} for each in (config, other)
+    )
+    assert again == written
+    assert bool(written) == config.save_predictions
 
 
 def test_a_crash_between_metrics_and_checkpoint_leaves_a_run_to_resume(
@@ -277,7 +283,14 @@ def test_the_learning_rate_falls_after_each_milestone(config: TrainConfig) -> No
 
 def test_measuring_does_not_change_training(config: TrainConfig) -> None:
     config = dataclasses.replace(config, method="FP", penalty_every=2)
-    more = dataclasses.replace(config, out=config.out + "-more", trace_samples=64, measure=ALL, measure_every="3steps")
+    more = dataclasses.replace(
+        config,
+        out=config.out + "-more",
+        trace_samples=64,
+        measure=ALL,
+        measure_every="3steps",
+        save_predictions=True,
+    )
     none = dataclasses.replace(config, out=config.out + "-none", trace_samples=256, measure="none")
     for each in (config, more, none):
         loop.train(each)
@@ -371,6 +384,44 @@ def test_a_run_from_before_an_option_existed_can_be_resumed(
     folder.save_checkpoint(state)
     assert loop.train(dataclasses.replace(older, resume=True)) == "finished"
     assert metrics(older) == metrics(config)
+
+
+def test_predictions_are_written_with_each_measurement(config: TrainConfig) -> None:
+    config = dataclasses.replace(config, measure_every="3steps", save_predictions=True)
+    loop.train(config)
+    found = RunFolder(config.out).read_predictions()
+    assert list(found) == [3, 6, 9, 12]
+    run = loop.Run(loop.resolve(config))
+    checkpoint = RunFolder(config.out).load_checkpoint()
+    assert checkpoint is not None
+    run.load_state_dict(checkpoint)
+    with torch.no_grad():
+        expected = run.model(run.data.test_inputs).softmax(1)
+    for step, probabilities in found.items():
+        assert probabilities.shape == (500, 10)
+        # Probabilities up to the rounding of float16, 2^-11 of each.
+        assert abs(probabilities.astype("float64").sum(1) - 1).max() < 2**-10
+        assert np.allclose(probabilities, expected, rtol=0, atol=2**-10) == (step == 12)
+
+
+@pytest.mark.parametrize("bn_batches", [0, 1, 100])
+def test_predictions_are_those_of_the_network_that_is_tested(
+    bn_batches: int, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "build_network", with_batch_norm)
+    config = dataclasses.replace(
+        config, network="densenet40_12", bn_batches=bn_batches, epochs=1, save_predictions=True
+    )
+    loop.train(config)
+    (probabilities,) = RunFolder(config.out).read_predictions().values()
+    labels = loop.Run(loop.resolve(config)).data.test_labels.numpy()
+    of_labels = probabilities[np.arange(500), labels]
+    others = probabilities.copy()
+    others[np.arange(500), labels] = -1
+    # Rounded to float16, the two most likely classes of an example may be equal.
+    assert (
+        (of_labels > others.max(1)).mean() <= metrics(config)[0]["test_accuracy"] <= (of_labels >= others.max(1)).mean()
+    )
 
 
 @pytest.fixture

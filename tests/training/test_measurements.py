@@ -21,6 +21,7 @@ from fastfisher.training.measurements import (
     area_under_curve,
     averaged_batch_statistics,
     predict,
+    predict_probabilities,
 )
 
 
@@ -76,6 +77,14 @@ def test_predict_does_not_depend_on_the_chunk() -> None:
     network = network_with_batch_norm()
     inputs = torch.randn(7, 1, 8, 8)
     assert torch.equal(predict(network, inputs, chunk=2), predict(network, inputs, chunk=7))
+
+
+def test_probabilities_are_those_of_eval_mode() -> None:
+    network, inputs = network_with_batch_norm().double(), examples(7, 0).inputs
+    found = predict_probabilities(network, inputs, chunk=2)
+    assert network.training
+    with eval_mode(network), torch.no_grad():
+        assert torch.equal(found, network(inputs).softmax(1).half())
 
 
 def test_averaged_statistics_are_the_means_over_the_batches() -> None:
