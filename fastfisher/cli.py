@@ -1,4 +1,4 @@
-"""The command line: ``fastfisher info`` and ``fastfisher train``."""
+"""The command line: ``fastfisher info``, ``fastfisher train`` and ``fastfisher reproduce``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastfisher.training.replicas import Replicas
 
-TRAIN_EXTRA = ("sklearn", "tqdm", "tensorboard")
+TRAIN_EXTRA = ("sklearn", "scipy", "matplotlib", "tqdm", "tensorboard")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="fastfisher", description="Penalise and measure curvature through the Fisher Information Matrix."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="info | train")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | train | reproduce")
     commands.add_parser("info", help="what was compiled, and which backend serves which device")
     train_parser = commands.add_parser(
         "train",
@@ -52,19 +52,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="how many of --seeds train at the same time, each in a process of its own (default: 1); on a GPU all "
         "use the same device, and each gets its share of the CPU's threads unless --threads is given",
     )
+    reproduce_parser = commands.add_parser(
+        "reproduce",
+        help="any table or figure of the paper, by its id",
+        description="Train what a table or figure of the paper needs, and write it with a report. Started again with "
+        "the same options it goes on where it was.",
+        allow_abbrev=False,
+    )
+
+    from fastfisher.paper.arguments import add_arguments as add_reproduce_arguments
+
+    add_reproduce_arguments(reproduce_parser)
     given = vars(parser.parse_args(arguments))
-    if given.pop("command") == "info":
+    command = given.pop("command")
+    if command == "info":
         from fastfisher.info import describe
 
         print(describe())
         return 0
     try:
+        if command == "reproduce":
+            # Only who reproduces needs what draws.
+            from fastfisher.paper.reproduce import main as reproduce
+
+            return reproduce(given)
         return _train(given)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in TRAIN_EXTRA:
             raise
         print(
-            f'fastfisher train: {error.name} is not installed: pip install "fastfisher[train]"',
+            f'fastfisher {command}: {error.name} is not installed: pip install "fastfisher[train]"',
             file=sys.stderr,
         )
         return 1

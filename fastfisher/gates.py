@@ -541,8 +541,14 @@ def _ungated(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
+# Below, what Python adds to a call is more than the kernels save.
+FUSED_ELEMENTS = 1 << 16
+
+
 class _Fused(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and isinstance(args[0], Tensor) and args[0].numel() < FUSED_ELEMENTS:
+            return func(*args, **(kwargs or {}))
         kwargs = kwargs or {}
         found = _gated(func, args, kwargs)
         if found is None or not isinstance(found[1], (_Relu, _MaxPool)):

@@ -260,8 +260,12 @@ class FisherPenalty:
                 logits = call_model(self.model, inputs)
             loss = self._training_loss(logits, targets)
         total = _gradients(loss, trainable)
-        for name, gradient in (self._reused or {}).items():
-            _add(total, name, gradient, self.alpha)
+        reused = self._reused or {}
+        both = [name for name in reused if name in total]
+        if both:
+            torch._foreach_add_([total[name] for name in both], [reused[name] for name in both], alpha=self.alpha)
+        for name in reused.keys() - total.keys():
+            total[name] = reused[name] * self.alpha
         return _Outcome(loss.detach(), logits.detach(), total)
 
     def _penalised(self, inputs: Inputs, targets: Any) -> _Outcome:

@@ -25,11 +25,11 @@ OTHER_IMAGE_SIZE = 32
 NETWORKS = (
     *("small_cnn", "simple_cnn", "vgg11", "densenet40_12", "wresnet44_3", "wresnet44_3_bn"),
     *("resnet26", "resnet32", "resnet50", "resnet52", "resnet56", "fixup_resnet18"),
-    *("small_simple_cnn", "small_vgg11", "small_densenet7_8", "small_wresnet8_1", "small_wresnet8_1_bn"),
-    *("small_resnet8", "small_resnet14", "small_fixup_resnet10"),
+    *("small_simple_cnn", "small_vgg11", "small_fixup_resnet10"),
+    *("densenet7_12", "wresnet8_1", "wresnet8_1_bn", "resnet8", "resnet14"),
 )
 NORMALISED_NETWORKS = tuple(name for name in NETWORKS if "densenet" in name or name.endswith("_bn"))
-AUGMENTATIONS = ("none", "flip", "crop_flip")
+AUGMENTATIONS = ("none", "flip", "crop", "crop_flip")
 MEASUREMENTS = (
     *("trace_fisher", "trace_hessian", "per_example_grad_norms", "top_eigenvalue", "gradient_covariance"),
     *("noisy_gradients", "trace_fisher_batch", "minibatch_covariance", "accuracy"),
@@ -106,7 +106,10 @@ class TrainConfig:
         rule=AT_LEAST_EIGHT,
     )
     augment: str = _option(
-        "none", "flip: horizontal flips; crop_flip: also crops with padding 4", choices=AUGMENTATIONS
+        "none",
+        "flip: horizontal flips; crop: random crops after padding by 4, on images below 32 by an eighth of their size; "
+        "crop_flip: both",
+        choices=AUGMENTATIONS,
     )
     mixup: float | None = _option(
         None,
@@ -118,7 +121,7 @@ class TrainConfig:
     noise_seed: int | None = _option(None, "seed of the label noise; --seed unless given", rule=SEED)
     network: str = _option(
         "small_cnn",
-        "network; DenseNets and those that end in _bn have batch normalisation; small_... are reduced, for digits",
+        "network; DenseNets and those that end in _bn have batch normalisation; the second row of them is for digits",
         choices=NETWORKS,
     )
     start_from: str | None = _option(

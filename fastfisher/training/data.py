@@ -252,38 +252,43 @@ class Augmentation:
     Attributes:
         flipped: which are mirrored, bool ``[N]``; None where images stay as they are.
         shifts: the corners of the crops, int64 ``[2, N, 1]``; None where there are none.
+        padding: how many zeros each side has before the crop.
     """
 
     flipped: Tensor | None = None
     shifts: Tensor | None = None
+    padding: int = CROP_PADDING
 
     @classmethod
-    def draw(cls, kind: str, count: int, generator: torch.Generator, device: torch.device) -> Augmentation:
-        """Draw for ``count`` images, from a generator on the CPU.
+    def draw(
+        cls, kind: str, count: int, generator: torch.Generator, device: torch.device, size: int = 32
+    ) -> Augmentation:
+        """Draw for ``count`` images of ``size`` pixels a side, from a generator on the CPU.
 
-        ``flip`` mirrors half of them; ``crop_flip`` first crops at random after padding by 4 zeros on each side
-        (He et al., 2016); ``none`` leaves them as they are.
+        ``flip`` mirrors half of them; ``crop`` crops at random after padding by 4 zeros on each side (He et al., 2016),
+        by an eighth of smaller images than theirs; ``crop_flip`` does both; ``none`` leaves them as they are.
         """
-        if kind == "none":
-            return cls()
-        shifts = None
-        if kind == "crop_flip":
-            shifts = torch.randint(2 * CROP_PADDING + 1, (2, count, 1), generator=generator).to(device)
-        return cls((torch.rand(count, generator=generator) < 0.5).to(device), shifts)
+        padding = min(CROP_PADDING, size // 8)
+        flipped = shifts = None
+        if kind.startswith("crop"):
+            shifts = torch.randint(2 * padding + 1, (2, count, 1), generator=generator).to(device)
+        if kind.endswith("flip"):
+            flipped = (torch.rand(count, generator=generator) < 0.5).to(device)
+        return cls(flipped, shifts, padding)
 
     def apply(self, inputs: Tensor, part: slice) -> Tensor:
         """Return the images ``[n, C, H, W]``, which are those of ``part``, augmented."""
-        if self.flipped is None:
-            return inputs
         count, _, height, width = inputs.shape
         if self.shifts is not None:
-            padded = F.pad(inputs, (CROP_PADDING,) * 4)
+            padded = F.pad(inputs, (self.padding,) * 4)
             down, right = self.shifts[:, part]
             rows = down + torch.arange(height, device=inputs.device)
             columns = right + torch.arange(width, device=inputs.device)
             examples = torch.arange(count, device=inputs.device)[:, None, None]
             # Advanced indices around a slice put the channel last.
             inputs = padded[examples, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        if self.flipped is None:
+            return inputs
         return torch.where(self.flipped[part, None, None, None], inputs.flip(-1), inputs)
 
 
@@ -360,7 +365,7 @@ class Batches:
         self.beginning = self.generator.get_state()
         count, device = len(self.labels), self.labels.device
         self.order = torch.randperm(count, generator=self.generator).to(device)
-        self.augmentation = Augmentation.draw(self.augment, count, self.generator, device)
+        self.augmentation = Augmentation.draw(self.augment, count, self.generator, device, self.inputs.shape[-1])
         if self.mixup is not None:
             self.mixup.draw(len(self), self.batch_size, device)
         self.position = 0

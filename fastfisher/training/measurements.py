@@ -114,7 +114,8 @@ def averaged_batch_statistics(model: nn.Module, batches: Iterable[Tensor]) -> It
 def accuracies(model: nn.Module, data: Data) -> dict[str, float | None]:
     """Return the fraction of right predictions on every part of the data, in eval mode, without augmentation.
 
-    ``clean_accuracy``: training examples whose label was kept. ``noisy_accuracy``: training examples whose
+    ``train_accuracy``: training examples, against the labels they are trained on. ``clean_accuracy``: those whose label
+    was kept. ``noisy_accuracy``: those whose
     label was replaced, against the replaced label they are trained on: memorisation (Figure 5).
     ``noisy_true_accuracy``: the same examples against the label they had before. None where there are none.
     """
@@ -128,6 +129,7 @@ def accuracies(model: nn.Module, data: Data) -> dict[str, float | None]:
 
     noisy = data.noisy
     return {
+        "train_accuracy": share(predictions == data.labels),
         "clean_accuracy": share((predictions == data.labels)[~noisy]),
         "noisy_accuracy": share((predictions == data.labels)[noisy]),
         "noisy_true_accuracy": share((predictions == data.true_labels)[noisy]),

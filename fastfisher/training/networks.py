@@ -25,9 +25,9 @@ def build_network(name: str, *, in_channels: int, image_size: int, classes: int)
       numbers are 8 blocks a stage, counted as 6n + 4 and 6n + 2: a Wide ResNet of depth 50 and width 3 with SkipInit.
     - ``fixup_resnet18``: figure 2, ImageNet.
 
-    The others that begin with ``small_`` are of the same kinds, reduced for digits: of the depth and the width in their
-    names, and with fewer channels: half of them from the stem on; ``small_simple_cnn`` and ``small_fixup_resnet10``
-    have a quarter, ``small_vgg11`` an eighth.
+    The others are of the same kinds, reduced for digits: of the depth and the width, or growth, in their names, and
+    ``small_simple_cnn``, ``small_vgg11`` and ``small_fixup_resnet10`` with a half, an eighth and a quarter of the
+    channels.
 
     Raises:
         ConfigError: for an unknown name, or images below 8x8.
@@ -40,7 +40,7 @@ def build_network(name: str, *, in_channels: int, image_size: int, classes: int)
         return _small_cnn(in_channels, image_size, classes)
     kind, small = name.removeprefix("small_"), name.startswith("small_")
     if kind == "simple_cnn":
-        return _simple_cnn(in_channels, image_size, classes, base=8 if small else 32)
+        return _simple_cnn(in_channels, image_size, classes, base=16 if small else 32)
     if kind == "vgg11":
         return _vgg11(in_channels, image_size, classes, base=8 if small else 64)
     numbers = [int(number) for number in re.findall("[0-9]+", kind)]
@@ -49,7 +49,6 @@ def build_network(name: str, *, in_channels: int, image_size: int, classes: int)
         return fixup_resnet(*numbers, base=16 if small else 64, **shape)
     if kind == "resnet52":
         return wide_resnet(50, 3, skip_init=True, **shape)
-    shape["base"] = 8 if small else 16
     if kind.startswith("densenet"):
         return densenet(*numbers, **shape)
     if kind.startswith("wresnet"):
@@ -76,7 +75,7 @@ def _small_cnn(in_channels: int, image_size: int, classes: int) -> nn.Sequential
 def _simple_cnn(in_channels: int, image_size: int, classes: int, *, base: int) -> nn.Sequential:
     """SimpleCNN of the paper (I.2): Keras' ``cifar10_cnn`` example without dropout, last hidden layer 128 = 4 ``base``.
 
-    361,898 parameters for 3x32x32 and 10 classes with ``base`` 32; 6,562 for 1x16x16 with 8.
+    361,898 parameters for 3x32x32 and 10 classes with ``base`` 32; 25,274 for 1x16x16 with 16.
     """
     layers: list[nn.Module] = []
     channels, size = in_channels, image_size

@@ -254,6 +254,11 @@ class Process:
             self.process.send_signal(signal.SIGINT)
 
 
+def ending_signals() -> list[int]:
+    """Return the signals on which runs that have sessions of their own are to be ended too: all but for nohup's."""
+    return [each for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]
+
+
 def train_together(configs: Sequence[TrainConfig], together: int) -> list[Failure]:
     """Train what is not finished yet, ``together`` runs at a time, and return those that failed.
 
@@ -267,10 +272,8 @@ def train_together(configs: Sequence[TrainConfig], together: int) -> list[Failur
     waiting = [config for config in configs if not finished(config)]
     running: list[Process] = []
     failures: list[Failure] = []
-    # The runs have sessions of their own: whoever ends this process alone has to end them too, but for nohup.
-    ends = [each for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]
     with (
-        catch_interrupt(ends) as interrupted,
+        catch_interrupt(ending_signals()) as interrupted,
         tqdm(
             total=sum(config.epochs for config in configs), initial=sum(measured.values()), unit="epoch", disable=None
         ) as bar,

@@ -52,23 +52,21 @@ class PlainBlock(nn.Module):
         return F.relu(self.shortcut(x) + self.second(F.relu(self.first(x))))
 
 
-def resnet(depth: int, *, in_channels: int, classes: int, base: int = 16) -> nn.Sequential:
-    """ResNet-``depth`` of He et al. (2016) for small images: depth = 6n + 2, 3 stages of n blocks.
-
-    The stages have ``base``, 2 ``base`` and 4 ``base`` channels; theirs 16, 32 and 64.
+def resnet(depth: int, *, in_channels: int, classes: int) -> nn.Sequential:
+    """ResNet-``depth`` of He et al. (2016) for small images: depth = 6n + 2, stages of n blocks of 16, 32, 64 channels.
 
     No batch normalisation. The weights start as in Arpit et al. (2019): variance gain/fan_out, with gain 2 for the
     first convolution of a block, 1/n for the second, 1 for a shortcut, and no ReLU after the stem. They presuppose
     weight normalisation, which the paper does not mention: it is left out. Chosen too: biases, and 1x1 convolutions
     where a shortcut changes the shape. Depth 26: 368,682 parameters for 3 channels and 10 classes, 374,532 for 100;
-    with ``base`` 8 depth 8 has 19,642 for 1 channel and 10 classes, depth 14 43,946.
+    depth 8 has 77,418 for 1 channel and 10 classes, depth 14 174,410.
     """
     blocks, remainder = divmod(depth - 2, 6)
     if remainder or blocks < 1:
         raise ValueError(f"depth: expected 6n + 2 with n >= 1, got {depth}")
-    channels = base
-    layers: list[nn.Module] = [_conv(in_channels, channels, 3, bias=True)]
-    for stage, width in enumerate((base, 2 * base, 4 * base)):
+    layers: list[nn.Module] = [_conv(in_channels, 16, 3, bias=True)]
+    channels = 16
+    for stage, width in enumerate((16, 32, 64)):
         for block in range(blocks):
             layers.append(PlainBlock(channels, width, 2 if stage > 0 and block == 0 else 1))
             channels = width
@@ -109,25 +107,21 @@ class WideBlock(nn.Module):
         return branch + (x if self.shortcut is None else self.shortcut(active))
 
 
-def wide_resnet(
-    depth: int, width: int, *, in_channels: int, classes: int, skip_init: bool, base: int = 16
-) -> nn.Sequential:
-    """Wide ResNet (Zagoruyko & Komodakis, 2016): a stem of ``base`` channels and 3 stages of n blocks.
-
-    The stages have ``base``, 2 ``base`` and 4 ``base`` times ``width`` channels; theirs 16, 32 and 64 times.
+def wide_resnet(depth: int, width: int, *, in_channels: int, classes: int, skip_init: bool) -> nn.Sequential:
+    """Wide ResNet (Zagoruyko & Komodakis, 2016): 3 stages of n blocks, 16, 32 and 64 times ``width`` channels.
 
     They count depth = 6n + 4, which 44 is not; here depth = 6n + 2, as He et al. do, so that 44 is n = 7. Convolutions
     start as theirs, by He et al. (2015). Depth 44 and width 3 has 5,928,180 parameters for 3 channels and 100 classes,
     5,947,480 for 200; with ``skip_init``, without batch normalisation and with biases, 5,923,817 and 5,943,117.
-    Depth 8, width 1 and ``base`` 8 has 19,714 for 1 channel and 10 classes, with ``skip_init`` 19,645.
+    Depth 8 and width 1 has 77,562 for 1 channel and 10 classes, with ``skip_init`` 77,421.
     """
     blocks, remainder = divmod(depth - 2, 6)
     if remainder or blocks < 1:
         raise ValueError(f"depth: expected 6n + 2 with n >= 1, got {depth}")
-    channels = base
-    layers: list[nn.Module] = [_conv(in_channels, channels, 3, bias=skip_init)]
+    layers: list[nn.Module] = [_conv(in_channels, 16, 3, bias=skip_init)]
+    channels = 16
     for stage in range(3):
-        outputs = base * 2**stage * width
+        outputs = 16 * 2**stage * width
         for block in range(blocks):
             layers.append(WideBlock(channels, outputs, 2 if stage > 0 and block == 0 else 1, skip_init=skip_init))
             channels = outputs
@@ -217,17 +211,17 @@ class DenseLayer(nn.Module):
         return torch.cat([x, self.conv(F.relu(self.norm(x)))], 1)
 
 
-def densenet(depth: int, growth: int, *, in_channels: int, classes: int, base: int = 16) -> nn.Sequential:
+def densenet(depth: int, growth: int, *, in_channels: int, classes: int) -> nn.Sequential:
     """DenseNet (Huang et al., 2017) for small images, the basic one: 3 blocks of (depth − 4)/3 layers.
 
-    A stem of ``base`` channels, 16 in the paper (the authors' code has 24), batch normalisation, no bottleneck, no
+    A stem of 16 channels, as the paper has it (the authors' code has 24), batch normalisation, no bottleneck, no
     compression, no dropout. Depth 40 and growth 12 has 1,019,722 parameters for 3 channels and 10 classes, 1,060,132
-    for 100; depth 7, growth 8 and ``base`` 8 has 4,930 for 1 channel and 10 classes.
+    for 100; depth 7 and growth 12 has 12,538 for 1 channel and 10 classes.
     """
     layers_per_block, remainder = divmod(depth - 4, 3)
     if remainder or layers_per_block < 1:
         raise ValueError(f"depth: expected 3n + 4 with n >= 1, got {depth}")
-    channels = base
+    channels = 16
     layers: list[nn.Module] = [_conv(in_channels, channels, 3, bias=False)]
     for block in range(3):
         for _ in range(layers_per_block):

@@ -144,6 +144,20 @@ def test_crop_flip_shifts_each_image_by_up_to_four_pixels() -> None:
     assert {column for _, column, _ in seen} == set(range(9))
 
 
+def test_crops_of_small_images_are_shifted_by_an_eighth_of_their_size_and_not_mirrored() -> None:
+    images = torch.randn(200, 1, 8, 8)
+    drawn = Augmentation.draw("crop", len(images), torch.Generator().manual_seed(0), images.device, 8)
+    cropped = drawn.apply(images, slice(0, len(images)))
+    padded = torch.nn.functional.pad(images, (1, 1, 1, 1))
+    shifts = [(row, column) for row in range(3) for column in range(3)]
+    found = [
+        [shift for shift in shifts if torch.equal(image, source[:, shift[0] : shift[0] + 8, shift[1] : shift[1] + 8])]
+        for image, source in zip(cropped, padded, strict=True)
+    ]
+    assert all(len(places) == 1 for places in found)
+    assert {places[0] for places in found} == set(shifts)
+
+
 def test_no_augmentation_draws_nothing() -> None:
     images = torch.randn(3, 1, 4, 4)
     generator = torch.Generator().manual_seed(0)

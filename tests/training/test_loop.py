@@ -471,7 +471,7 @@ def test_a_run_that_began_with_the_weights_of_another_is_resumed_without_it(
     [
         ({}, "expected the folder of a run that has a checkpoint"),
         ({"checkpoint": "damaged"}, "whose run cannot be read"),
-        ({"network": "small_resnet8"}, "a run of densenet40_12, expected one of --network small_resnet8"),
+        ({"network": "resnet8"}, "a run of densenet40_12, expected one of --network resnet8"),
         ({"classes": 7}, "whose densenet40_12 has 5.weight of shape (10, 16), expected (7, 16)"),
         ({"layers": 1}, "whose densenet40_12 has 6.weight of shape None, expected (10, 10)"),
     ],

@@ -33,13 +33,13 @@ from fastfisher.training.residual_networks import FixupBlock, WideBlock, densene
         # ResNet-18's 11,689,512 without its 9,600 of batch normalisation, with 5 scalars a block and 2 more.
         ("fixup_resnet18", 3, 224, 1000, 11_689_512 - 9_600 + 8 * 5 + 2),
         # Counted by hand, layer by layer.
-        ("small_simple_cnn", 1, 16, 10, 6_562),
+        ("small_simple_cnn", 1, 16, 10, 25_274),
         ("small_vgg11", 1, 16, 10, 145_066),
-        ("small_densenet7_8", 1, 16, 10, 4_930),
-        ("small_wresnet8_1_bn", 1, 16, 10, 19_474 + 2 * 120),
-        ("small_wresnet8_1", 1, 16, 10, 19_642 + 3),
-        ("small_resnet8", 1, 16, 10, 19_642),
-        ("small_resnet14", 1, 16, 10, 19_642 + 24_304),
+        ("densenet7_12", 1, 16, 10, 12_538),
+        ("wresnet8_1_bn", 1, 16, 10, 77_562),
+        ("wresnet8_1", 1, 16, 10, 77_421),
+        ("resnet8", 1, 16, 10, 77_418),
+        ("resnet14", 1, 16, 10, 174_410),
         ("small_fixup_resnet10", 1, 16, 10, 307_738 + 4 * 5 + 2),
     ],
 )
@@ -76,7 +76,7 @@ def test_vgg11_keeps_the_scale_of_its_gradients() -> None:
     "name",
     [
         *("resnet26", "resnet56", "wresnet44_3", "densenet40_12", "fixup_resnet18"),
-        *("small_resnet8", "small_resnet14", "small_wresnet8_1", "small_densenet7_8", "small_fixup_resnet10"),
+        *("resnet8", "resnet14", "wresnet8_1", "densenet7_12", "small_fixup_resnet10"),
     ],
 )
 def test_a_deep_network_starts_with_a_signal_of_order_one(name: str) -> None:

@@ -1,0 +1,17 @@
+"""Figure 4: validation accuracy and Tr(F) over training with and without penalties, Wide ResNet and VGG-11."""
+
+from __future__ import annotations
+
+from fastfisher.paper.experiment import MAX_TRACE, VALIDATION_ACCURACY, Experiment
+from fastfisher.paper.penalty_curves import cases_of, checks, draw
+from fastfisher.paper.settings import VGG, WRESNET, table_1_notes
+
+EXPERIMENT = Experiment(
+    title="Validation accuracy and Tr(F) over training, Wide ResNet and VGG-11",
+    cases=cases_of(VGG, WRESNET),
+    quantities=(VALIDATION_ACCURACY, MAX_TRACE),
+    draw=draw,
+    checks=checks,
+    notes=table_1_notes,
+    size=(10.0, 7.0),
+)
