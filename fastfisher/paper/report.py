@@ -170,7 +170,7 @@ def _tuning(tuned: Mapping[Tuned, float]) -> list[str]:
             what += f" at learning rate {options['lr']:g}"
         if options.get("label_noise"):
             what += f", {options['label_noise']:.0%} noise"
-        times = "" if each.factor == 1.0 else f", {each.factor:g} times the best"
+        times = "" if each.factor == 1.0 else f", {each.factor:.3g} times the best"
         grid = ", ".join(f"{v:.4g}" for v in each.values)
         lines.append(f"- Tuned on validation ({each.judged} epoch): {what}: **{value:g}**{times} of {grid}.")
     return sorted(set(lines))

@@ -215,15 +215,14 @@ class RayWorkers:
 
         self.ray = ray
         ray.init(address=None if address == "local" else address, log_to_driver=False, include_dashboard=False)
+        self.resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         # Ray queues what it has no room for.
         self.capacity = 1 << 16
 
     def start(self, run: Run) -> Job:
         """As :meth:`Workers.start`."""
         config = run.config
-        gpu = config.device.startswith("cuda") or (
-            config.device == "auto" and self.ray.cluster_resources().get("GPU", 0) > 0
-        )
+        gpu = config.device.startswith("cuda") or (config.device == "auto" and self.resources.get("GPU", 0) > 0)
         options = {"num_cpus": max(1, config.threads), "num_gpus": 1 if gpu else 0, "max_retries": 0, "max_calls": 1}
         return _RayJob(self.ray, self.ray.remote(train_run).options(**options).remote(to_values(config)))
 
