@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastfisher.paper.cases import Case, Tuned
-from fastfisher.training.config import TrainConfig
+from fastfisher.training.config import NORMALISED_NETWORKS, TrainConfig
 from fastfisher.training.folder import RunFolder, replacing
 from fastfisher.training.replicas import Metrics
 
@@ -256,4 +256,7 @@ def shortened(config: TrainConfig) -> TrainConfig:
         changes["penalty_examples"] = min(config.penalty_examples, DRY_BATCH // 2)
     if config.measure != "none":
         changes["measure_every"] = "1epoch"
+    if config.network in NORMALISED_NETWORKS:
+        # A hundred batches for the statistics would take fifty times as long as the steps.
+        changes["bn_batches"] = min(config.bn_batches, DRY_STEPS)
     return dataclasses.replace(config, **changes)

@@ -15,7 +15,7 @@ from fastfisher.paper.cases import SCALES, Case, Scale, Tuned, tuned
 from fastfisher.paper.experiments import load
 from fastfisher.paper.plan import REPEAT, TUNING_SEED, Place, Plan, Run, run_name, write_outcome
 from fastfisher.paper.reproduce import Request
-from fastfisher.training.config import TrainConfig, from_values, resolve, to_values
+from fastfisher.training.config import NORMALISED_NETWORKS, TrainConfig, from_values, resolve, to_values
 from fastfisher.training.replicas import Metrics
 from tests.paper.plans import RememberedPlace, digits, drive, epoch
 
@@ -69,7 +69,7 @@ def test_the_place_is_in_no_name(place: RememberedPlace) -> None:
     start = digits(lr=0.3)
     wanted = [(digits(), 0), (dataclasses.replace(digits(lr=0.2), start=start), 1)]
     plans = [Plan(wanted, each) for each in (place, elsewhere)]
-    names = [[run.name for run in drive(plan, plan.place.finish)] for plan in plans]  # type: ignore[attr-defined]
+    names = [[run.name for run in drive(plan, plan.place.finish)] for plan in plans]
     assert names[0] == names[1]
     assert len(names[0]) == 3
 
@@ -287,6 +287,7 @@ def test_every_run_is_counted_found_and_has_options_that_can_be_used(
         for run in trained:
             assert run.config.examples == 2 * run.config.batch_size == 16
             assert (run.config.epochs, run.config.penalty_start) == (1, 0)
+            assert run.config.bn_batches == (2 if run.config.network in NORMALISED_NETWORKS else 100)
 
 
 def test_a_dry_run_has_one_value_of_each_grid(tmp_path: Path) -> None:
