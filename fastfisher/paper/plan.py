@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastfisher.paper.cases import Case, Tuned
-from fastfisher.training.config import TrainConfig
+from fastfisher.training.config import NORMALISED_NETWORKS, TrainConfig
 from fastfisher.training.folder import RunFolder, replacing
 from fastfisher.training.replicas import Metrics
 
@@ -87,8 +87,8 @@ class Plan:
         self._values: dict[Tuned, float] = {}
 
     def count(self) -> int:
-        """Return how many runs there are in all."""
-        return len(set(self._all()))
+        """Return how many runs there are in all. Fewer, should a tuned run turn out to be one that is there anyway."""
+        return len(self.everything())
 
     def _all(self) -> Iterator[tuple[Case, int]]:
         """Every case and seed, with those for tuning and those to start from; some more than once."""
@@ -103,29 +103,45 @@ class Plan:
 
     def everything(self) -> list[Run]:
         """Return all runs, with the first value of its grid for what is not tuned yet: to see what they will cost."""
-        found = []
-        for case, seed in set(self._all()):
-            options: dict[str, Any] = {
-                name: self._values.get(value, value.factor * value.values[0]) if isinstance(value, Tuned) else value
-                for name, value in case.options
-            }
-            config = TrainConfig(**options, seed=seed)
-            found.append(Run("", shortened(config) if self.place.dry_run else config))
-        return found
+        found = {}
+        for case, seed in dict.fromkeys(self._all()):
+            identity, config = self._expected(case, seed)
+            found[identity] = Run("", config)
+        return list(found.values())
+
+    def _expected(self, case: Case, seed: int) -> tuple[Hashable, TrainConfig]:
+        """Return what will be computed, as far as is known, and the options with a guess for what is not."""
+        options = dict(case.options)
+        unknown = []
+        for name, value in case.options:
+            if isinstance(value, Tuned):
+                options[name] = self._values.get(value, value.factor * value.values[0])
+                # A dry run has no other value to choose.
+                if not (value in self._values or self.place.dry_run):
+                    unknown.append((name, value))
+        config = TrainConfig(**options, seed=seed + REPEAT * case.repeat)
+        config = shortened(config) if self.place.dry_run else config
+        start = None if case.start is None else self._expected(case.start, seed)[0]
+        return (config, tuple(unknown), start), config
 
     def _grid(self, tuned: Tuned) -> list[Case]:
         values = tuned.values[:1] if self.place.dry_run else tuned.values
         return [tuned.case.but(**{tuned.option: value}) for value in values]
 
     def outcome(self, run: Run) -> str | None:
-        """As :meth:`Place.outcome`, which is asked no more once the run has one."""
-        if run.name not in self._finished and (outcome := self.place.outcome(run)):
-            self._finished[run.name] = outcome
+        """As :meth:`Place.outcome`, which is asked no more once the run has one.
+
+        What starts from a run that diverged has diverged too: the weights it would get are of some epoch before.
+        """
+        if run.name not in self._finished:
+            lost = run.start is not None and self.outcome(run.start) == "diverged"
+            if outcome := "diverged" if lost else self.place.outcome(run):
+                self._finished[run.name] = outcome
         return self._finished.get(run.name)
 
     def count_finished(self) -> int:
         """Return how many of them are known to be finished."""
-        return sum(self.outcome(run) is not None for run in self._runs.values())
+        return len({run.name for run in self._runs.values() if self.outcome(run) is not None})
 
     def ready(self, at_least: int | None = None) -> list[Run]:
         """Return the runs that can be trained now, each once, in the order in which they are wanted.
@@ -240,4 +256,7 @@ def shortened(config: TrainConfig) -> TrainConfig:
         changes["penalty_examples"] = min(config.penalty_examples, DRY_BATCH // 2)
     if config.measure != "none":
         changes["measure_every"] = "1epoch"
+    if config.network in NORMALISED_NETWORKS:
+        # A hundred batches for the statistics would take fifty times as long as the steps.
+        changes["bn_batches"] = min(config.bn_batches, DRY_STEPS)
     return dataclasses.replace(config, **changes)

@@ -17,7 +17,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastfisher.paper.plan import Run, write_outcome
+from fastfisher.paper.plan import NOT_IN_NAME, Run, write_outcome
 from fastfisher.training.config import ConfigError, TrainConfig, from_values, to_values
 from fastfisher.training.folder import RunFolder
 
@@ -72,11 +72,13 @@ def train_run(values: dict[str, Any]) -> None:
     with _alone(folder):
         if (folder.path / "outcome.json").exists():
             return
-        if not folder.config.exists():
-            # Cut off before there was anything in it.
+        if folder.checkpoint.exists():
+            config = _as_started(config, folder.read_config())
+        else:
+            # Cut off before there was anything to continue from.
             shutil.rmtree(folder.path, ignore_errors=True)
         try:
-            outcome = train(dataclasses.replace(config, resume=folder.config.exists()))
+            outcome = train(config)
         except TrainingDivergedError as error:
             folder.path.mkdir(parents=True, exist_ok=True)
             write_outcome(folder, "diverged", str(error))
@@ -84,6 +86,12 @@ def train_run(values: dict[str, Any]) -> None:
         if outcome == "interrupted":
             raise KeyboardInterrupt
         write_outcome(folder, "finished")
+
+
+def _as_started(config: TrainConfig, stored: TrainConfig) -> TrainConfig:
+    """Return the options that continue a run: where and how it is computed stays as it was when it was started."""
+    same = {name: getattr(stored, name) for name in NOT_IN_NAME if name not in ("out", "resume", "data_dir")}
+    return dataclasses.replace(config, resume=True, **same)
 
 
 @contextmanager
@@ -154,7 +162,9 @@ class _LocalJob:
 
 
 def last_line(log: Path, start: int) -> str:
-    """Return the last line in the log, behind byte ``start``, that says something."""
+    """Return the last line in the log, behind byte ``start``, that says something; "" where there is no log."""
+    if not log.exists():
+        return ""
     with log.open("rb") as file:
         file.seek(start)
         lines = [line.strip() for line in file.read().decode(errors="replace").split("\n")]
@@ -213,7 +223,7 @@ class RayWorkers:
         """
         import ray
 
-        self.ray = ray
+        self.ray: Any = ray
         ray.init(address=None if address == "local" else address, log_to_driver=False, include_dashboard=False)
         self.resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         # Ray queues what it has no room for.

@@ -278,8 +278,8 @@ class Augmentation:
 
     def apply(self, inputs: Tensor, part: slice) -> Tensor:
         """Return the images ``[n, C, H, W]``, which are those of ``part``, augmented."""
-        count, _, height, width = inputs.shape
         if self.shifts is not None:
+            count, _, height, width = inputs.shape
             padded = F.pad(inputs, (self.padding,) * 4)
             down, right = self.shifts[:, part]
             rows = down + torch.arange(height, device=inputs.device)

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
 import builtins
-import pickle
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -15,6 +13,7 @@ from torch.nn import functional as F
 
 from fastfisher.training.config import ConfigError
 from fastfisher.training.data import Augmentation, Batches, Data, Mixup, load_data, replace_labels, spread
+from tests.archives import accept_any_cifar, write_cifar
 
 
 def augment(images: Tensor, kind: str) -> Tensor:
@@ -279,28 +278,13 @@ def test_an_unusable_torchvision_is_explained(error: Exception, monkeypatch: pyt
     assert "match" in str(refused.value)
 
 
-def write_cifar10(folder: Path, monkeypatch: pytest.MonkeyPatch, datasets: Any) -> None:
-    """Write CIFAR-10's layout with small files: 5 x 1,200 training and 50 test images."""
-    base = folder / "cifar-10-batches-py"
-    base.mkdir()
-    random = np.random.default_rng(0)
-    names = [f"data_batch_{i}" for i in range(1, 6)]
-    for name, count in [*((name, 1_200) for name in names), ("test_batch", 50)]:
-        content = {
-            "data": random.integers(0, 256, (count, 3072), dtype=np.uint8),
-            "labels": [i % 10 for i in range(count)],
-        }
-        (base / name).write_bytes(pickle.dumps(content))
-    (base / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(i) for i in range(10)]}))
-    monkeypatch.setattr(datasets.cifar, "check_integrity", lambda path, md5=None: Path(path).exists())
-
-
 def test_cifar10_holds_out_5000_training_examples(
     torchvision: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torchvision import datasets
 
-    write_cifar10(tmp_path, monkeypatch, datasets)
+    write_cifar(tmp_path, 10, training=6_000)
+    accept_any_cifar(datasets, monkeypatch)
     data = load_data("cifar10", data_dir=str(tmp_path), image_size=32, label_noise=0, noise_seed=0, device="cpu")
     assert data.inputs.shape == (1_000, 3, 32, 32)
     assert data.validation_inputs.shape == (5_000, 3, 32, 32)
@@ -317,8 +301,7 @@ def test_cifar10_holds_out_5000_training_examples(
 def test_bad_files_of_cifar_are_named(torchvision: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision import datasets
 
-    write_cifar10(tmp_path, monkeypatch, datasets)
-    base = tmp_path / "cifar-10-batches-py"
+    base = write_cifar(tmp_path, 10, training=6_000)
     (base / "data_batch_2").unlink()
     (base / "test_batch").write_bytes(b"cut off")
 

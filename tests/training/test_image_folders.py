@@ -15,47 +15,7 @@ from fastfisher.training.config import ConfigError, TrainConfig, resolve
 from fastfisher.training.data import Data, StoredImages, load_data, mean_and_std, spread
 from fastfisher.training.folder import RunFolder
 from fastfisher.training.image_folders import read_image
-
-# In another order than the alphabet's, as in the archive.
-WORDNET = ("n02124075", "n04067472", "n01443537")
-
-
-def write_image(path: Path, seed: int, size: tuple[int, int] = (64, 64), mode: str = "RGB") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Blocks of 8 pixels: what is left of them after JPEG can be recognised.
-    height, width = size[1] // 8, size[0] // 8
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, len(mode)), dtype=np.uint8)
-    Image.fromarray(pixels.repeat(8, 0).repeat(8, 1).squeeze(), mode).save(path, "JPEG", quality=95)
-
-
-def write_tiny_imagenet(folder: Path, each: int = 10, test: int = 7) -> Path:
-    """Write the layout of the archive: 3 classes, of which one has a grey image as some have."""
-    root = folder / "tiny-imagenet-200"
-    for label, name in enumerate(WORDNET):
-        files = [f"{name}_{index}.JPEG" for index in range(each)]
-        for index, file in enumerate(files):
-            mode = "L" if (label, index) == (1, 2) else "RGB"
-            write_image(root / "train" / name / "images" / file, 100 * label + index, mode=mode)
-        boxes = "".join(f"{file}\t0\t10\t63\t58\n" for file in files)
-        (root / "train" / name / f"{name}_boxes.txt").write_text(boxes)
-    (root / "wnids.txt").write_text("".join(f"{name}\n" for name in WORDNET))
-    for index in range(test):
-        write_image(root / "val" / "images" / f"val_{index}.JPEG", 1000 + index)
-    lines = [f"val_{index}.JPEG\t{WORDNET[(index + 1) % 3]}\t0\t32\t44\t62\n" for index in range(test)]
-    (root / "val" / "val_annotations.txt").write_text("".join(lines))
-    write_image(root / "test" / "images" / "test_0.JPEG", 5000)  # without a label: left alone
-    return root
-
-
-def write_imagenet(folder: Path) -> None:
-    """Write three classes of photographs of several shapes, one of them a PNG by another name and one in CMYK."""
-    for label, name in enumerate(sorted(WORDNET)):
-        for index, size in enumerate([(96, 64), (64, 96), (40, 40), (80, 160)]):
-            write_image(folder / "train" / name / f"{name}_{index}.JPEG", 100 * label + index, size)
-        write_image(folder / "val" / name / f"ILSVRC2012_val_0000000{label}.JPEG", 1000 + label, (72, 64))
-    odd = folder / "train" / WORDNET[0]
-    write_image(odd / "cmyk.JPEG", 1, mode="CMYK")
-    Image.new("RGBA", (50, 70), (10, 20, 30, 255)).save(odd / "png.JPEG", "PNG")
+from tests.archives import WORDNET, write_image, write_imagenet, write_tiny_imagenet
 
 
 def load(name: str, folder: Path, **changes: Any) -> Data:
