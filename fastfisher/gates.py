@@ -547,9 +547,11 @@ FUSED_ELEMENTS = 1 << 16
 
 class _Fused(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if args and isinstance(args[0], Tensor) and args[0].numel() < FUSED_ELEMENTS:
-            return func(*args, **(kwargs or {}))
         kwargs = kwargs or {}
+        if args and isinstance(args[0], Tensor) and args[0].numel() < FUSED_ELEMENTS:
+            # Batch normalisation moves its statistics by the same bits, whatever the size and the step.
+            out = by_batch(func, args, kwargs)
+            return func(*args, **kwargs) if out is None else out
         found = _gated(func, args, kwargs)
         if found is None or not isinstance(found[1], (_Relu, _MaxPool)):
             return _ungated(func, args, kwargs)

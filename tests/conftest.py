@@ -26,6 +26,14 @@ def torchvision() -> Any:
         library._destroy()
 
 
+@pytest.fixture(autouse=True)
+def kernels_at_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' tensors are small: they too go through the kernels that serve large ones."""
+    from fastfisher import gates  # which may import Triton
+
+    monkeypatch.setattr(gates, "FUSED_ELEMENTS", 0)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Small networks gain nothing from threads, wait for those of a busy machine, and bits depend on their number."""

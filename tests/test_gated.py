@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastfisher import gates
 from fastfisher.gates import _Fused, record_gates
 
 Network = Callable[[Tensor], Tensor]
@@ -123,6 +124,15 @@ def test_a_second_backward_through_a_kept_graph_is_the_first() -> None:
     (first,) = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
     (second,) = torch.autograd.grad(y.square().sum(), x)
     assert torch.equal(first, second)
+
+
+def test_small_tensors_go_through_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's share of a call would be more than the kernels save."""
+    monkeypatch.setattr(gates, "FUSED_ELEMENTS", 100)
+    for count, name in ((99, "ReluBackward0"), (100, "_GateBackward")):
+        with _Fused():
+            out = torch.randn(count, requires_grad=True).relu()
+        assert out.grad_fn is not None and out.grad_fn.name() == name
 
 
 def test_what_is_kept_is_bits_and_indices() -> None:

@@ -65,6 +65,7 @@ def test_accuracies_of_each_group() -> None:
         classes=3,
     )
     assert accuracies(Constant(), data) == {
+        "train_accuracy": 0.4,
         "clean_accuracy": 0.5,
         "noisy_accuracy": pytest.approx(1 / 3),
         "noisy_true_accuracy": pytest.approx(2 / 3),
