@@ -125,7 +125,7 @@ SIMPLE_CNN = Setting(
     "SimpleCNN / CIFAR-10",
     {"network": "simple_cnn", "data": "cifar10", "lr_milestones": (150, 225)},
     {"network": "small_simple_cnn", "image_size": 12},
-    digits_rates=(0.0316, 0.0562),
+    digits_rates=(0.0178, 0.0316),
     digits_divisor=1.778,
 )
 SETTINGS = (WRESNET_TINY, DENSENET, VGG, WRESNET, SIMPLE_CNN)
@@ -206,12 +206,12 @@ def table_2_notes(scale: Scale) -> list[str]:
 NOISY_METHODS = ("baseline", "mixup", "GP_x", "FP", "GP_r")
 NOISE = (0.25, 0.5)
 MIXUPS: Mapping[Scale, tuple[float, ...]] = {"paper": (0.4, 0.8, 1.6, 3.2, 6.4), "digits": (0.4, 1.6, 6.4)}
-NOISY_FP: Mapping[Scale, tuple[float, ...]] = {"paper": (0.01, 0.1, 0.31, 10.0), "digits": (0.01, 0.03, 0.1)}
+NOISY_FP: Mapping[Scale, tuple[float, ...]] = {"paper": (0.01, 0.1, 0.31, 10.0), "digits": (0.003, 0.01, 0.03)}
 NOISY_GP_X: Mapping[Scale, tuple[float, ...]] = {
     "paper": (10.0, 30.0, 100.0, 300.0, 1000.0),
     "digits": (0.1, 1.0, 10.0),
 }
-NOISY_ALPHAS: Mapping[Scale, tuple[float, ...]] = {"paper": (0.01, 0.1, 1.0, 10.0), "digits": (0.01, 0.03, 0.1)}
+NOISY_ALPHAS: Mapping[Scale, tuple[float, ...]] = {"paper": (0.01, 0.1, 1.0, 10.0), "digits": (0.003, 0.01, 0.03)}
 """Of figures 5, 11 and 12, whose captions say from 0.01 to 10."""
 
 # ResNet-52 in table 3, ResNet-50 in figure 11, Wide ResNet in I.3: see build_network.
@@ -300,7 +300,7 @@ SWEPT_DIGITS = {**DIGITS, "weight_decay": 1e-5, "lr_milestones": (12, 18), "lr_d
 DIGITS_NETWORKS: Mapping[str, Mapping[str, Any]] = {
     "imagenet": {**SWEPT_DIGITS, "network": "small_fixup_resnet10", "image_size": 16, "trace_thresholds": (1.8,)},
     "cifar10": {**SWEPT_DIGITS, "network": "resnet8", "image_size": 8, "trace_thresholds": (1.8,)},
-    "cifar100": {**SWEPT_DIGITS, "network": "small_vgg11", "image_size": 16, "trace_thresholds": (1.8,)},
+    "cifar100": {**SWEPT_DIGITS, "network": "wresnet8_1", "image_size": 8, "trace_thresholds": (1.8,)},
 }
 
 
@@ -314,9 +314,9 @@ def learning_rate_sweep(scale: Scale) -> dict[Key, Case]:
         }
     else:
         rows = {
-            "Fixup ResNet-10": (case(DIGITS_NETWORKS["imagenet"]), (0.01, 0.0316, 0.1)),
+            "Fixup ResNet-10": (case(DIGITS_NETWORKS["imagenet"]), (0.0056, 0.01, 0.0178)),
             "ResNet-8": (case(DIGITS_NETWORKS["cifar10"]), (0.01, 0.0178, 0.0316)),
-            "VGG-11": (case(DIGITS_NETWORKS["cifar100"]), (0.01, 0.0178, 0.0316)),
+            "WResNet-8": (case(DIGITS_NETWORKS["cifar100"]), (0.01, 0.0178, 0.0316)),
         }
     return {
         (row, f"lr {rate:g}"): base.but(lr=rate, measure="none")
@@ -335,7 +335,7 @@ def batch_size_sweep(scale: Scale) -> dict[Key, Case]:
     else:
         rows = {
             "ResNet-8": (case(DIGITS_NETWORKS["cifar10"], lr=0.0178), (8, 16, 32)),
-            "VGG-11": (case(DIGITS_NETWORKS["cifar100"], lr=0.0178), (8, 16, 32)),
+            "WResNet-8": (case(DIGITS_NETWORKS["cifar100"], lr=0.0178), (8, 16, 32)),
         }
     return {
         (row, f"batch {size}"): base.but(batch_size=size, measure="none")
@@ -367,7 +367,7 @@ class Curvature:
         return [level + offset for level in self.levels for offset in (step, 0, -step)]
 
 
-START_EPOCHS: Mapping[Scale, int] = {"paper": 20, "digits": 4}
+START_EPOCHS: Mapping[Scale, int] = {"paper": 20, "digits": 8}
 CONTINUATIONS: Mapping[Scale, int] = {"paper": 8, "digits": 4}
 
 

@@ -34,7 +34,7 @@ from fastfisher.training.residual_networks import FixupBlock, WideBlock, densene
         ("fixup_resnet18", 3, 224, 1000, 11_689_512 - 9_600 + 8 * 5 + 2),
         # Counted by hand, layer by layer.
         ("small_simple_cnn", 1, 16, 10, 25_274),
-        ("small_vgg11", 1, 16, 10, 145_066),
+        ("small_vgg11", 1, 16, 10, 578_122),
         ("densenet7_12", 1, 16, 10, 12_538),
         ("wresnet8_1_bn", 1, 16, 10, 77_562),
         ("wresnet8_1", 1, 16, 10, 77_421),
