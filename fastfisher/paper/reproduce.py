@@ -117,7 +117,8 @@ def _request(given: Mapping[str, Any]) -> Request:
         threads=1 if scale == "digits" else max(1, (os.cpu_count() or 1) // (given["jobs"] or 1)),
         dry_run=given["dry_run"],
     )
-    check_writable(place.out)
+    if not given["list"]:
+        check_writable(place.out)
     return Request({name: load(name) for name in names}, scale, place, given["seeds"])
 
 
@@ -129,7 +130,7 @@ def _workers(given: Mapping[str, Any], scale: Scale) -> Workers:
             raise ConfigError(f'--ray: {error.name} is not installed: pip install "fastfisher[ray]"') from error
         except (ConnectionError, ValueError) as error:
             got = f"--ray: got {given['ray']!r}, expected the address of a cluster, or local"
-            raise ConfigError(f"{got} ({str(error).splitlines()[0]})") from error
+            raise ConfigError(f"{got} ({str(error).partition(chr(10))[0]})") from error
     return LocalWorkers(given["jobs"] or ((os.cpu_count() or 1) if scale == "digits" else 1))
 
 
