@@ -16,13 +16,13 @@ from fastfisher.paper.claims import HOW_TESTED, Check
 from fastfisher.paper.estimate import Estimate
 from fastfisher.paper.experiment import Experiment, Outcome
 from fastfisher.paper.experiments import load
-from fastfisher.paper.plan import Place, Plan
+from fastfisher.paper.plan import TUNING_SEED, Place, Plan
+from fastfisher.paper.report import DRY, summary_of_claims, write_report
 from fastfisher.paper.report import SCALES as SCALE_NOTES
-from fastfisher.paper.report import summary_of_claims, write_report
 from fastfisher.paper.runner import train_plan
 from fastfisher.paper.workers import LocalWorkers, RayWorkers, Workers
 from fastfisher.training.config import ConfigError, TrainConfig, resolve
-from fastfisher.training.folder import replacing
+from fastfisher.training.folder import check_writable, replacing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +103,8 @@ def _request(given: Mapping[str, Any]) -> Request:
     for name in ("seeds", "jobs"):
         if given[name] is not None and given[name] < 1:
             raise ConfigError(f"--{name}: got {given[name]}, expected an integer, at least 1")
+    if given["seeds"] is not None and given["seeds"] > TUNING_SEED:
+        raise ConfigError(f"--seeds: got {given['seeds']}, expected at most {TUNING_SEED}: the next is for tuning")
     scale: Scale = given["scale"]
     if scale == "paper" and not given["list"] and not Path(given["data"]).is_dir():
         raise ConfigError(f"--data: got {given['data']!r}, expected an existing folder with the data sets")
@@ -115,6 +117,8 @@ def _request(given: Mapping[str, Any]) -> Request:
         threads=1 if scale == "digits" else max(1, (os.cpu_count() or 1) // (given["jobs"] or 1)),
         dry_run=given["dry_run"],
     )
+    if not given["list"]:
+        check_writable(place.out)
     return Request({name: load(name) for name in names}, scale, place, given["seeds"])
 
 
@@ -124,6 +128,9 @@ def _workers(given: Mapping[str, Any], scale: Scale) -> Workers:
             return RayWorkers(given["ray"])
         except ModuleNotFoundError as error:
             raise ConfigError(f'--ray: {error.name} is not installed: pip install "fastfisher[ray]"') from error
+        except (ConnectionError, ValueError) as error:
+            got = f"--ray: got {given['ray']!r}, expected the address of a cluster, or local"
+            raise ConfigError(f"{got} ({str(error).partition(chr(10))[0]})") from error
     return LocalWorkers(given["jobs"] or ((os.cpu_count() or 1) if scale == "digits" else 1))
 
 
@@ -172,12 +179,14 @@ def read_outcome(request: Request, experiment: Experiment, plan: Plan) -> Outcom
 
 
 def _index(request: Request, checks: Mapping[str, Sequence[Check]]) -> str:
-    command = f"fastfisher reproduce --all --scale {request.scale}"
+    dry_run = request.place.dry_run
+    command = f"fastfisher reproduce --all --scale {request.scale}" + (" --dry-run" if dry_run else "")
     lines = [
         f"# The paper's tables and figures at the scale of {request.scale}",
         "",
         f"Made by `{command}`. {SCALE_NOTES[request.scale]}",
         "",
+        *([DRY, ""] if dry_run else []),
         "## The twelve claims",
         "",
         *summary_of_claims(checks),

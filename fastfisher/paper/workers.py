@@ -234,7 +234,7 @@ class RayWorkers:
         config = run.config
         gpu = config.device.startswith("cuda") or (config.device == "auto" and self.resources.get("GPU", 0) > 0)
         options = {"num_cpus": max(1, config.threads), "num_gpus": 1 if gpu else 0, "max_retries": 0, "max_calls": 1}
-        return _RayJob(self.ray, self.ray.remote(train_run).options(**options).remote(to_values(config)))
+        return _RayJob(self.ray, self.ray.remote(**options)(train_run).remote(to_values(config)))
 
     def close(self) -> None:
         """Disconnect, and end a cluster started here."""

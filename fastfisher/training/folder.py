@@ -48,9 +48,7 @@ class RunFolder:
             )
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise ConfigError(f"--out: got {str(self.path)!r}, expected a new or empty folder")
-        existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise ConfigError(f"--out: got {str(self.path)!r}, but nothing can be written in {existing}")
+        check_writable(self.path)
 
     def read_config(self) -> TrainConfig:
         """Return the options the run was started with.
@@ -158,6 +156,17 @@ class RunFolder:
         except Exception:  # whatever a damaged file raises; the run that continues from it says what
             return 0
         return int(state["epoch"])
+
+
+def check_writable(out: Path) -> None:
+    """Check that a folder can be written to, or made.
+
+    Raises:
+        ConfigError: naming what is in the way.
+    """
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(f"--out: got {str(out)!r}, but nothing can be written in {existing}")
 
 
 def refuse_other_options(config: TrainConfig, stored: TrainConfig, where: str) -> None:

@@ -36,10 +36,10 @@ def cases(scale: Scale) -> dict[Key, Case]:
 def draw(figure: Figure, outcome: Outcome) -> None:
     """The first seed's trajectories of predictions on two principal axes, coloured by λ¹_K and by accuracy."""
     seed = outcome.seeds[0]
-    trajectories = {key: _trajectory(outcome, key, seed) for key in outcome.runs}
-    flat = np.concatenate(list(trajectories.values()))
-    if len(flat) < 2:
+    trajectories = {key: _trajectory(outcome, key, seed) for key, runs in outcome.runs.items() if seed in runs}
+    if sum(map(len, trajectories.values())) < 2:
         return
+    flat = np.concatenate(list(trajectories.values()))
     plane = PCA(n_components=min(2, len(flat))).fit(flat)
     for axes, name, label in zip(
         panels(figure, 1, 2),
@@ -53,7 +53,7 @@ def draw(figure: Figure, outcome: Outcome) -> None:
 def _trajectory(outcome: Outcome, key: Key, seed: int) -> np.ndarray:
     """The predicted probabilities at each measurement, a row for each."""
     predictions = outcome.folders[key, seed].read_predictions()
-    measured = {record["step"] for record in outcome.runs[key].get(seed, [])}
+    measured = {record["step"] for record in outcome.runs[key][seed]}
     return np.stack([each.astype(np.float32).ravel() for step, each in predictions.items() if step in measured])
 
 
