@@ -1,9 +1,14 @@
 from __future__ import annotations
 
 import csv
+import json
+import random
 import re
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -20,9 +25,13 @@ from fastfisher.paper.plan import TUNING_SEED, Place, Run
 from fastfisher.paper.report import DRY, SCALES
 from fastfisher.paper.reproduce import Request, read_outcome, write_reports
 from fastfisher.paper.workers import Job
+from fastfisher.training.folder import RunFolder
+from tests.paper import commands
 from tests.paper.plans import RememberedPlace
 
 HEADER = ["case", "quantity", "paper", "mean", "standard_deviation", "seeds", "diverged", "by_seed"]
+TIMED = ("table5",)
+"""Their numbers are seconds, which no two runs share."""
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -256,3 +265,85 @@ def test_a_missing_run_leaves_its_ids_without_a_report(
     monkeypatch.setattr(reproduce, "_workers", real)
     assert main(command) == 0
     assert (tmp_path / "fig18.md").exists()
+
+
+# ---- kill -9 ---------------------------------------------------------------------------------------------------------
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Return every report: tables, texts and drawings, but for those of seconds."""
+    files = [path for path in out.iterdir() if path.is_file()]
+    return {path.name: path.read_bytes() for path in files if path.stem not in TIMED}
+
+
+def results(out: Path) -> dict[str, Any]:
+    """Return what each run measured, without the seconds."""
+    found = {}
+    for path in out.glob("runs/*/metrics.jsonl"):
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        found[path.parent.name] = [
+            {name: value for name, value in record.items() if not name.endswith("_seconds")} for record in records
+        ]
+    return found
+
+
+def cut_off(
+    command: list[str], progress: Callable[[], int], total: int, moment: tuple[int, float], sent: signal.Signals
+) -> None:
+    """Start the command and end it once so much is done, some of it by itself, and some seconds are over."""
+    number, delay = moment
+    number = max(number, min(progress() + 1, total))
+    process = commands.start(*command)
+    reached = f"{number} of {total}"
+    commands.wait_until(lambda: progress() >= number or process.poll() is not None, reached, 5 * commands.PATIENCE)
+    time.sleep(delay)
+    assert process.poll() is None, process.communicate()
+    if sent == signal.SIGKILL:
+        commands.kill(process)
+    else:
+        process.send_signal(sent)
+        assert commands.finish(process, expected=130).endswith("interrupted; continue with the same command\n")
+
+
+def at_random(most: int, count: int, delay: float) -> list[tuple[int, float]]:
+    dice = random.SystemRandom()
+    moments = [(number, dice.uniform(0, delay)) for number in sorted(dice.sample(range(most), count))]
+    print(f"ended when so much was done, and so many seconds later: {moments}")
+    return moments
+
+
+def test_everything_killed_three_times_is_as_if_it_had_not_been(dry_digits: Path, tmp_path: Path) -> None:
+    command = ["--all", "--scale", "digits", "--dry-run", "--out", str(tmp_path)]
+    # With all runs finished reports are being written.
+    total = commands.finished(dry_digits)
+    for moment in at_random(total + 1, 3, delay=0.3):
+        cut_off(command, lambda: commands.finished(tmp_path), total, moment, signal.SIGKILL)
+    commands.finish(commands.start(*command))
+    assert results(tmp_path) == results(dry_digits)
+    assert contents(tmp_path) == contents(dry_digits)
+    for name in TIMED:
+        here, there = (rows_of(out / f"{name}.csv") for out in (tmp_path, dry_digits))
+        assert [(row["case"], row["paper"]) for row in here] == [(row["case"], row["paper"]) for row in there]
+
+
+def test_real_runs_that_are_killed_give_the_same_bits(tmp_path: Path) -> None:
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    command = ["fig15", "--scale", "digits", "--seeds", "1", "--jobs", "2", "--out"]
+    commands.finish(commands.start(*command, undisturbed))
+
+    def epochs(out: Path) -> int:
+        return sum(RunFolder(path.parent).epochs_measured() for path in out.glob("runs/*/metrics.jsonl"))
+
+    total = epochs(undisturbed)
+    moments = at_random(total - 8, 4, delay=0.1)
+    interrupted = random.SystemRandom().randrange(4)
+    print(f"number {interrupted} by Ctrl-C")
+    for number, moment in enumerate(moments):
+        sent = signal.SIGINT if number == interrupted else signal.SIGKILL
+        cut_off([*command, str(disturbed)], lambda: epochs(disturbed), total, moment, sent)
+        assert not (disturbed / "fig15.csv").exists()
+    commands.finish(commands.start(*command, disturbed))
+    assert results(disturbed) == results(undisturbed)
+    assert len(results(disturbed)) == 5
+    assert contents(disturbed) == contents(undisturbed)
+    assert {row["seeds"] for row in rows_of(disturbed / "fig15.csv")} == {"1"}
