@@ -24,7 +24,7 @@ REPEAT = 10_000
 # They change how a run is computed, not what; or only where it is.
 NOT_IN_NAME = ("out", "resume", "data_dir", "device", "threads", "graphs", "start_from")
 
-DRY_BATCH = 8
+DRY_BATCH = 4
 DRY_STEPS = 2
 
 
@@ -241,7 +241,7 @@ def run_name(config: TrainConfig, start: Run | None) -> str:
 
 
 def shortened(config: TrainConfig) -> TrainConfig:
-    """Return the run with the same network, data and method, and two steps of eight examples.
+    """Return the run with the same network, data and method, and two steps of four examples.
 
     What counts epochs is cut to the one there is, and what is measured to those eight examples.
     """

@@ -21,9 +21,10 @@ from fastfisher.training.replicas import Summary
 SCALES = {
     "paper": "Scale: **paper**, the networks, data and schedules of the paper.",
     "digits": "Scale: **digits**, real but small: scikit-learn's digits, reduced networks of the same kinds, shortened "
-    "schedules. Not the paper's setting; the paper's numbers are beside ours to be looked at, not to be reached.",
+    "schedules. Not the paper's setting: titles and rows keep the paper's names, but all data are digits; the paper's "
+    "numbers are beside ours to be looked at, not to be reached.",
 }
-DRY = "**A dry run**: two steps of eight examples for each kind of run, to see that everything works. Nothing is found."
+DRY = "**A dry run**: two steps of four examples for each kind of run, to see that everything works. Nothing is found."
 
 
 def write_report(

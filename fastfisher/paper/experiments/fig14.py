@@ -74,5 +74,8 @@ EXPERIMENT = Experiment(
     quantities=(FINAL_HESSIAN, MIN_LOSS, MAX_TEST_ACCURACY),
     draw=draw,
     checks=checks,
-    notes=digits_notes,
+    notes=lambda scale: [
+        *(["The paper has 32 seeds, and Tr(H) at initialisation too."] if scale == "paper" else []),
+        *digits_notes(scale),
+    ],
 )
