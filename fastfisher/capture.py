@@ -283,6 +283,8 @@ class _Watch(TorchFunctionMode):
             probe = _Watch(self.capture, self.model, inputs, self.probed)
             try:
                 probe.run()
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError:
                 return None  # a model for this one batch size
         if index >= len(self.probed) or self.probed[index].dim() != operand.dim():

@@ -98,8 +98,8 @@ def _train(given: dict[str, Any]) -> int:
             return _train_replicas(replicas)
         config = from_values(given)
         if config.resume:
-            # What is not on the command line is as it was when the run was started.
-            config = from_values({**to_values(RunFolder(config.out).read_config()), **given})
+            # What is not on the command line is as it was when the run was started, but for where it lies.
+            config = from_values({**to_values(RunFolder(config.out).read_config()), **given, "out": config.out})
         outcome = train(config)
     except ConfigError as error:
         print(f"fastfisher train: {error}", file=sys.stderr)

@@ -26,6 +26,7 @@ from fastfisher.estimate import TraceEstimate
 from fastfisher.gates import RandomState, record_gates
 from fastfisher.labels import cross_entropy, new_key
 from fastfisher.model import Inputs, call_copy, call_model, chosen_names, eval_mode, map_inputs, trainable_parameters
+from fastfisher.rollback import undoing
 from fastfisher.slow_path import warn_slow_path
 from fastfisher.taylor import NoRule, Tape
 from fastfisher.traces import trace_fisher
@@ -46,6 +47,7 @@ error grows with ε² and with the rounding over ε; the other steps are scaled 
 """
 
 
+@undoing
 def trace_hessian(
     model: nn.Module,
     data: Any,
@@ -121,7 +123,7 @@ def trace_hessian(
             exact = form.curved is None and form.coupled is None
             if method == "fisher" and not exact:
                 reason = form.coupled or form.curved
-                warnings.warn(f'method="fisher": Tr(F) may differ from Tr(H) here, because {reason}', stacklevel=2)
+                warnings.warn(f'method="fisher": Tr(F) may differ from Tr(H) here, because {reason}', stacklevel=3)
             if method == "split" and (form.coupled or form.unknown):
                 reason = form.coupled or form.curved
                 raise ValueError(f'method: "split" does not serve here, because {reason}; use "auto"')

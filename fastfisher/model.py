@@ -57,12 +57,20 @@ def call_copy(model: nn.Module, parameters: dict[str, Tensor], inputs: Inputs) -
     return torch.func.functional_call(model, state, args, kwargs)  # type: ignore[no-any-return]
 
 
+def check_model(model: nn.Module) -> None:
+    """Raises TypeError where ``model`` is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
 def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
     """The parameters that require a gradient, by name; a shared one once.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: there is none.
     """
+    check_model(model)
     found: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not found:
         raise ValueError("model: expected at least one parameter with requires_grad, found none")

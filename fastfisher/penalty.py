@@ -39,6 +39,7 @@ from fastfisher.model import (
     requiring_grad,
     trainable_parameters,
 )
+from fastfisher.rollback import undoing
 from fastfisher.slow_path import warn_slow_path
 
 Method = Literal["double_backprop", "finite_difference"]
@@ -408,6 +409,7 @@ class _Penalty(torch.autograd.Function):
         return (None, None, *(out.get(name) for name in ctx.names))
 
 
+@undoing
 def penalty(
     model: nn.Module,
     inputs: Inputs,

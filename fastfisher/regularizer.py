@@ -28,6 +28,7 @@ from fastfisher.model import (
     trainable_parameters,
 )
 from fastfisher.penalty import AdaptiveStep, Difference, FiniteDifference, Method, Settings, Step, gradient_at
+from fastfisher.rollback import undone_on_error
 
 Gradients = dict[str, Tensor]
 
@@ -173,7 +174,9 @@ class FisherPenalty:
     def backward(self, inputs: Inputs, targets: Tensor) -> Tensor:
         """One forward and the gradients: adds the gradient of loss + α·R to ``.grad``, as ``Tensor.backward`` would.
 
-        Nothing is written to ``.grad`` and the step does not count if anything raises on the way.
+        If anything raises on the way, Ctrl-C and a lack of memory included, the step has not been: ``.grad``, the
+        buffers, the random generators and this object are as before. (With ``graphs``, a gradient kept for reuse may
+        be the new one already.)
 
         Args:
             inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments), batch first.
@@ -187,11 +190,14 @@ class FisherPenalty:
         if not input_tensors(inputs):
             raise ValueError("inputs: expected at least one tensor, found none")
         step = self._penalised if due else self._plain
-        outcome = step(inputs, targets) if self._captured is None else self._replayed(due, step, inputs, targets)
-        with torch.no_grad():
-            for name, gradient in outcome.total.items():
-                parameter = trainable[name]
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        with undone_on_error(self.model, self.generator), self._undone_on_error():
+            outcome = step(inputs, targets) if self._captured is None else self._replayed(due, step, inputs, targets)
+            found = {name: g for name in outcome.total if (g := trainable[name].grad) is not None}
+            with torch.no_grad():
+                if found:  # in one call, which adds to all of them or to none
+                    torch._foreach_add_(list(found.values()), [outcome.total[name] for name in found])
+        for name in outcome.total.keys() - found:
+            trainable[name].grad = outcome.total[name]
         self.logits = outcome.logits
         if due:
             self.value, self._rows = outcome.value, outcome.rows
@@ -235,6 +241,23 @@ class FisherPenalty:
         self._reused = None if reused is None else {n: g.to(trainable[n], copy=True) for n, g in reused.items()}
         if isinstance(self.settings.step, AdaptiveStep):
             self.settings.step.rho = state["rho"]
+
+    @contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        """Puts the key of the labels and the adaptive step back where anything is raised within.
+
+        Both stay where they are in memory: captured steps read them there.
+        """
+        key, step = self._key, self.settings.step
+        rho = step._rho if isinstance(step, AdaptiveStep) else None
+        key_before, rho_before = (None if x is None else x.clone() for x in (key, rho))
+        try:
+            yield
+        except BaseException:
+            self._key = key if key is None or key_before is None else key.copy_(key_before)
+            if isinstance(step, AdaptiveStep):
+                step._rho = rho if rho is None or rho_before is None else rho.copy_(rho_before)
+            raise
 
     # ---- the steps ---------------------------------------------------------------------------------------------------
 

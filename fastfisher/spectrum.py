@@ -22,6 +22,7 @@ from fastfisher.hessian import Pairs, hessian_product, labelled, measuring
 from fastfisher.labels import new_key, sample_cross_entropy
 from fastfisher.layers import chunks, computing
 from fastfisher.model import Inputs, call_model, eval_mode, input_tensors
+from fastfisher.rollback import undoing
 from fastfisher.traces import Side, one_backward, parameter_names
 
 EXAMPLES_AT_ONCE = 128
@@ -56,6 +57,7 @@ class TopEigenvalues:
         return self.values[0]
 
 
+@undoing
 def top_eigenvalues(
     model: nn.Module,
     data: Any,
@@ -113,7 +115,7 @@ def top_eigenvalues(
     if not converged and math.isfinite(values[0]):
         warnings.warn(
             f"top_eigenvalues: not converged after {iterations} products; raise max_iterations or tolerance",
-            stacklevel=2,
+            stacklevel=3,
         )
     return TopEigenvalues(values, bounds, converged, iterations, hessian.samples)
 
@@ -264,6 +266,7 @@ class GradientCovariance:
         return self.smallest_nonzero / self.largest if self.eigenvalues else math.nan
 
 
+@undoing
 def gradient_covariance(
     model: nn.Module,
     data: Any,

@@ -22,6 +22,7 @@ from fastfisher.estimate import TraceEstimate
 from fastfisher.labels import new_key
 from fastfisher.layers import Layer, chunks, squares
 from fastfisher.model import Inputs, chosen_names, eval_mode, input_tensors, map_inputs, trainable_parameters
+from fastfisher.rollback import undoing
 from fastfisher.slow_path import warn_slow_path
 
 Labels = Literal["rademacher", "sampled", "exact", "true"]
@@ -34,6 +35,7 @@ LABELS = ("rademacher", "sampled", "exact", "true")
 # ---- the public functions --------------------------------------------------------------------------------------------
 
 
+@undoing
 def per_example_grad_norms(
     model: nn.Module,
     inputs: Inputs,
@@ -96,6 +98,7 @@ class FisherTrace(TraceEstimate):
     minibatch: float | None = None
 
 
+@undoing
 def trace_fisher(
     model: nn.Module,
     data: Any,
@@ -200,6 +203,7 @@ class GradInnerProducts:
     cosine: float
 
 
+@undoing
 def grad_inner_products(
     model: nn.Module,
     first: Pair,
@@ -561,6 +565,8 @@ def _fallback(model: nn.Module, inputs: Inputs, capture: Capture, name: str, cot
         some = [x[rows] if x.dim() else x for x in tensors]
         try:
             yield torch.func.vmap(gradient, in_dims=(None, 0, *dims))(parameter, cotangent[rows], *some)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:  # an operation that vmap does not know: one example at a time
             each = [
                 gradient(parameter, cotangent[i], *(x[i] if x.dim() else x for x in tensors))

@@ -6,10 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # Before anything imports Triton: without a GPU its kernels run in its interpreter, on CPU tensors.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+# The same cases on every machine; `make nightly` takes others each time, and says how to repeat one that fails.
+settings.register_profile(
+    "default", max_examples=300, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("nightly", settings.get_profile("default"), max_examples=10_000, derandomize=False)
+settings.load_profile("default")
 
 
 @pytest.fixture(scope="session")

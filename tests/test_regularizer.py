@@ -148,7 +148,10 @@ def test_a_state_that_does_not_fit_restores_nothing() -> None:
 @pytest.mark.parametrize(
     "options", [{}, {"gates": "free"}, {"method": "double_backprop"}, {"mixed": True}, {"examples": 3}]
 )
-def test_batchnorm_moves_once_dropout_and_random_state_as_in_a_plain_step(options: dict[str, Any]) -> None:
+def test_batchnorm_moves_once_dropout_and_random_state_as_in_a_plain_step(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastfisher.gates.FUSED_ELEMENTS", 0)  # the same kernels, whether gates are recorded or not
     torch.manual_seed(0)
     model = nn.Sequential(SmallResNet(), nn.Dropout(0.5), nn.Linear(10, 10))
     reference = copy.deepcopy(model)
@@ -177,15 +180,11 @@ def test_an_exception_in_the_middle(error: BaseException, every: int) -> None:
     x = torch.randn(4, 3, 8, 8)
     penalty = FisherPenalty(model, 0.1, every=every, generator=torch.Generator().manual_seed(1))
     before = copy.deepcopy(dict(model.named_parameters()))
-    torch.manual_seed(5)
+    state = torch.get_rng_state()
     with pytest.raises(type(error)):
         penalty.backward(x, Y[:4])
-    state = torch.get_rng_state()
-    torch.manual_seed(5)
-    with fused_forward(plain):
-        plain(x)
-    assert torch.equal(torch.get_rng_state(), state), "the caller's stream advanced by one forward"
-    assert all(torch.equal(a, b) for a, b in zip(inner.buffers(), plain.buffers(), strict=True)), "moved once"
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(inner.buffers(), plain.buffers(), strict=True))
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in model.named_parameters())
     assert all(p.requires_grad for p in model.parameters()) and hooks.id in inner._forward_hooks
     assert penalty.steps == 0 and penalty.value is None

@@ -262,16 +262,31 @@ def from_values(values: Mapping[str, Any]) -> TrainConfig:
     """Build a configuration from parsed options or from the contents of a config.json.
 
     Raises:
-        ConfigError: for a name that is not an option.
+        ConfigError: for a name that is not an option, or a value of another type than the option's.
     """
-    known = {option.name for option in dataclasses.fields(TrainConfig)}
+    hints = typing.get_type_hints(TrainConfig)
     for name in values:
-        if name not in known:
-            raise ConfigError(f"{flag(name)}: unknown option, expected one of {', '.join(map(flag, sorted(known)))}")
+        if name not in hints:
+            raise ConfigError(f"{flag(name)}: unknown option, expected one of {', '.join(map(flag, sorted(hints)))}")
     fields: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
     }
+    for name, value in fields.items():
+        if not _has_type(value, hints[name]):
+            kind = getattr(hints[name], "__name__", str(hints[name]))
+            raise ConfigError(f"{flag(name)}: got {value!r}, expected {kind}")
     return TrainConfig(**fields)
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    """Return whether an option's value is of its type; an integer serves as a float, a boolean as neither."""
+    if isinstance(hint, types.UnionType):
+        return any(_has_type(value, each) for each in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_has_type(item, typing.get_args(hint)[0]) for item in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is hint
 
 
 def to_values(config: TrainConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,26 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastfisher.training.config import ConfigError, TrainConfig, differences, flag, from_values, to_values
+
+REMEDY = "restore it from a copy, or begin the run anew in another folder"
+RECORDS = "metrics_lines"
+"""The checkpoint's entry for the number of lines of ``metrics.jsonl``."""
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the contents of a JSON file that holds an object.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ConfigError: if it is damaged.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"damaged ({error}); {REMEDY}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"damaged (expected an object, got {type(values).__name__}); {REMEDY}")
+    return values
 
 
 class RunFolder:
@@ -54,13 +75,14 @@ class RunFolder:
         """Return the options the run was started with.
 
         Raises:
-            ConfigError: if the folder holds no run.
+            ConfigError: if the folder holds no run, or ``config.json`` is damaged.
         """
         try:
-            values = json.loads(self.config.read_text())
+            return from_values(read_json_object(self.config))
         except FileNotFoundError:
             raise ConfigError(f"--resume: got --out {str(self.path)!r}, expected a folder with a run") from None
-        return from_values(values)
+        except ConfigError as error:
+            raise ConfigError(f"{self.config}: {error}") from error
 
     def create(self, config: TrainConfig) -> None:
         """Create the folder and write ``config.json``."""
@@ -78,23 +100,44 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return what was measured so far: a dictionary for each step that ended an epoch or had a measurement.
 
-        The first have an ``epoch`` (see ``Run.finish_epoch``), the second what ``--measure`` names.
+        The first have an ``epoch`` (see ``Run.finish_epoch``), the second what ``--measure`` names. A last line without
+        its end, as a crash may leave one, does not count.
+
+        Raises:
+            ConfigError: if a line before the last is damaged.
         """
+        return [record for _, record in self._metrics_lines()]
+
+    def _metrics_lines(self) -> list[tuple[bytes, dict[str, Any]]]:
+        """Return the whole lines of ``metrics.jsonl``, each with what it says."""
         if not self.metrics.exists():
             return []
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        lines = [line for line in self.metrics.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        found = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if not isinstance(record, dict) or type(record.get("step")) is not int:
+                raise ConfigError(f"{self.metrics}: line {number} is damaged; {REMEDY}")
+            found.append((line, record))
+        return found
 
     def epochs_measured(self) -> int:
         """Return how many epochs ``metrics.jsonl`` has: how far a run got, whether or not its checkpoint is written."""
         return self.metrics.read_bytes().count(b'"epoch": ') if self.metrics.exists() else 0
 
     def truncate_metrics(self, steps: int) -> None:
-        """Keep the lines about the first ``steps`` steps: what came after the checkpoint will be written again."""
+        """Keep the lines about the first ``steps`` steps: what came after the checkpoint will be written again.
+
+        Raises:
+            ConfigError: if a line is damaged; nothing has been written.
+        """
         if self.metrics.exists():
-            # A crash may leave a last line without its end.
-            lines = [line for line in self.metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            kept = [line for line, record in self._metrics_lines() if record["step"] <= steps]
             with replacing(self.metrics) as file:
-                file.write("".join(line for line in lines if json.loads(line)["step"] <= steps).encode())
+                file.write(b"".join(kept))
 
     def save_predictions(self, step: int, probabilities: NDArray[np.float16]) -> None:
         """Write the test examples' probabilities ``[N, classes]`` after so many steps to ``predictions/<step>.npy``."""
@@ -103,21 +146,62 @@ class RunFolder:
             np.save(file, probabilities)
 
     def read_predictions(self) -> dict[int, NDArray[np.float16]]:
-        """Return what ``--save-predictions`` wrote: probabilities ``[N, classes]`` by step, in order of steps."""
-        steps = sorted(int(path.stem) for path in self.predictions.glob("*.npy"))
-        return {step: np.load(self.predictions / f"{step}.npy") for step in steps}
+        """Return what ``--save-predictions`` wrote: probabilities ``[N, classes]`` by step, in order of steps.
+
+        Raises:
+            ConfigError: if a file is damaged.
+        """
+        found = {}
+        for step in sorted(int(path.stem) for path in self.predictions.glob("*.npy")):
+            path = self.predictions / f"{step}.npy"
+            try:
+                found[step] = np.load(path, allow_pickle=False)
+            except Exception as error:  # whatever a damaged file raises
+                raise ConfigError(f"{path}: damaged ({error}); {REMEDY}") from error
+        return found
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Write ``checkpoint.pt``; whatever happens meanwhile, the old or the new one is there, whole."""
+        """Write ``checkpoint.pt``; whatever happens meanwhile, the old or the new one is there, whole.
+
+        It also says how many lines ``metrics.jsonl`` has by now.
+        """
         with replacing(self.checkpoint) as file:
-            torch.save(state, file)
+            torch.save({**state, RECORDS: len(self._metrics_lines())}, file)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """Return what was saved, on the CPU, or None if the run stopped before its first checkpoint."""
+        """Return what was saved, on the CPU, or None if the run stopped before its first checkpoint.
+
+        Tensors and plain values alone are read: a file that would run code is refused.
+
+        Raises:
+            ConfigError: if ``checkpoint.pt`` is damaged, or ``metrics.jsonl`` has lost lines since it was written.
+        """
         if not self.checkpoint.exists():
             return None
-        state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        try:
+            with zipfile.ZipFile(self.checkpoint) as archive:  # PyTorch does not look at the checksums itself
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"the checksum of {damaged} is wrong")
+            state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            records = int(state.pop(RECORDS, 0))  # checkpoints made before there was this count do not have it
+        except Exception as error:  # whatever a damaged file raises
+            raise ConfigError(
+                f"{self.checkpoint}: damaged ({str(error).splitlines()[0]}); restore it from a copy, or delete it "
+                "to begin this run anew"
+            ) from error
+        self.check_metrics(records)
         return state
+
+    def check_metrics(self, lines: int) -> None:
+        """Check that ``metrics.jsonl`` has at least so many whole lines.
+
+        Raises:
+            ConfigError: if it has not, or one is damaged.
+        """
+        found = len(self._metrics_lines())
+        if found < lines:
+            raise ConfigError(f"{self.metrics}: expected at least {lines} whole lines, found {found}; {REMEDY}")
 
     def load_weights(self, model: nn.Module, network: str) -> None:
         """Give ``model``, a ``network``, the parameters and buffers of the checkpoint: what ``--start-from`` does.
@@ -153,9 +237,9 @@ class RunFolder:
             return 0
         try:
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)
+            return int(state["epoch"])
         except Exception:  # whatever a damaged file raises; the run that continues from it says what
             return 0
-        return int(state["epoch"])
 
 
 def check_writable(out: Path) -> None:

@@ -22,6 +22,7 @@ from fastfisher import FisherPenalty
 from fastfisher.model import eval_mode
 from fastfisher.training.config import (
     NORMALISED_NETWORKS,
+    ConfigError,
     TrainConfig,
     measurements,
     resolve,
@@ -77,8 +78,12 @@ def train(config: TrainConfig) -> Outcome:
     run = Run(config)
     if not config.resume:
         folder.create(config)
-    elif checkpoint := folder.load_checkpoint():
-        run.load_state_dict(checkpoint)
+    elif (checkpoint := folder.load_checkpoint()) is not None:
+        try:
+            run.load_state_dict(checkpoint)
+        except Exception as error:  # whatever a checkpoint of something else raises
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            raise ConfigError(f"{folder.checkpoint}: not a checkpoint of the run in config.json ({reason})") from error
     if run.epoch == config.epochs:
         return "already finished"
     folder.truncate_metrics(run.steps)

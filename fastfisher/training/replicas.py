@@ -33,7 +33,7 @@ from fastfisher.training.config import (
     resolve,
     to_values,
 )
-from fastfisher.training.folder import RunFolder, refuse_other_options, replacing
+from fastfisher.training.folder import REMEDY, RunFolder, read_json_object, refuse_other_options, replacing
 from fastfisher.training.loop import Run, catch_interrupt, describe
 from fastfisher.training.measurements import BELOW, TITLES
 
@@ -115,9 +115,22 @@ class Replicas:
 
     @staticmethod
     def read(out: str) -> Replicas:
-        """Return what :meth:`write` wrote to the folder."""
-        values = json.loads(_file(out).read_text())
-        return Replicas(from_values(values["config"]), seeds=values["seeds"], together=values["together"])
+        """Return what :meth:`write` wrote to the folder.
+
+        Raises:
+            ConfigError: if ``replicas.json`` is damaged.
+        """
+        path = _file(out)
+        try:
+            values = read_json_object(path)
+            config, seeds, together = values["config"], values["seeds"], values["together"]
+            if not (isinstance(config, dict) and type(seeds) is int and type(together) is int):
+                raise ConfigError(f"damaged (expected an object and two integers); {REMEDY}")
+            return Replicas(from_values(config), seeds=seeds, together=together)
+        except KeyError as error:
+            raise ConfigError(f"{path}: damaged ({error.args[0]} is missing); {REMEDY}") from error
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
 
     def write(self) -> None:
         """Write ``replicas.json``."""
