@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastfisher.layers import Layer, Layout, bind, depends, tensors_in
-from fastfisher.model import Inputs, call_model, input_tensors, map_inputs
+from fastfisher.model import Inputs, call_model, input_tensors, map_inputs, uncompiled
 
 Receive = Callable[[Layer, Tensor], None]
 
@@ -71,7 +71,7 @@ class Capture:
         self._receive: Receive | None = None
         self._retain = True
         mode = _Watch(self, model, inputs)
-        with torch.enable_grad():
+        with torch.enable_grad(), uncompiled(model, "the measurement"):
             self.logits = torch.func.functional_call(
                 _Caller(model), {f"model.{k}": v for k, v in (buffers | others | self.parameters).items()}, (mode,)
             )

@@ -92,14 +92,15 @@ class _Take(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, indices: Tensor, dims: int, taken: Tensor | None, passage: Passage | None) -> Any:
         ctx.save_for_backward(indices)
         ctx.shape, ctx.dims, ctx.passage = x.shape, dims, passage
+        ctx.order = None if x.is_contiguous() else _memory_order(x)
         if taken is None:
             taken = ops.gate_take(_planes(x, dims), _planes(indices, dims))
-        return alias(taken, indices.shape)
+        return _stored(taken.view(indices.shape), ctx.order)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         (indices,) = ctx.saved_tensors
-        put = _Put.apply(grad, indices, ctx.dims, ctx.shape)  # type: ignore[no-untyped-call]
+        put = _Put.apply(grad, indices, ctx.dims, ctx.shape, ctx.order)  # type: ignore[no-untyped-call]
         if ctx.passage is not None:
             ctx.passage.gated = put
         return put, None, None, None, None
@@ -109,15 +110,16 @@ class _Put(torch.autograd.Function):
     """The transpose of :class:`_Take`: each element added to its place in planes of zeros."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, indices: Tensor, dims: int, shape: torch.Size) -> Tensor:
+    def forward(ctx: Any, y: Tensor, indices: Tensor, dims: int, shape: torch.Size, order: list[int] | None) -> Tensor:
         ctx.save_for_backward(indices)
         ctx.dims = dims
-        return ops.gate_put(_planes(y, dims), _planes(indices, dims), shape[-dims:].numel()).view(shape)
+        put = ops.gate_put(_planes(y, dims), _planes(indices, dims), shape[-dims:].numel())
+        return _stored(put.view(shape), order)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         (indices,) = ctx.saved_tensors
-        return _Take.apply(grad, indices, ctx.dims, None, None), None, None, None  # type: ignore[no-untyped-call]
+        return _Take.apply(grad, indices, ctx.dims, None, None), None, None, None, None  # type: ignore[no-untyped-call]
 
 
 def relu(
@@ -163,6 +165,11 @@ def _memory_order(x: Tensor) -> list[int]:
     """The dimensions from the longest stride to the shortest: channels-last memory stays as it is."""
     strides = x.stride()
     return sorted(range(x.dim()), key=lambda i: (-strides[i], i))
+
+
+def _stored(x: Tensor, order: list[int] | None) -> Tensor:
+    """The values of ``x`` with its dimensions in memory in this order, or row by row; no view."""
+    return alias(x if order is None else x.permute(order).contiguous(), x.shape, order)
 
 
 def alias(x: Tensor, shape: torch.Size, order: list[int] | None = None) -> Tensor:

@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from fastfisher import gated, ops
 from fastfisher.convolution import in_pieces
 from fastfisher.gated import Passage
+from fastfisher.model import compiled_module, uncompiled
 from fastfisher.normalization import by_batch, relu_after
 
 
@@ -60,10 +61,20 @@ class _Entry:
 
 @dataclass
 class Gates:
-    """The gates of one forward. Made by :func:`record_gates`; pass it as ``gates=`` beside ``logits=``."""
+    """The gates of one forward. Made by :func:`record_gates`; pass it as ``gates=`` beside ``logits=``.
+
+    Attributes:
+        random: the state of the random number generators when the recording began.
+        frozen: whether there are gates to replay.
+        model: the model that ran.
+        autocast: the dtype of an autocast met within the forward, which its caller need not know of.
+        entries: the gated calls in order.
+    """
 
     random: RandomState | None
     frozen: bool = True
+    model: torch.nn.Module | None = None
+    autocast: torch.dtype | None = None
     entries: list[_Entry] = field(default_factory=list)
 
     @contextmanager
@@ -90,9 +101,15 @@ class Gates:
         if not self.frozen:
             yield
             return
-        with _Replay(self.entries, keep_random=self.random is None) as replay:
+        with (
+            uncompiled(self.model, _FROZEN),
+            _Replay(self.entries, keep_random=self.random is None) as replay,
+        ):
             yield
         replay.check_complete()
+
+
+_FROZEN = 'gates="frozen", unlike gates="free",'
 
 
 @contextmanager
@@ -110,16 +127,16 @@ def record_gates(model: torch.nn.Module | None = None, *, frozen: bool = True, r
         rewind: False keeps the masks of dropout instead of the random state, which a CUDA graph cannot go back to.
 
     Raises:
-        ValueError: a module is compiled or scripted; or, without ``rewind``, a function draws numbers that are not
-            those of a dropout, or free gates meet a dropout.
+        ValueError: a module is a TorchScript module, which hides its gates; or, without ``rewind``, a function draws
+            numbers that are not those of a dropout, or free gates meet a dropout.
     """
     parameters = model.parameters() if model is not None else ()
     devices = frozenset(p.device.index for p in parameters if p.device.type == "cuda")
-    gates = Gates(RandomState.current(devices) if rewind else None, frozen)
+    gates = Gates(RandomState.current(devices) if rewind else None, frozen, model)
     if frozen:
         if model is not None:
             check_recordable(model)
-        with _Record(gates.entries, keep_random=not rewind):
+        with uncompiled(model, _FROZEN), _Record(gates, keep_random=not rewind):
             yield gates
     elif not rewind:
         with fused_forward(model) if model is not None else nullcontext(), _NoRandom():
@@ -139,7 +156,8 @@ def fused_forward(model: torch.nn.Module) -> Iterator[None]:
 
     Where a module is compiled or scripted, or no compiled kernel serves a tensor, PyTorch's own run as ever.
     """
-    if ops.UNAVAILABLE is not None or _opaque_module(model) is not None:
+    hidden = compiled_module(model) is not None or any(isinstance(m, torch.jit.ScriptModule) for m in model.modules())
+    if ops.UNAVAILABLE is not None or hidden:
         yield
     else:
         with _Fused():
@@ -147,23 +165,13 @@ def fused_forward(model: torch.nn.Module) -> Iterator[None]:
 
 
 def check_recordable(model: torch.nn.Module) -> None:
-    """Raises ValueError where a compiled or scripted module would hide its gates from the recording."""
-    opaque = _opaque_module(model)
-    if opaque is not None:
-        raise ValueError(
-            f'gates="frozen": module {opaque}, so its gates cannot be recorded; '
-            'pass the module it was made from, or gates="free"'
-        )
-
-
-def _opaque_module(model: torch.nn.Module) -> str | None:
-    """The first module whose functions no mode sees, and why; None where there is none."""
+    """Raises ValueError where a TorchScript module would hide its gates from the recording."""
     for name, module in model.named_modules():
-        compiled = type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None)
-        if compiled or isinstance(module, torch.jit.ScriptModule):
-            what = "compiled by torch.compile" if compiled else "a TorchScript module"
-            return f"{name or '(the model itself)'!r} is {what}"
-    return None
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f'gates="frozen": module {name or "(the model itself)"!r} is a TorchScript module, so its gates cannot '
+                'be recorded; pass the module it was made from, or gates="free"'
+            )
 
 
 # ---- rules: what a recording keeps of a call, and how a replay uses it -------------------------------------------
@@ -560,12 +568,16 @@ class _Fused(TorchFunctionMode):
 
 
 class _Record(TorchFunctionMode):
-    def __init__(self, entries: list[_Entry], *, keep_random: bool) -> None:
+    def __init__(self, gates: Gates, *, keep_random: bool) -> None:
         super().__init__()
-        self.entries, self.keep_random = entries, keep_random
+        self.gates, self.entries, self.keep_random = gates, gates.entries, keep_random
+        parameter = None if gates.model is None else next(gates.model.parameters(), None)
+        self.device = "cpu" if parameter is None else parameter.device.type
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.gates.autocast is None and torch.is_autocast_enabled(self.device):
+            self.gates.autocast = torch.get_autocast_dtype(self.device)
         found = _gated(func, args, kwargs, self.keep_random)
         if found is None:
             if self.keep_random:

@@ -25,7 +25,16 @@ from fastfisher.batches import Batches
 from fastfisher.estimate import TraceEstimate
 from fastfisher.gates import RandomState, record_gates
 from fastfisher.labels import cross_entropy, new_key
-from fastfisher.model import Inputs, call_copy, call_model, chosen_names, eval_mode, map_inputs, trainable_parameters
+from fastfisher.model import (
+    Inputs,
+    call_copy,
+    call_model,
+    chosen_names,
+    eval_mode,
+    map_inputs,
+    trainable_parameters,
+    uncompiled,
+)
 from fastfisher.rollback import undoing
 from fastfisher.slow_path import warn_slow_path
 from fastfisher.taylor import NoRule, Tape
@@ -392,7 +401,7 @@ def measuring(model: nn.Module, params: Iterable[Tensor] | None, mode: str) -> I
     try:
         for name, parameter in trainable.items():
             parameter.requires_grad_(name in chosen)
-        with eval_mode(model) if mode == "eval" else nullcontext():
+        with uncompiled(model, "the measurement"), eval_mode(model) if mode == "eval" else nullcontext():
             yield {name: parameter for name, parameter in trainable.items() if name in chosen}
     finally:
         for parameter in trainable.values():

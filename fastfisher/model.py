@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastfisher.slow_path import warn_slow_path
+
 Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
 """What a model is called with: a tensor, positional arguments or keyword arguments, batch first."""
 
@@ -111,3 +113,27 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def compiled_module(model: nn.Module) -> str | None:
+    """The name of the first module that ``torch.compile`` or ``module.compile()`` compiled; None without one."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None):
+            return name or "(the model itself)"
+    return None
+
+
+@contextmanager
+def uncompiled(model: nn.Module | None, purpose: str) -> Iterator[None]:
+    """Within, compiled modules of the model run as the Python they were made from.
+
+    Compiled code hides its calls from ``TorchFunctionMode`` and cannot be differentiated twice. A
+    :class:`SlowPathWarning` says once, with the ``purpose``, that this forward is not compiled.
+    """
+    name = None if model is None else compiled_module(model)
+    if name is None:
+        yield
+        return
+    warn_slow_path(f"{purpose} runs module {name!r} without torch.compile, whose code hides the calls of the layers")
+    with torch.compiler.set_stance("force_eager"):
+        yield

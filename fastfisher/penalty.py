@@ -14,12 +14,12 @@ written, whatever is raised on the way.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -38,6 +38,7 @@ from fastfisher.model import (
     map_inputs,
     requiring_grad,
     trainable_parameters,
+    uncompiled,
 )
 from fastfisher.rollback import undoing
 from fastfisher.slow_path import warn_slow_path
@@ -111,11 +112,13 @@ class AdaptiveStep:
 Step = Literal["auto"] | float | AdaptiveStep
 
 
-def _precision(tensors: list[Tensor], device: torch.device) -> torch.dtype:
-    """The coarsest dtype that the forward computes in."""
+def _precision(tensors: list[Tensor], device: torch.device, autocast: torch.dtype | None) -> torch.dtype:
+    """The coarsest dtype that the forward computes in; ``autocast`` is that of a context within the model."""
     dtypes = [t.dtype for t in tensors if t.is_floating_point()]
     if torch.is_autocast_enabled(device.type):
         dtypes.append(torch.get_autocast_dtype(device.type))
+    if autocast is not None:
+        dtypes.append(autocast)
     tf32 = device.type == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
     coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
     return torch.float16 if tf32 and coarsest == torch.float32 else coarsest
@@ -161,7 +164,7 @@ class Settings:
         return self.gates.frozen if isinstance(self.gates, Gates) else self.gates == "frozen"
 
 
-def _autocast_of(device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+def _autocast_of(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """A context as the caller's autocast is now, for a backward, where autograd does not restore it."""
     enabled, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
     return lambda: torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
@@ -188,6 +191,8 @@ class FiniteDifference:
         direction: what the norm is taken of, by name: the gradients of the chosen parameters, or those of the inputs
             (named by position).
         factor: R = factor·‖direction‖² (1; the number of examples for inputs, where R = mean_i ‖∂ℓ_i/∂x_i‖²).
+        scale: what the loss was multiplied by before ``gradient`` and ``direction`` were taken of it, against underflow
+            in float16. The shifted loss is too, and so is what is added; R is without it.
         norm: ‖direction‖. This, ρ, R and the relative change are float64 scalars on the device: nothing here waits.
     """
 
@@ -200,6 +205,7 @@ class FiniteDifference:
     gradient: dict[str, Tensor]
     direction: dict[str, Tensor]
     factor: float
+    scale: float | Tensor = 1.0
     norm: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -213,10 +219,10 @@ class FiniteDifference:
     @property
     def value(self) -> Tensor:
         """R."""
-        return self.factor * self.norm.square()
+        return self.factor * (self.norm / self.scale).square()
 
     def add_to(self, out: dict[str, Tensor], weight: float | Tensor) -> Tensor:
-        """out += weight·∇R, in place, for the parameters in ``gradient``.
+        """out += weight·scale·∇R, in place, for the parameters in ``gradient``.
 
         ``out`` may be ``gradient`` itself with a forward difference, which reads each of its tensors once.
         Returns the relative change of the gradient that the step caused; NaN where there was nothing to change.
@@ -232,7 +238,7 @@ class FiniteDifference:
         return change
 
     def mixed_gradient(self, weight: float, loss: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """∇L(θ + ρd) + weight·∇R with one backward for both; ``loss`` is L as a function of the logits."""
+        """scale·(∇L(θ + ρd) + weight·∇R), one backward for both; ``loss`` is L as a function of the logits."""
         rho = self.rho()
         coefficient = weight * self.coefficient(rho)
         combined, leaves = self.shifted_loss(rho, coefficient, loss)
@@ -242,8 +248,8 @@ class FiniteDifference:
         return total
 
     def coefficient(self, rho: Tensor) -> Tensor:
-        """∇R = coefficient·(the difference of the gradients)."""
-        return self.factor * self.norm * (2.0 if self.settings.difference == "forward" else 1.0) / rho
+        """scale·∇R = coefficient·(the difference of the gradients of scaled losses)."""
+        return self.factor * (self.norm / self.scale) * (2.0 if self.settings.difference == "forward" else 1.0) / rho
 
     def rho(self) -> Tensor:
         """The length of the step: as given, or the default for the gates and the precision."""
@@ -258,7 +264,7 @@ class FiniteDifference:
     def shifted_loss(
         self, rho: Tensor, weight: Tensor | None = None, loss: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """weight·(mean loss at the labels) + loss(logits) at θ + ρd (or shifted inputs), and its leaves by name."""
+        """scale·(weight·(mean loss at the labels) + loss(logits)) at θ + ρd (or shifted inputs); its leaves by name."""
         length = torch.where(self.norm > 0, rho / self.norm, 0.0)
 
         def shifted(x: Tensor, direction: Tensor) -> Tensor:
@@ -279,7 +285,7 @@ class FiniteDifference:
                 parameters[name] = shifted(parameters[name], direction)
         leaves = {name: parameters[name].detach().requires_grad_() for name in self.gradient}
         with torch.enable_grad(), self.autocast():
-            free = contextlib.nullcontext() if self.gates.frozen else fused_forward(self.model)
+            free = nullcontext() if self.gates.frozen else fused_forward(self.model)
             with self.gates.replay(), free:
                 logits = call_copy(self.model, parameters | leaves, inputs)
             total = cross_entropy(logits[:1] if self.first_only else logits, self.labels)
@@ -287,7 +293,7 @@ class FiniteDifference:
                 total = weight.to(total.dtype) * total
             if loss is not None:
                 total = total + loss(logits)
-        return total, leaves
+        return total * self.scale, leaves
 
     def _accumulate(self, out: dict[str, Tensor], rho: Tensor, scale: Tensor) -> Tensor:
         """out += scale·(∇ℓ(θ + ρd) − ∇ℓ(θ)); returns ‖∇ℓ(θ + ρd) − ∇ℓ(θ)‖².
@@ -344,7 +350,7 @@ class FiniteDifference:
 
     def _precision(self) -> torch.dtype:
         with self.autocast():
-            return _precision(list(self.parameters.values()), self.device)
+            return _precision(list(self.parameters.values()), self.device, self.gates.autocast)
 
     def _shifted_norm(self) -> Tensor:
         named = self.parameters
@@ -495,7 +501,8 @@ def penalty(
     if logits is None:
         if wrt == "inputs":
             inputs = requiring_grad(inputs)
-        with record_gates(model, frozen=settings.frozen and finite) as recorded, torch.enable_grad():
+        plain = nullcontext() if finite else uncompiled(model, 'method="double_backprop"')
+        with plain, record_gates(model, frozen=settings.frozen and finite) as recorded, torch.enable_grad():
             logits = call_copy(model, trainable, inputs)
     rows = logits[:1] if first_only else logits
     if first_only and targets is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastfisher import ops
 from fastfisher.convolution import saving_memory
 from fastfisher.gates import Gates, fused_forward, record_gates
 from fastfisher.graphs import CapturedSteps, CudaCapture
@@ -26,6 +28,7 @@ from fastfisher.model import (
     map_inputs,
     requiring_grad,
     trainable_parameters,
+    uncompiled,
 )
 from fastfisher.penalty import AdaptiveStep, Difference, FiniteDifference, Method, Settings, Step, gradient_at
 from fastfisher.rollback import undone_on_error
@@ -45,6 +48,13 @@ class _Outcome:
     rows: int | None = None
     reused: Gradients | None = None
 
+    @property
+    def finite(self) -> bool:
+        """Whether R and the gradient for reuse are; the host waits for them."""
+        kept = [] if self.value is None else [self.value]
+        kept += [] if not self.reused else [ops.sum_squares(list(self.reused.values()))]
+        return all(bool(x.isfinite()) for x in kept)
+
 
 class FisherPenalty:
     """Fills ``.grad`` with the gradient of loss + α·R, R = ‖(1/B) Σ_i ∇_θ ℓ(x_i, ŷ_i)‖² (eq. 3 and 5 of the paper).
@@ -62,7 +72,9 @@ class FisherPenalty:
     steps), with ``mixed=True`` or true labels two and two (2.0).
 
     Args:
-        model: any module from inputs to logits (..., C).
+        model: any module from inputs to logits (..., C). Of one that ``torch.compile`` compiled, the steps that
+            recompute R with frozen gates or by double backprop run uncompiled, with a :class:`SlowPathWarning`; all
+            others, and free gates, compiled.
         alpha: the coefficient α ≥ 0.
         every: recompute the penalty's gradient every this many steps.
         start: the first step (counted from 0) with the penalty; plain steps before (figure 3).
@@ -78,6 +90,10 @@ class FisherPenalty:
             step: shapes, dtypes, train and eval mode, ``alpha``, which parameters require a gradient and where they
             are. Anything else that the model's Python code decides is decided once. ``.grad`` and ``logits`` are
             overwritten by the next step. Dropout repeats its masks; of other random functions none may be met.
+        scaler: the ``torch.amp.GradScaler`` of the loop, for autocast in float16: gradients are taken of scaled losses,
+            and ``.grad`` is left scaled, as ``scaler.scale(loss).backward()`` leaves it. Unscale, clip, step and update
+            are the caller's as ever. A penalty that overflowed is not kept: ``value`` and what is reused stay as they
+            were, and the step does not count, so that the next one takes the penalty again.
         loss: the training loss as a callable of (logits, targets); mean cross-entropy otherwise. R is always taken of
             the cross-entropy at ``labels``.
         generator: where the key of the drawn labels comes from, at the first penalty; torch's default generator
@@ -112,6 +128,7 @@ class FisherPenalty:
         generator: torch.Generator | None = None,
         params: Iterable[Tensor] | None = None,
         graphs: bool = False,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         if not (math.isfinite(alpha) and alpha >= 0):
             raise ValueError(f"alpha: expected a finite number >= 0, got {alpha!r}")
@@ -136,12 +153,17 @@ class FisherPenalty:
                 f"mixed=True, got every={every}, method={method!r}, difference={difference!r}, wrt={wrt!r}, "
                 f"examples={examples}, reduction={reduction!r}"
             )
+        if graphs and scaler is not None:
+            raise ValueError(
+                "scaler: expected None with graphs=True, whose captured steps keep what overflowed; "
+                "autocast in bfloat16 needs no scaler"
+            )
         if step == "auto" and gates == "free" and method == "finite_difference":
             step = AdaptiveStep()
         self.settings = Settings(labels, method, gates, wrt, reduction, step, difference)
         self.model, self.alpha, self.every, self.start = model, float(alpha), every, start
         self.mixed, self.examples, self.generator = mixed, 1 if reduction == "first" else examples, generator
-        self.loss = loss
+        self.loss, self.scaler = loss, scaler
         self.params = None if params is None else list(params)
         chosen_names(trainable_parameters(model), self.params)  # a wrong list is refused now, not at the first step
         self.value: Tensor | None = None
@@ -171,8 +193,8 @@ class FisherPenalty:
         )
         return self.value * self._rows if sampled and self.value is not None and self._rows is not None else None
 
-    def backward(self, inputs: Inputs, targets: Tensor) -> Tensor:
-        """One forward and the gradients: adds the gradient of loss + α·R to ``.grad``, as ``Tensor.backward`` would.
+    def backward(self, inputs: Inputs, targets: Tensor, *, weight: float = 1.0) -> Tensor:
+        """One forward and the gradients: adds weight·∇(loss + α·R) to ``.grad``, as ``Tensor.backward`` would.
 
         If anything raises on the way, Ctrl-C and a lack of memory included, the step has not been: ``.grad``, the
         buffers, the random generators and this object are as before. (With ``graphs``, a gradient kept for reuse may
@@ -181,17 +203,27 @@ class FisherPenalty:
         Args:
             inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments), batch first.
             targets: as the training loss takes them; class indices or probabilities for cross-entropy.
+            weight: what the gradient is multiplied by: 1/k for each of k micro-batches that accumulate in ``.grad``.
+                Each counts as a step, and R is that of a micro-batch of B/k examples: k times Tr(F)/B in expectation.
 
         Returns:
-            The training loss without the penalty, a detached scalar.
+            The training loss without the penalty and without the weight, a detached scalar.
+
+        Raises:
+            ValueError: ``weight`` is not positive and finite, or there is no input; it is named.
         """
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError(f"weight: expected a finite number > 0, got {weight!r}")
         trainable = trainable_parameters(self.model)
         due = self.steps >= self.start and self.alpha > 0 and (self.steps - self.start) % self.every == 0
         if not input_tensors(inputs):
             raise ValueError("inputs: expected at least one tensor, found none")
-        step = self._penalised if due else self._plain
+        step = functools.partial(self._penalised if due else self._plain, scale=self._scale(weight))
         with undone_on_error(self.model, self.generator), self._undone_on_error():
-            outcome = step(inputs, targets) if self._captured is None else self._replayed(due, step, inputs, targets)
+            if self._captured is None:
+                outcome = step(inputs, targets)
+            else:
+                outcome = self._replayed((due, weight), step, inputs, targets)
             found = {name: g for name in outcome.total if (g := trainable[name].grad) is not None}
             with torch.no_grad():
                 if found:  # in one call, which adds to all of them or to none
@@ -199,6 +231,8 @@ class FisherPenalty:
         for name in outcome.total.keys() - found:
             trainable[name].grad = outcome.total[name]
         self.logits = outcome.logits
+        if due and self.scaler is not None and not outcome.finite:  # the scaler waits for the device in any case
+            return outcome.loss
         if due:
             self.value, self._rows = outcome.value, outcome.rows
             if outcome.reused is not None:
@@ -261,7 +295,17 @@ class FisherPenalty:
 
     # ---- the steps ---------------------------------------------------------------------------------------------------
 
-    def _replayed(self, due: bool, step: Callable[[Inputs, Any], _Outcome], inputs: Inputs, targets: Any) -> _Outcome:
+    def _scale(self, weight: float) -> float | Tensor:
+        """What the losses are multiplied by before their gradients are taken; of a scaler, a float64 scalar tensor."""
+        if self.scaler is None:
+            return weight
+        device = next(iter(trainable_parameters(self.model).values())).device
+        scale: Tensor = self.scaler.scale(torch.full((), weight, dtype=torch.float64, device=device))
+        return scale
+
+    def _replayed(
+        self, drawn: tuple[bool, float], step: Callable[[Inputs, Any], _Outcome], inputs: Inputs, targets: Any
+    ) -> _Outcome:
         """The step's outcome by its captured graph, if there is one by now."""
         assert self._captured is not None
         handed_out = {id(g) for captured in self._captured.captured.values() for g in captured.result.total.values()}
@@ -270,29 +314,24 @@ class FisherPenalty:
                 parameter.grad = None if parameter.grad is None else parameter.grad.clone()
         modes = tuple(module.training for module in self.model.modules())
         places = tuple(p.data_ptr() for p in trainable_parameters(self.model).values())
-        kind = due, self.alpha, self._reused is None, modes, places
+        kind = *drawn, self.alpha, self._reused is None, modes, places
         outcome = self._captured.run(kind, step, inputs, targets)
         value = None if outcome.value is None else outcome.value.clone()
         return dataclasses.replace(outcome, loss=outcome.loss.clone(), value=value)
 
-    def _plain(self, inputs: Inputs, targets: Any) -> _Outcome:
-        """The gradient of loss + α·(R as it was recomputed last)."""
+    def _plain(self, inputs: Inputs, targets: Any, scale: float | Tensor = 1.0) -> _Outcome:
+        """The gradient of scale·(loss + α·(R as it was recomputed last))."""
         trainable = trainable_parameters(self.model)
         with torch.enable_grad():
             with fused_forward(self.model):
                 logits = call_model(self.model, inputs)
             loss = self._training_loss(logits, targets)
-        total = _gradients(loss, trainable)
-        reused = self._reused or {}
-        both = [name for name in reused if name in total]
-        if both:
-            torch._foreach_add_([total[name] for name in both], [reused[name] for name in both], alpha=self.alpha)
-        for name in reused.keys() - total.keys():
-            total[name] = reused[name] * self.alpha
+        total = _gradients(loss * scale, trainable)
+        _add(total, self._reused or {}, self.alpha * scale)
         return _Outcome(loss.detach(), logits.detach(), total)
 
-    def _penalised(self, inputs: Inputs, targets: Any) -> _Outcome:
-        """The gradient of loss + α·R, with R, and its gradient for reuse."""
+    def _penalised(self, inputs: Inputs, targets: Any, scale: float | Tensor = 1.0) -> _Outcome:
+        """The gradient of scale·(loss + α·R), with R, and its gradient for reuse, both without the scale."""
         trainable = trainable_parameters(self.model)
         if self.settings.wrt == "inputs":
             inputs = requiring_grad(inputs)
@@ -315,14 +354,16 @@ class FisherPenalty:
             sources = [p for n, p in trainable.items() if n in chosen]
             if self.settings.wrt == "inputs":
                 sources = [x for x in input_tensors(part_inputs) if x.requires_grad]
-            found = torch.autograd.grad(penalised, sources, create_graph=True, allow_unused=True)
-            squared_norm = factor * torch.stack([g.square().sum() for g in found if g is not None]).sum()
+            found = torch.autograd.grad(penalised * scale, sources, create_graph=True, allow_unused=True)
+            squared_norm = factor * torch.stack([(g / scale).square().sum() for g in found if g is not None]).sum()
             value = squared_norm.detach().double()
             if self.every == 1:
-                total = _gradients(loss + alpha * squared_norm, trainable)
+                total = _gradients((loss + alpha * squared_norm) * scale, trainable)
             else:
-                reused = _gradients(squared_norm, trainable, retain_graph=True)
-                total = _gradients(loss, trainable)
+                reused = _gradients(squared_norm * scale, trainable, retain_graph=True)
+                for g in reused.values():
+                    g.div_(scale)
+                total = _gradients(loss * scale, trainable)
         else:
             # With true labels the training gradient is the one that is penalised: one backward serves both.
             same = self.settings.labels == "true" and self.loss is None and part is logits
@@ -330,13 +371,13 @@ class FisherPenalty:
             # All activations are kept over this backward: the peak of the whole step.
             with saving_memory() if keep else nullcontext():
                 gradient, direction = gradient_at(
-                    penalised, trainable, part_inputs, self.settings, chosen, retain_graph=keep
+                    penalised * scale, trainable, part_inputs, self.settings, chosen, retain_graph=keep
                 )
-            total = gradient if same and not self.mixed else _gradients(loss, trainable) if keep else {}
+            total = gradient if same and not self.mixed else _gradients(loss * scale, trainable) if keep else {}
             loss = loss.detach()
             del logits, part, penalised  # the first graph is not needed while the second one is built
             shift = FiniteDifference(
-                self.model, part_inputs, first_only, self.settings, gates, labels, gradient, direction, factor
+                self.model, part_inputs, first_only, self.settings, gates, labels, gradient, direction, factor, scale
             )
             value = shift.value
             if self.mixed:
@@ -349,11 +390,11 @@ class FisherPenalty:
                 self._judge(shift, shift.add_to(total, alpha))
             else:
                 reused = {name: torch.zeros_like(g) for name, g in gradient.items()}
-                self._judge(shift, shift.add_to(reused, 1.0))
+                self._judge(shift, shift.add_to(reused, 1.0 / scale))
         if reused is not None:
-            scale = alpha / self.alpha
-            for name, g in reused.items():
-                _add(total, name, g if scale == 1.0 else g.mul_(scale), self.alpha)
+            if alpha != self.alpha:
+                torch._foreach_mul_(list(reused.values()), alpha / self.alpha)
+            _add(total, reused, self.alpha * scale)
             if self._captured is not None and self._reused is not None:
                 # Captured steps read it where it is.
                 for name, g in self._reused.items():
@@ -392,7 +433,7 @@ class FisherPenalty:
     @contextmanager
     def _record_gates(self) -> Iterator[Gates]:
         if self.settings.method == "double_backprop":  # there is no second forward
-            with fused_forward(self.model):
+            with uncompiled(self.model, 'method="double_backprop"'), fused_forward(self.model):
                 yield Gates(None, frozen=False)
             return
         with record_gates(self.model, frozen=self.settings.frozen, rewind=self._captured is None) as gates:
@@ -422,5 +463,13 @@ def _gradients(loss: Tensor, trainable: dict[str, Tensor], *, retain_graph: bool
     return {name: g for name, g in zip(trainable, found, strict=True) if g is not None}
 
 
-def _add(total: Gradients, name: str, gradient: Tensor, weight: float) -> None:
-    total[name] = total[name].add_(gradient, alpha=weight) if name in total else gradient * weight
+def _add(total: Gradients, gradients: Gradients, weight: float | Tensor) -> None:
+    """total += weight·gradients, by name."""
+    both = [name for name in gradients if name in total]
+    if isinstance(weight, Tensor):
+        for name in both:
+            total[name].addcmul_(gradients[name], weight.to(gradients[name].dtype))
+    elif both:
+        torch._foreach_add_([total[name] for name in both], [gradients[name] for name in both], alpha=weight)
+    for name in gradients.keys() - total.keys():
+        total[name] = gradients[name] * weight

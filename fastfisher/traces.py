@@ -21,7 +21,15 @@ from fastfisher.capture import Capture, Part
 from fastfisher.estimate import TraceEstimate
 from fastfisher.labels import new_key
 from fastfisher.layers import Layer, chunks, squares
-from fastfisher.model import Inputs, chosen_names, eval_mode, input_tensors, map_inputs, trainable_parameters
+from fastfisher.model import (
+    Inputs,
+    chosen_names,
+    eval_mode,
+    input_tensors,
+    map_inputs,
+    trainable_parameters,
+    uncompiled,
+)
 from fastfisher.rollback import undoing
 from fastfisher.slow_path import warn_slow_path
 
@@ -563,16 +571,18 @@ def _fallback(model: nn.Module, inputs: Inputs, capture: Capture, name: str, cot
     dims = tuple(0 if x.dim() else None for x in tensors)
     for rows in chunks(capture.examples, 8 * max(parameter.numel(), tensors[0][0].numel())):
         some = [x[rows] if x.dim() else x for x in tensors]
-        try:
-            yield torch.func.vmap(gradient, in_dims=(None, 0, *dims))(parameter, cotangent[rows], *some)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # an operation that vmap does not know: one example at a time
-            each = [
-                gradient(parameter, cotangent[i], *(x[i] if x.dim() else x for x in tensors))
-                for i in range(rows.start, rows.stop)
-            ]
-            yield torch.stack(each)
+        with uncompiled(model, "the measurement"):
+            try:
+                found = torch.func.vmap(gradient, in_dims=(None, 0, *dims))(parameter, cotangent[rows], *some)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # an operation that vmap does not know: one example at a time
+                each = [
+                    gradient(parameter, cotangent[i], *(x[i] if x.dim() else x for x in tensors))
+                    for i in range(rows.start, rows.stop)
+                ]
+                found = torch.stack(each)
+        yield found
 
 
 class _Sums:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.networks import torchvision_operators
+
 # Before anything imports Triton: without a GPU its kernels run in its interpreter, on CPU tensors.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -23,16 +25,10 @@ settings.load_profile("default")
 
 @pytest.fixture(scope="session")
 def torchvision() -> Any:
-    """torchvision, which beside a CPU build of torch misses two operators that nothing here uses."""
+    """torchvision, also beside a CPU build of torch."""
     pytest.importorskip("PIL")
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    try:
+    with torchvision_operators():
         yield pytest.importorskip("torchvision", exc_type=ImportError)
-    finally:
-        library._destroy()
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
+
+
+@contextmanager
+def torchvision_operators() -> Iterator[None]:
+    """Within, torchvision imports beside a CPU build of torch, where it misses two operators that nothing here uses."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    try:
+        yield
+    finally:
+        library._destroy()
 
 
 class SmallResNet(nn.Module):
