@@ -293,7 +293,7 @@ class FiniteDifference:
                 total = weight.to(total.dtype) * total
             if loss is not None:
                 total = total + loss(logits)
-        return total * self.scale, leaves
+            return total * self.scale, leaves
 
     def _accumulate(self, out: dict[str, Tensor], rho: Tensor, scale: Tensor) -> Tensor:
         """out += scale·(∇ℓ(θ + ρd) − ∇ℓ(θ)); returns ‖∇ℓ(θ + ρd) − ∇ℓ(θ)‖².
