@@ -11,7 +11,7 @@ from fastfisher.paper.drawing import curves, legend, panels, ramp
 from fastfisher.paper.experiment import Outcome
 from fastfisher.paper.settings import digits_notes
 
-EPOCHS = {"paper": 30, "digits": 12}
+EPOCHS = {"paper": 30, "digits": 16}
 
 
 def measured(case: Case, scale: Scale) -> Case:

@@ -9,7 +9,7 @@ from fastfisher.paper.experiment import MAX_TRACE, Experiment, Outcome
 from fastfisher.paper.settings import large_rate
 
 # The paper does not say which; the last of figure 20 is ten times the first.
-BATCHES = {"paper": (128, 512, 1280), "digits": (8, 16, 32)}
+BATCHES = {"paper": (128, 512, 1280), "digits": (4, 8, 16)}
 
 
 def cases(scale: Scale) -> dict[Key, Case]:
