@@ -9,13 +9,37 @@ TIMER ?= time.perf_counter
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 NATIVE := $(SOURCES) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: run test lint format bench gpu clean
+.PHONY: run test nightly sanitize lint format bench gpu clean
 
 run: $(VENV)/built-train ## the demonstration: half-wrong labels on real digits, without and with the penalty
 	$(BIN)/python -m fastfisher.paper.noisy_digits
 
 test: $(VENV)/built-test ## the whole test suite
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+nightly: $(VENV)/built-test ## 10,000 random cases for each operator and public function, every error at every call
+	$(BIN)/python -m pytest -n auto --dist worksteal --hypothesis-profile=nightly tests/test_properties.py tests/test_fuzz.py \
+	  tests/test_faults.py
+
+# A tree of its own, so that the libraries that everything else uses stay as they are. libasan has to be there before
+# Python, and libstdc++ with it, or it finds no function to intercept where an exception is thrown.
+SANITIZED := build/sanitized
+SANITIZED_TESTS := $(addprefix tests/,test_ops.py test_gates.py test_normalization.py test_convolution.py \
+  test_probes.py test_traces.py test_properties.py)
+
+sanitize: $(VENV)/built-test ## the operators' tests with AddressSanitizer and UndefinedBehaviorSanitizer
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DFASTFISHER_SANITIZE=ON \
+	  -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -DCMAKE_INSTALL_PREFIX=$(SANITIZED)
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
+	rm -rf $(SANITIZED)
+	mkdir -p $(SANITIZED)
+	cp -r fastfisher tests pyproject.toml $(SANITIZED)
+	rm $(SANITIZED)/fastfisher/*.so
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --install build/sanitize
+	cd $(SANITIZED) && \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  "$(CURDIR)/$(BIN)/python" -m pytest -n auto --dist worksteal $(SANITIZED_TESTS)
 
 lint: $(VENV)/built-test ## ruff, clang-format, mypy --strict
 	$(BIN)/ruff check .

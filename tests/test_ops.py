@@ -12,6 +12,7 @@ import pytest
 import scipy.stats
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 import fastfisher
@@ -434,7 +435,7 @@ def test_sums_have_the_same_bits_for_any_number_of_threads() -> None:
 @needs_kernels
 def test_one_compilation_for_many_keys() -> None:
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     function = torch.compile(lambda x, key: torch.ops.fastfisher.sample_cross_entropy(x, key, 1.0)[1], backend=counter)
     for seed in range(5):
         function(torch.randn(4, 6), torch.tensor([seed, 0]))
