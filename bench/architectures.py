@@ -52,7 +52,6 @@ _GOOGLE = {"aux_logits": False, "init_weights": False}
 ARCHITECTURES = [
     Architecture("torchvision", "resnet18", 32),
     Architecture("torchvision", "resnet50", 32),
-    Architecture("timm", "vgg11", 32, {"num_features": 512}),
     Architecture("torchvision", "densenet121", 32),
     Architecture("torchvision", "mobilenet_v2", 32),
     Architecture("torchvision", "mobilenet_v3_small", 32),
@@ -78,6 +77,7 @@ ARCHITECTURES = [
     Architecture("timm", "levit_128s", 224),
     Architecture("timm", "efficientformer_l1", 224),
     Architecture("timm", "mobilevit_xxs", 64),
+    Architecture("torchvision", "vgg11", 32),
 ]
 
 
