@@ -1,0 +1,50 @@
+"""What is committed under results/digits is what `fastfisher reproduce --all --scale digits` writes today."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+from fastfisher.paper.arguments import IDS
+from fastfisher.paper.experiments import load
+
+RESULTS = Path(__file__).parents[2] / "results"
+DIGITS = RESULTS / "digits"
+
+
+def claims(page: Path) -> list[str]:
+    return [line for line in page.read_text().splitlines() if re.match(r"\d+\. ", line)]
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_each_id_has_its_files_about_the_cases_that_it_has_now(name: str) -> None:
+    experiment = load(name)
+    assert all((DIGITS / f"{name}.{ending}").stat().st_size > 0 for ending in ("md", "csv", "png", "svg"))
+    rows = list(csv.DictReader((DIGITS / f"{name}.csv").open()))
+    cases = [" | ".join(key) for key in experiment.cases("digits")]
+    assert [row["case"] for row in rows] == [case for case in cases for _ in experiment.quantities]
+    assert [row["quantity"] for row in rows] == len(cases) * [quantity.name for quantity in experiment.quantities]
+    text = (DIGITS / f"{name}.md").read_text()
+    assert f"over {experiment.seeds} seeds" in text and "Scale: **digits**" in text and "dry run" not in text
+    # The options too: a report about other settings than today's would be another experiment's.
+    assert all(note in text for note in experiment.notes("digits"))
+
+
+def test_enough_seeds() -> None:
+    seeds = {name: load(name).seeds for name in IDS}
+    assert min(seeds.values()) >= 3
+    assert all(seeds[name] >= 5 for name in ("table1", "table3", "fig5"))
+
+
+def test_the_page_about_the_claims_has_the_numbers_of_the_reports() -> None:
+    lines = claims(DIGITS / "README.md")
+    assert len(lines) == 12
+    assert [line.replace("](digits/", "](") for line in claims(RESULTS / "README.md")] == lines
+
+
+def test_the_front_page_shows_three_of_the_figures() -> None:
+    shown = re.findall(r"\(results/digits/(\w+)\.png\)", (RESULTS.parent / "README.md").read_text())
+    assert len(set(shown)) == 3 and set(shown) <= set(IDS)
