@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fastfisher import gated, ops
+from fastfisher.arguments import check_flags, check_model
 from fastfisher.convolution import in_pieces
 from fastfisher.gated import Passage
 from fastfisher.normalization import by_batch, relu_after
@@ -111,8 +112,12 @@ def record_gates(model: torch.nn.Module | None = None, *, frozen: bool = True, r
 
     Raises:
         ValueError: a module is compiled or scripted; or, without ``rewind``, a function draws numbers that are not
-            those of a dropout, or free gates meet a dropout.
+            those of a dropout, or free gates meet a dropout; or a flag is no boolean.
+        TypeError: ``model`` is no module.
     """
+    check_flags(frozen=frozen, rewind=rewind)
+    if model is not None:
+        check_model(model)
     parameters = model.parameters() if model is not None else ()
     devices = frozenset(p.device.index for p in parameters if p.device.type == "cuda")
     gates = Gates(RandomState.current(devices) if rewind else None, frozen)
