@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfisher.model import Inputs, input_tensors, map_inputs
+from fastfisher.arguments import is_count
+from fastfisher.model import Inputs, count_examples, map_inputs
 
 Pair = tuple[Inputs, Tensor | None]
 """Inputs and, where there are any, targets."""
@@ -41,9 +42,9 @@ class Batches:
         batch_size: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        if samples is not None and not (isinstance(samples, int) and samples >= 1):
+        if samples is not None and not is_count(samples):
             raise ValueError(f"samples: expected an integer >= 1 or None, got {samples!r}")
-        if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
+        if batch_size is not None and not is_count(batch_size):
             raise ValueError(f"batch_size: expected an integer >= 1 or None, got {batch_size!r}")
         self.data, self.samples, self.batch_size, self.device = data, samples, batch_size, device
         self.fraction = 1.0
@@ -51,10 +52,9 @@ class Batches:
         self.exhausted = False
         if self.whole:
             self.inputs, self.targets = _pair(data)
-            tensors = input_tensors(self.inputs)
-            if not tensors:
-                raise ValueError("data: expected at least one tensor of inputs, found none")
-            examples = len(tensors[0])
+            examples = count_examples(self.inputs, "data")
+            if self.targets is not None and self.targets.dim() == 0:
+                raise ValueError("data: expected one target per input, got a scalar tensor")
             if self.targets is not None and len(self.targets) != examples:
                 raise ValueError(f"data: expected one target per input, got {len(self.targets)} for {examples}")
             self.order: Tensor | None = None
@@ -84,7 +84,7 @@ class Batches:
         left = self.samples if self.samples is not None else math.inf
         for batch in self.data:
             inputs, targets = _pair(batch)
-            size = len(input_tensors(inputs)[0])
+            size = count_examples(inputs, "data")
             if size:
                 yield self._take(inputs, targets, slice(0, int(min(size, left))))
             left -= size
@@ -104,7 +104,9 @@ def _pair(batch: Any) -> Pair:
     if isinstance(batch, Tensor | dict):
         return batch, None
     if isinstance(batch, list | tuple) and len(batch) == 2 and (batch[1] is None or isinstance(batch[1], Tensor)):
-        return (tuple(batch[0]) if isinstance(batch[0], list) else batch[0]), batch[1]
-    if isinstance(batch, list | tuple) and len(batch) == 1:
+        inputs = tuple(batch[0]) if isinstance(batch[0], list) else batch[0]
+        if isinstance(inputs, Tensor | dict | tuple):
+            return inputs, batch[1]
+    if isinstance(batch, list | tuple) and len(batch) == 1 and isinstance(batch[0], Tensor | dict | tuple):
         return batch[0], None
     raise TypeError(f"data: expected tensors or pairs (inputs, targets), got {type(batch).__name__}")

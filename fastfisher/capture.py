@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastfisher.layers import Layer, Layout, bind, depends, tensors_in
-from fastfisher.model import Inputs, call_model, input_tensors, map_inputs, uncompiled
+from fastfisher.model import Inputs, call_model, count_examples, input_tensors, map_inputs, uncompiled
 
 Receive = Callable[[Layer, Tensor], None]
 
@@ -53,7 +53,8 @@ class Capture:
         fallbacks: by name, why nothing here can follow a parameter.
 
     Raises:
-        ValueError: the model couples examples (a batch norm on the statistics of the batch); it is named.
+        ValueError: there is no example, or the model couples examples (a batch norm on the statistics of the batch); it
+            is named.
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs, names: Iterable[str]) -> None:
@@ -61,11 +62,10 @@ class Capture:
         self.parameters = {name: found[name].data.requires_grad_() for name in names}
         others = {name: p.data for name, p in found.items() if name not in self.parameters}
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        tensors = input_tensors(inputs)
-        if not tensors:
-            raise ValueError("inputs: expected at least one tensor, found none")
-        self.examples = len(tensors[0])
-        self.anchor = torch.zeros((), device=tensors[0].device, requires_grad=True)
+        self.examples = count_examples(inputs)
+        if self.examples == 0:
+            raise ValueError("inputs: expected at least one example, got none")
+        self.anchor = torch.zeros((), device=input_tensors(inputs)[0].device, requires_grad=True)
         self.layers: list[Layer] = []
         self.fallbacks: dict[str, str] = {}
         self._receive: Receive | None = None

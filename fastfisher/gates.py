@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fastfisher import gated, ops
+from fastfisher.arguments import check_flags, check_model
 from fastfisher.convolution import in_pieces
 from fastfisher.gated import Passage
 from fastfisher.model import compiled_module, uncompiled
@@ -128,8 +129,12 @@ def record_gates(model: torch.nn.Module | None = None, *, frozen: bool = True, r
 
     Raises:
         ValueError: a module is a TorchScript module, which hides its gates; or, without ``rewind``, a function draws
-            numbers that are not those of a dropout, or free gates meet a dropout.
+            numbers that are not those of a dropout, or free gates meet a dropout; or a flag is no boolean.
+        TypeError: ``model`` is no module.
     """
+    check_flags(frozen=frozen, rewind=rewind)
+    if model is not None:
+        check_model(model)
     parameters = model.parameters() if model is not None else ()
     devices = frozenset(p.device.index for p in parameters if p.device.type == "cuda")
     gates = Gates(RandomState.current(devices) if rewind else None, frozen, model)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastfisher import ops
+from fastfisher.arguments import is_count, is_number
 from fastfisher.batches import Batches
 from fastfisher.estimate import TraceEstimate
 from fastfisher.gates import RandomState, record_gates
@@ -113,7 +114,8 @@ def trace_hessian(
         for a single one), for the data given.
 
     Raises:
-        ValueError: an unknown option, no examples, or a parameter that is not the model's.
+        ValueError: an unknown option, no examples, targets that do not fit, or a parameter that is not the model's.
+        TypeError: the model, the inputs or the data are of a type that cannot be one.
 
     The same key gives the same bits; another number of threads may change the last ones in float32, where PyTorch's
     convolution splits its sums by thread.
@@ -123,7 +125,8 @@ def trace_hessian(
     """
     _check_options(method, probes, distribution, hvp, tolerance, batch_size, mode)
     key = new_key(generator, torch.device("cpu"))
-    batches = labelled(data, targets, batch_size, next(model.parameters()).device)
+    device = next(iter(trainable_parameters(model).values())).device
+    batches = labelled(data, targets, batch_size, device)
     with measuring(model, params, mode) as parameters:
         product: str = "reduced" if method == "reduced" else hvp
         fisher = None
@@ -382,6 +385,8 @@ class Pairs:
 def labelled(data: Any, targets: Tensor | None, batch_size: int | None, device: torch.device) -> Pairs:
     """``data`` with its targets, which may come beside it, as often as they are iterated."""
     if targets is not None:
+        if not isinstance(targets, Tensor):
+            raise ValueError(f"targets: expected a tensor or None, got {type(targets).__name__}")
         data = (data, targets)
     elif isinstance(data, list) and len(data) == 2 and isinstance(data[1], Tensor):
         data = tuple(data)
@@ -428,13 +433,13 @@ def _check_options(
         ("mode", mode, ("eval", "keep")),
     )
     for name, value, values in allowed:
-        if value not in values:
+        if not (isinstance(value, str) and value in values):
             expected = " or ".join(f'"{v}"' for v in values)
             raise ValueError(f"{name}: expected {expected}, got {value!r}")
     if method in ("split", "reduced") and hvp != "taylor":
         raise ValueError(f'hvp: expected "taylor" with method="{method}", got {hvp!r}')
     for name, number in (("probes", probes), ("batch_size", batch_size)):
-        if number is not None and (not isinstance(number, int) or number < 1):
+        if not (is_count(number) or (name == "batch_size" and number is None)):
             raise ValueError(f"{name}: expected a positive integer, got {number!r}")
-    if tolerance is not None and not (math.isfinite(tolerance) and tolerance > 0):
+    if tolerance is not None and not (is_number(tolerance) and tolerance > 0):
         raise ValueError(f"tolerance: expected a positive number, got {tolerance!r}")

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastfisher import ops, reference
+from fastfisher.arguments import check_generator
 
 LABELS = ("sampled", "true", "uniform", "rademacher")
 
@@ -44,12 +45,17 @@ def sample_cross_entropy(
         logits.shape[:-1]). No rows: a mean of NaN, as in ``F.cross_entropy``.
 
     Raises:
-        ValueError: no class dimension, an unknown reduction, both key and generator, or a row without a softmax (NaN,
-            +inf, or all −inf), which is named.
+        ValueError: no class dimension, an unknown reduction, a key or generator that is none, both of them, or a row
+            without a softmax (NaN, +inf, or all −inf), which is named.
     """
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"logits: expected a tensor of shape (..., C), got {type(logits).__name__}")
+    check_generator(generator)
+    if not (key is None or isinstance(key, Tensor)):
+        raise ValueError(f"key: expected an int64 tensor of 2 elements or None, got {type(key).__name__}")
     if logits.dim() == 0:
         raise ValueError("logits: expected shape (..., C), got a scalar")
-    if reduction not in ("mean", "sum", "none"):
+    if not (isinstance(reduction, str) and reduction in ("mean", "sum", "none")):
         raise ValueError(f'reduction: expected "mean", "sum" or "none", got {reduction!r}')
     if key is None:
         key = new_key(generator, logits.device)
@@ -61,23 +67,41 @@ def sample_cross_entropy(
     return loss, labels.view(logits.shape[:-1])
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of logits (..., C) against class indices (...) or class probabilities (..., C).
+def cross_entropy(
+    logits: Tensor, targets: Tensor, *, reduction: Literal["mean", "sum"] = "mean", name: str = "targets"
+) -> Tensor:
+    """Mean (or summed) cross-entropy of logits (..., C) against class indices (...) or class probabilities (..., C).
 
     Against signs ε (int8, (..., C)) it is 2⟨√p, ε⟩ instead, whose gradient in the logits, √p⊙ε − p⟨√p, ε⟩, has over
     random signs the mean and covariance of that of −log p(ŷ) over ŷ ~ p.
+
+    Raises:
+        ValueError: the targets do not fit the logits; ``name`` is the argument that is named.
     """
     rows = logits.reshape(-1, logits.shape[-1])
+    if not isinstance(targets, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(targets).__name__}")
+    per_class = targets.dtype == torch.int8 or targets.is_floating_point()
+    fitting = targets.dtype in (torch.int64, torch.uint8) or per_class
+    if not fitting or targets.numel() != (rows.numel() if per_class else len(rows)):
+        raise ValueError(
+            f"{name}: expected class indices (int64) of shape {tuple(logits.shape[:-1])} or class probabilities of "
+            f"shape {tuple(logits.shape)}, got {targets.dtype} of shape {tuple(targets.shape)}"
+        )
     if targets.dtype == torch.int8:
-        return 2 * ((rows.log_softmax(-1) / 2).exp() * targets.reshape(rows.shape)).sum(-1).mean()
-    if targets.is_floating_point():
-        return F.cross_entropy(rows, targets.reshape(rows.shape))
-    return F.cross_entropy(rows, targets.reshape(-1))
+        each = 2 * ((rows.log_softmax(-1) / 2).exp() * targets.reshape(rows.shape)).sum(-1)
+        return each.mean() if reduction == "mean" else each.sum()
+    if per_class:
+        return F.cross_entropy(rows, targets.reshape(rows.shape), reduction=reduction)
+    try:
+        return F.cross_entropy(rows, targets.reshape(-1), reduction=reduction)
+    except IndexError as error:  # on a GPU the device asserts
+        raise ValueError(f"{name}: expected class indices 0 to {rows.shape[1] - 1}, or -100: {error}") from None
 
 
 def check_labels(labels: str | Tensor) -> None:
     """Raises ValueError where ``labels`` names nothing known."""
-    if isinstance(labels, str) and labels not in LABELS:
+    if not isinstance(labels, Tensor) and not (isinstance(labels, str) and labels in LABELS):
         raise ValueError(f'labels: expected "sampled", "true", "uniform", "rademacher" or a tensor, got {labels!r}')
 
 
@@ -112,4 +136,4 @@ def label_loss(
     else:
         assert targets is not None
         chosen = targets
-    return cross_entropy(logits, chosen), chosen
+    return cross_entropy(logits, chosen, name="labels" if isinstance(labels, Tensor) else "targets"), chosen

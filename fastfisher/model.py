@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastfisher.arguments import check_model
 from fastfisher.slow_path import warn_slow_path
 
 Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
@@ -37,6 +38,20 @@ def input_tensors(inputs: Inputs) -> list[Tensor]:
     return found
 
 
+def count_examples(inputs: Inputs, name: str = "inputs") -> int:
+    """How many examples there are: the size of the first tensor's dimension 0.
+
+    Raises:
+        ValueError: there is no tensor, or it is a scalar; ``name`` is the argument that is named.
+    """
+    tensors = input_tensors(inputs)
+    if not tensors:
+        raise ValueError(f"{name}: expected at least one tensor, found none")
+    if tensors[0].dim() == 0:
+        raise ValueError(f"{name}: expected examples along dimension 0, got a scalar tensor")
+    return len(tensors[0])
+
+
 def requiring_grad(inputs: Inputs) -> Inputs:
     """The inputs with every floating-point tensor detached and requiring a gradient."""
     return map_inputs(inputs, lambda x: x.detach().requires_grad_() if x.is_floating_point() else x)
@@ -57,12 +72,6 @@ def call_copy(model: nn.Module, parameters: dict[str, Tensor], inputs: Inputs) -
     args: tuple[Any, ...] = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
     kwargs = inputs if isinstance(inputs, dict) else None
     return torch.func.functional_call(model, state, args, kwargs)  # type: ignore[no-any-return]
-
-
-def check_model(model: nn.Module) -> None:
-    """Raises TypeError where ``model`` is no module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -87,11 +96,14 @@ def chosen_names(trainable: dict[str, Tensor], params: Iterable[Tensor] | None) 
     """
     if params is None:
         return frozenset(trainable)
+    if not isinstance(params, Iterable) or (isinstance(params, Tensor) and params.dim() == 0):
+        raise ValueError(f"params: expected parameters of the model or None, got {type(params).__name__}")
     names = {id(p): name for name, p in trainable.items()}
     chosen = []
     for position, p in enumerate(params):
         if id(p) not in names:
-            raise ValueError(f"params: item {position} (shape {tuple(p.shape)}) is no trainable parameter of the model")
+            what = f"shape {tuple(p.shape)}" if isinstance(p, Tensor) else type(p).__name__
+            raise ValueError(f"params: item {position} ({what}) is no trainable parameter of the model")
         chosen.append(names[id(p)])
     if not chosen:
         raise ValueError("params: expected at least one parameter, got none")

@@ -27,12 +27,14 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher import ops
+from fastfisher.arguments import is_number
 from fastfisher.gates import Gates, fused_forward, record_gates
 from fastfisher.labels import are_drawn, check_labels, check_targets, cross_entropy, label_loss, new_key
 from fastfisher.model import (
     Inputs,
     call_copy,
     chosen_names,
+    count_examples,
     couples_examples,
     input_tensors,
     map_inputs,
@@ -77,9 +79,14 @@ class AdaptiveStep:
     Args:
         target: the relative change to hold.
         rho: the ρ to start with; ``FREE_START``·‖θ‖ at the first penalty otherwise.
+
+    Raises:
+        ValueError: an argument is no positive number; it is named.
     """
 
     def __init__(self, target: float = 0.5, rho: float | None = None) -> None:
+        if not (is_number(target) and target > 0):
+            raise ValueError(f"target: expected a positive number, got {target!r}")
         self.target = target
         self._rho: Tensor | None = None  # on the device, so that no step waits for it
         self.rho = rho
@@ -91,6 +98,8 @@ class AdaptiveStep:
 
     @rho.setter
     def rho(self, value: float | None) -> None:
+        if value is not None and not (is_number(value) and value > 0):
+            raise ValueError(f"rho: expected a positive number or None, got {value!r}")
         self._rho = None if value is None else torch.tensor(value, dtype=torch.float64)
 
     def current(self, norm: Callable[[], Tensor], device: torch.device) -> Tensor:
@@ -150,12 +159,13 @@ class Settings:
         }
         for name, values in allowed.items():
             value = getattr(self, name)
-            if not (name == "gates" and isinstance(value, Gates)) and value not in values:
+            if not (name == "gates" and isinstance(value, Gates)) and not (isinstance(value, str) and value in values):
                 expected = " or ".join(f'"{v}"' for v in values)
                 raise ValueError(f"{name}: expected {expected}, got {value!r}")
-        if isinstance(self.step, AdaptiveStep) or self.step == "auto":
+        step: Any = self.step
+        if isinstance(step, AdaptiveStep) or (isinstance(step, str) and step == "auto"):
             return
-        if isinstance(self.step, str) or not (math.isfinite(self.step) and self.step > 0):
+        if not (is_number(step) and step > 0):
             raise ValueError(f'step: expected a positive number, "auto" or an AdaptiveStep, got {self.step!r}')
 
     @property
@@ -323,7 +333,8 @@ class FiniteDifference:
         for name, leaf in leaves.items():
             if leaf.numel() >= _LARGE:
                 leaf.register_post_accumulate_grad_hook(functools.partial(add_at_once, name))  # type: ignore[no-untyped-call]
-        loss.backward()  # type: ignore[no-untyped-call]
+        if leaves:  # and nothing else: the caller's inputs may require a gradient, too
+            loss.backward(inputs=list(leaves.values()))  # type: ignore[no-untyped-call]
         add({name: leaf for name, leaf in leaves.items() if name not in made})
         return torch.stack(squares).sum() if squares else torch.zeros_like(self.norm)
 
@@ -473,14 +484,16 @@ def penalty(
         R, a scalar. Differentiable once ("finite_difference") or as often as the model is ("double_backprop").
 
     Raises:
-        ValueError: an argument is none of the above, or targets are missing; the argument is named.
+        ValueError: an argument is none of the above, or targets are missing or do not fit; the argument is named.
+        TypeError: the model, the inputs or the data are of a type that cannot be one.
     """
     settings = Settings(labels, method, gates, wrt, reduction, step, difference)
     check_targets(labels, targets)
     trainable = trainable_parameters(model)
     chosen = chosen_names(trainable, params)
-    if not input_tensors(inputs):
-        raise ValueError("inputs: expected at least one tensor, found none")
+    count_examples(inputs)
+    if logits is not None and not (isinstance(logits, Tensor) and logits.dim() > 0 and logits.requires_grad):
+        raise ValueError("logits: expected those of a forward, (..., C), with their graph")
     finite = method == "finite_difference"
 
     if logits is not None and finite and not isinstance(gates, Gates):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher import ops
+from fastfisher.arguments import check_flags, check_generator, is_count, is_number
 from fastfisher.convolution import saving_memory
 from fastfisher.gates import Gates, fused_forward, record_gates
 from fastfisher.graphs import CapturedSteps, CudaCapture
@@ -23,6 +23,7 @@ from fastfisher.model import (
     call_copy,
     call_model,
     chosen_names,
+    count_examples,
     couples_examples,
     input_tensors,
     map_inputs,
@@ -106,6 +107,7 @@ class FisherPenalty:
 
     Raises:
         ValueError: an argument is out of range or does not go with another; it is named.
+        TypeError: ``model`` is no module.
     """
 
     def __init__(
@@ -130,13 +132,17 @@ class FisherPenalty:
         graphs: bool = False,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        if not (math.isfinite(alpha) and alpha >= 0):
+        if not (is_number(alpha) and alpha >= 0):
             raise ValueError(f"alpha: expected a finite number >= 0, got {alpha!r}")
-        if not (isinstance(every, int) and every >= 1):
+        if not is_count(every):
             raise ValueError(f"every: expected an integer >= 1, got {every!r}")
-        if not (isinstance(start, int) and start >= 0):
+        if not is_count(start, 0):
             raise ValueError(f"start: expected an integer >= 0, got {start!r}")
-        if examples is not None and not (isinstance(examples, int) and examples >= 1):
+        check_generator(generator)
+        check_flags(mixed=mixed, graphs=graphs)
+        if not (loss is None or callable(loss)):
+            raise ValueError(f"loss: expected a function or None, got {type(loss).__name__}")
+        if examples is not None and not is_count(examples):
             raise ValueError(f"examples: expected an integer >= 1 or None, got {examples!r}")
         if isinstance(gates, Gates):
             raise ValueError('gates: expected "frozen" or "free"; FisherPenalty records its own')
@@ -164,7 +170,7 @@ class FisherPenalty:
         self.model, self.alpha, self.every, self.start = model, float(alpha), every, start
         self.mixed, self.examples, self.generator = mixed, 1 if reduction == "first" else examples, generator
         self.loss, self.scaler = loss, scaler
-        self.params = None if params is None else list(params)
+        self.params = list(params) if isinstance(params, Iterator | list) else params
         chosen_names(trainable_parameters(model), self.params)  # a wrong list is refused now, not at the first step
         self.value: Tensor | None = None
         self.logits: Tensor | None = None
@@ -210,14 +216,15 @@ class FisherPenalty:
             The training loss without the penalty and without the weight, a detached scalar.
 
         Raises:
-            ValueError: ``weight`` is not positive and finite, or there is no input; it is named.
+            ValueError: ``weight`` is not positive and finite, there are no inputs, the targets do not fit, the loss is
+                no scalar, or a row of logits has no softmax to draw a label from.
+            TypeError: the inputs are no tensor, tuple or dict.
         """
-        if not (math.isfinite(weight) and weight > 0):
+        if not (is_number(weight) and weight > 0):
             raise ValueError(f"weight: expected a finite number > 0, got {weight!r}")
         trainable = trainable_parameters(self.model)
         due = self.steps >= self.start and self.alpha > 0 and (self.steps - self.start) % self.every == 0
-        if not input_tensors(inputs):
-            raise ValueError("inputs: expected at least one tensor, found none")
+        count_examples(inputs)
         step = functools.partial(self._penalised if due else self._plain, scale=self._scale(weight))
         with undone_on_error(self.model, self.generator), self._undone_on_error():
             if self._captured is None:
@@ -405,7 +412,7 @@ class FisherPenalty:
     def _forwards(self, inputs: Inputs, trainable: dict[str, Tensor]) -> tuple[Tensor, Tensor, Inputs, bool, Gates]:
         """The forward at θ: the logits of the batch; those that R is taken of; and to repeat the latter, their inputs,
         whether only the first row counts, and the gates."""
-        batch = len(input_tensors(inputs)[0])
+        batch = count_examples(inputs)
         if self.examples is None or self.examples >= batch:
             with self._record_gates() as gates:
                 logits = call_model(self.model, inputs)
@@ -454,7 +461,12 @@ class FisherPenalty:
             shift.judge(change)
 
     def _training_loss(self, logits: Tensor, targets: Any) -> Tensor:
-        return cross_entropy(logits, targets) if self.loss is None else self.loss(logits, targets)
+        if self.loss is None:
+            return cross_entropy(logits, targets)
+        loss = self.loss(logits, targets)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise ValueError("loss: expected a scalar tensor that depends on the logits")
+        return loss
 
 
 def _gradients(loss: Tensor, trainable: dict[str, Tensor], *, retain_graph: bool = False) -> Gradients:

@@ -10,8 +10,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import nn
 
+from fastfisher.arguments import check_generator, check_model
 from fastfisher.gates import RandomState
-from fastfisher.model import check_model
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -51,6 +51,7 @@ def undoing(function: Callable[Parameters, Result]) -> Callable[Parameters, Resu
         model: Any = args[0] if args else kwargs["model"]
         generator: Any = kwargs.get("generator")
         check_model(model)
+        check_generator(generator)
         with undone_on_error(model, generator):
             return function(*args, **kwargs)
 

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher import ops
+from fastfisher.arguments import is_count, is_number
 from fastfisher.batches import Batches, Pair
 from fastfisher.gates import RandomState
 from fastfisher.hessian import Pairs, hessian_product, labelled, measuring
 from fastfisher.labels import new_key, sample_cross_entropy
 from fastfisher.layers import chunks, computing
-from fastfisher.model import Inputs, call_model, eval_mode, input_tensors
+from fastfisher.model import Inputs, call_model, count_examples, eval_mode, trainable_parameters
 from fastfisher.rollback import undoing
 from fastfisher.traces import Side, one_backward, parameter_names
 
@@ -96,19 +97,21 @@ def top_eigenvalues(
         The eigenvalues with their error bounds; NaN where products with H are not finite.
 
     Raises:
-        ValueError: an unknown option, no examples, or a parameter that is not the model's.
+        ValueError: an unknown option, no examples, targets that do not fit, or a parameter that is not the model's.
+        TypeError: the model, the inputs or the data are of a type that cannot be one.
 
     The model is as before afterwards, also after an exception.
     """
     for name, number in (("k", k), ("max_iterations", max_iterations), ("batch_size", batch_size)):
-        if number is not None and (not isinstance(number, int) or number < 1):
+        if not (is_count(number) or (name == "batch_size" and number is None)):
             raise ValueError(f"{name}: expected a positive integer, got {number!r}")
-    if not (math.isfinite(tolerance) and tolerance > 0):
+    if not (is_number(tolerance) and tolerance > 0):
         raise ValueError(f"tolerance: expected a positive number, got {tolerance!r}")
-    if mode not in ("eval", "keep"):
+    if not (isinstance(mode, str) and mode in ("eval", "keep")):
         raise ValueError(f'mode: expected "eval" or "keep", got {mode!r}')
     key = new_key(generator, torch.device("cpu"))
-    batches = labelled(data, targets, batch_size, next(model.parameters()).device)
+    device = next(iter(trainable_parameters(model).values())).device
+    batches = labelled(data, targets, batch_size, device)
     with measuring(model, params, mode) as parameters:
         hessian = _Hessian(model, parameters, batches)
         values, bounds, converged, iterations = _lanczos(hessian, key, k, tolerance, max_iterations)
@@ -306,9 +309,12 @@ def gradient_covariance(
 
     Raises:
         ValueError: an argument is none of the above, or there is no example; it is named.
+        TypeError: the model, the inputs or the data are of a type that cannot be one.
     """
-    if labels not in ("true", "sampled"):
+    if not (isinstance(labels, str) and labels in ("true", "sampled")):
         raise ValueError(f'labels: expected "true" or "sampled", got {labels!r}')
+    if not (batch_size is None or is_count(batch_size)):
+        raise ValueError(f"batch_size: expected an integer >= 1 or None, got {batch_size!r}")
     names = parameter_names(model, params)
     together = batch_size if batch_size is not None and batch_size != 1 else None
     source = Batches(
@@ -356,7 +362,7 @@ def _labels(model: nn.Module, pair: Pair, labels: str, generator: torch.Generato
 
 def _complete(batches: list[Pair], size: int) -> list[Pair]:
     """The batches without an incomplete last one."""
-    sizes = [len(input_tensors(inputs)[0]) for inputs, _ in batches]
+    sizes = [count_examples(inputs) for inputs, _ in batches]
     if sizes and sizes[-1] < size:
         batches, sizes = batches[:-1], sizes[:-1]
         if not batches:

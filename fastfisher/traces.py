@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastfisher import ops
+from fastfisher.arguments import check_flags, is_count, is_number
 from fastfisher.batches import Batches, Pair
 from fastfisher.capture import Capture, Part
 from fastfisher.estimate import TraceEstimate
-from fastfisher.labels import new_key
+from fastfisher.labels import cross_entropy, new_key
 from fastfisher.layers import Layer, chunks, squares
 from fastfisher.model import (
     Inputs,
@@ -83,8 +83,10 @@ def per_example_grad_norms(
 
     Raises:
         ValueError: an argument is none of the above; it is named.
+        TypeError: the model, the inputs or the data are of a type that cannot be one.
     """
     _check(labels, draws, loss, targets)
+    check_flags(squared=squared)
     names = parameter_names(model, params)
     with eval_mode(model):
         capture = _capture(model, inputs, names)
@@ -151,11 +153,13 @@ def trace_fisher(
 
     Raises:
         ValueError: an argument is none of the above, or there is no example; it is named.
+        TypeError: the model, the inputs or the data are of a type that cannot be one.
     """
     if isinstance(labels, Tensor):
         raise ValueError(f"labels: expected one of {', '.join(LABELS)}, got a tensor")
     _check(labels, draws, None, None, data_has_targets=True)
-    if tolerance is not None and not (math.isfinite(tolerance) and tolerance > 0):
+    check_flags(minibatch=minibatch)
+    if tolerance is not None and not (is_number(tolerance) and tolerance > 0):
         raise ValueError(f"tolerance: expected a number > 0, got {tolerance!r}")
     names = parameter_names(model, params)
     drawn = labels in ("rademacher", "sampled")
@@ -234,8 +238,12 @@ def grad_inner_products(
 
     Raises:
         ValueError: an argument is none of the above; it is named.
+        TypeError: the model, the inputs or the data are of a type that cannot be one.
     """
-    if labels == "exact":
+    for name, pair in (("first", first), ("second", second)):
+        if not (isinstance(pair, tuple | list) and len(pair) == 2):
+            raise ValueError(f"{name}: expected a pair (inputs, targets), got {type(pair).__name__}")
+    if isinstance(labels, str) and labels == "exact":
         raise ValueError('labels: expected "true", "sampled" or "rademacher", got "exact"')
     names = parameter_names(model, params)
     sides = []
@@ -266,10 +274,12 @@ def grad_inner_products(
 def _check(
     labels: str | Tensor, draws: int, loss: Loss | None, targets: Tensor | None, data_has_targets: bool = False
 ) -> None:
-    if isinstance(labels, str) and labels not in LABELS:
+    if not isinstance(labels, Tensor) and not (isinstance(labels, str) and labels in LABELS):
         raise ValueError(f"labels: expected one of {', '.join(LABELS)}, got {labels!r}")
-    if not (isinstance(draws, int) and draws >= 1):
+    if not is_count(draws):
         raise ValueError(f"draws: expected an integer >= 1, got {draws!r}")
+    if not (loss is None or callable(loss)):
+        raise ValueError(f"loss: expected a function or None, got {type(loss).__name__}")
     if loss is not None and not (isinstance(labels, str) and labels == "true"):
         raise ValueError(f'loss: expected None with labels={labels!r}, which are drawn; a loss goes with labels="true"')
     if isinstance(labels, str) and labels == "true" and loss is None and targets is None and not data_has_targets:
@@ -315,8 +325,9 @@ class _Cotangents:
         generator: torch.Generator | None,
     ) -> None:
         self.logits, self.labels, self.targets, self.loss, self.generator = logits, labels, targets, loss, generator
+        self.name = "targets"
         if isinstance(labels, Tensor):
-            self.labels, self.targets = "true", labels
+            self.labels, self.targets, self.name = "true", labels, "labels"
         if self.labels == "true" and loss is None and self.targets is None:
             raise ValueError('targets: expected the true labels with labels="true", got None')
 
@@ -344,14 +355,14 @@ class _Cotangents:
         with torch.enable_grad():
             if self.loss is not None:
                 each = self.loss(logits, self.targets)
+                if not isinstance(each, Tensor) or not each.requires_grad:
+                    raise ValueError("loss: expected a tensor that depends on the logits, one value per example")
                 if each.shape != logits.shape[:1]:
                     raise ValueError(f"loss: expected one value per example ({len(logits)},), got {tuple(each.shape)}")
                 total = each.sum()
             else:
                 assert self.targets is not None
-                rows = logits.reshape(-1, logits.shape[-1])
-                soft = self.targets.is_floating_point()
-                total = F.cross_entropy(rows, self.targets.reshape(rows.shape if soft else -1), reduction="sum")
+                total = cross_entropy(logits, self.targets, reduction="sum", name=self.name)
             (grad,) = torch.autograd.grad(total, logits)
         logits.requires_grad_(False)
         return grad

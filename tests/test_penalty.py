@@ -247,6 +247,15 @@ def test_an_exception_in_the_shifted_forward_leaves_everything(error: BaseExcept
     fastfisher.penalty(model.model, x, method="finite_difference").backward()
 
 
+@pytest.mark.parametrize("wrt", ["parameters", "inputs"])
+def test_nothing_is_added_to_the_gradient_of_inputs(wrt: Any) -> None:
+    model, x, labels = nn.Linear(4, 3), torch.randn(5, 4, requires_grad=True), torch.arange(5) % 3
+    fastfisher.FisherPenalty(model, 0.1, every=1, labels="true", wrt=wrt).backward(x, labels)
+    value = fastfisher.penalty(model, x, labels, labels="true", method="finite_difference", wrt=wrt)
+    torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
+    assert x.grad is None
+
+
 def test_tied_unused_and_frozen_parameters() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
