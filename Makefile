@@ -9,7 +9,7 @@ TIMER ?= time.perf_counter
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 NATIVE := $(SOURCES) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: run test lint format bench gpu clean
+.PHONY: run test lint format bench gpu docs clean
 
 run: $(VENV)/built-train ## the demonstration: half-wrong labels on real digits, without and with the penalty
 	$(BIN)/python -m fastfisher.paper.noisy_digits
@@ -44,6 +44,9 @@ gpu: $(VENV)/built-test ## the tests that need a GPU, and every figure that does
 	  $(BIN)/python -m bench.gpu; \
 	else echo "make gpu: no GPU was found ($$($(BIN)/fastfisher info | grep '^cuda')); nothing was run"; fi
 
+docs: $(VENV)/built-test ## the documentation, in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info fastfisher/*.so
 
@@ -55,7 +58,7 @@ $(VENV)/torch:
 # Isolated, pip would fetch another torch to build against; torch is named again so that what comes with it fits it.
 $(VENV)/built-%: $(VENV)/torch $(NATIVE)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation \
-	  "$(TORCH)" --editable ".[train$(if $(filter test,$*),$(comma)test$(comma)lint)]"
+	  "$(TORCH)" --editable ".[train$(if $(filter test,$*),$(comma)test$(comma)lint$(comma)docs)]"
 	touch $@ $(VENV)/built-train
 
 # See the extra in pyproject.toml.
