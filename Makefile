@@ -9,7 +9,7 @@ TIMER ?= time.perf_counter
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 NATIVE := $(SOURCES) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: run test nightly sanitize lint format bench gpu clean
+.PHONY: run test nightly sanitize lint format bench gpu docs dist clean
 
 run: $(VENV)/built-train ## the demonstration: half-wrong labels on real digits, without and with the penalty
 	$(BIN)/python -m fastfisher.paper.noisy_digits
@@ -68,6 +68,14 @@ gpu: $(VENV)/built-test ## the tests that need a GPU, and every figure that does
 	  $(BIN)/python -m bench.gpu; \
 	else echo "make gpu: no GPU was found ($$($(BIN)/fastfisher info | grep '^cuda')); nothing was run"; fi
 
+docs: $(VENV)/built-test ## the documentation, in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+dist: $(VENV)/built-test ## sdist and wheel, in dist/, each installed in an environment of its own and tried there
+	rm -rf dist build/lib* build/bdist*
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --no-isolation --sdist --wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.distribution
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info fastfisher/*.so
 
@@ -79,7 +87,7 @@ $(VENV)/torch:
 # Isolated, pip would fetch another torch to build against; torch is named again so that what comes with it fits it.
 $(VENV)/built-%: $(VENV)/torch $(NATIVE)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation \
-	  "$(TORCH)" --editable ".[train$(if $(filter test,$*),$(comma)test$(comma)lint)]"
+	  "$(TORCH)" --editable ".[train$(if $(filter test,$*),$(comma)test$(comma)lint$(comma)docs$(comma)dist)]"
 	touch $@ $(VENV)/built-train
 
 # See the extra in pyproject.toml.

@@ -1,4 +1,4 @@
-"""Puts the latest results into README.md, between its markers; ``make bench`` ends with it.
+"""Puts the latest results into README.md and docs/, between their markers; ``make bench`` ends with it.
 
 By itself: ``python -m bench.readme``.
 """
@@ -6,30 +6,67 @@ By itself: ``python -m bench.readme``.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
 SOURCES = {
     "noisy_digits": ROOT / "results" / "noisy_digits" / "report.md",
-    "bench": ROOT / "bench" / "results" / "cpu.md",
-    "traces": ROOT / "bench" / "results" / "traces.md",
-    "hessian": ROOT / "bench" / "results" / "hessian.md",
-    "memory": ROOT / "bench" / "results" / "memory.md",
-    "training": ROOT / "bench" / "results" / "training.md",
+    "bench": RESULTS / "cpu.md",
+    "traces": RESULTS / "traces.md",
+    "hessian": RESULTS / "hessian.md",
+    "memory": RESULTS / "memory.md",
+    "training": RESULTS / "training.md",
+    "step_size": RESULTS / "step_size.md",
+    "steps": RESULTS / "cpu.md",
 }
+
+NETWORKS = ("SimpleCNN", "VGG-11", "ResNet + BN")
+PASSES = {
+    "finite difference": "2F + 3B = 2.67",
+    "finite difference, mixed": "2F + 2B = 2.00",
+    "finite difference, central": "3F + 4B = 3.67",
+    "finite difference, half of the batch": "1½F + 2B = 1.83",
+    "finite difference, every 10 (average)": "1.17",
+    "GP, finite difference": "2F + 2B = 2.00",
+    "GP_x, finite difference": "2F + 2B = 2.00",
+    "double backprop": "",
+}
+"""The passes of each kind of step, F a forward and B a backward of the whole batch, and their sum in plain steps."""
+
+
+def steps(text: str) -> str:
+    """The cost of each kind of step for each network, of the results of bench/test_step.py."""
+    found = re.findall(r"^\| ([^|]+) \| [^|]+ \| times the cost of a plain step \| ([\d.]+) \|", text, re.MULTILINE)
+    ratio = dict(found)
+    rows = [
+        f"| {kind} | {passes} | " + " | ".join(ratio[f"{network}, {kind}"] for network in NETWORKS) + " |"
+        for kind, passes in PASSES.items()
+    ]
+    return "\n".join([f"| step | passes | {' | '.join(NETWORKS)} |", "|---" * (2 + len(NETWORKS)) + "|", *rows])
+
+
+def whole(text: str) -> str:
+    """A report without its title and picture, which the page has already."""
+    return re.sub(r"^# .*\n|^!\[.*\n", "", text, flags=re.MULTILINE).strip()
+
+
+def filled(page: str) -> str:
+    """The page with what stands between ``<!-- name -->`` and ``<!-- /name -->`` replaced by the results."""
+    forms: dict[str, Callable[[str], str]] = {"steps": steps}
+    for name, source in SOURCES.items():
+        if f"<!-- {name} -->" in page and source.exists():
+            body = forms.get(name, whole)(source.read_text())
+            marked = f"<!-- {name} -->\n{body}\n<!-- /{name} -->"
+            page = re.sub(f"<!-- {name} -->.*<!-- /{name} -->", lambda _, m=marked: m, page, flags=re.DOTALL)
+    return page
 
 
 def main() -> None:
-    """Replaces what stands between ``<!-- name -->`` and ``<!-- /name -->``."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for name, source in SOURCES.items():
-        if source.exists():
-            # The report's title and picture stand in the README already.
-            body = re.sub(r"^# .*\n|^!\[.*\n", "", source.read_text(), flags=re.MULTILINE).strip()
-            marked = f"<!-- {name} -->\n{body}\n<!-- /{name} -->"
-            text = re.sub(f"<!-- {name} -->.*<!-- /{name} -->", lambda _, m=marked: m, text, flags=re.DOTALL)
-    readme.write_text(text)
+    """Rewrites the pages."""
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        page.write_text(filled(page.read_text()))
 
 
 if __name__ == "__main__":
