@@ -11,6 +11,7 @@ fails tells that instead, so that all of them raise and none waits.
 from __future__ import annotations
 
 import functools
+import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -32,7 +33,7 @@ T = TypeVar("T")
 TIMEOUT = 600.0
 """Seconds that a process waits for the others to get as far as it did."""
 
-_NUMBERS = 7
+_NUMBERS = 8
 """How many integers a process tells the others, besides whether it failed."""
 
 
@@ -90,7 +91,7 @@ class Ranks:
     # ---- what processes tell each other ------------------------------------------------------------------------------
 
     def agree(self, *numbers: int) -> list[list[int]]:
-        """At most 7 integers of each process, by rank: 64 bytes from each to each.
+        """At most 8 integers of each process, by rank: 72 bytes from each to each.
 
         Raises:
             RankFailure: a process failed, ended, or did not come within the timeout.
@@ -136,12 +137,17 @@ class Ranks:
 
     # ---- the parts of a step -----------------------------------------------------------------------------------------
 
-    def share(self, *, loss: int, penalised: int, rows: int, examples: int, batch: int, key: list[int]) -> Share:
-        """What this process has of the batch, from the counts of each; all take the key of rank 0."""
-        told = self.agree(loss, penalised, rows, examples, batch, *key)
-        losses, weights, row_counts, example_counts, batches = (
-            [process[i] for process in told] for i in range(_NUMBERS - 2)
-        )
+    def share(
+        self, *, loss: int, penalised: int, rows: int, examples: int, batch: int, key: list[int], weight: float
+    ) -> Share:
+        """What this process has of the batch, from the counts of each; all take the key of rank 0.
+
+        Raises:
+            ValueError: the gradient is to be multiplied by another ``weight`` in another process; in all of them.
+        """
+        told = self.agree(_bits(weight), loss, penalised, rows, examples, batch, *key)
+        _check_weights(told)
+        losses, weights, row_counts, example_counts, batches = ([process[i] for process in told] for i in range(1, 6))
         return Share(
             loss=self.weight(loss, sum(losses)),
             penalised=self.weight(penalised, sum(weights)),
@@ -152,9 +158,15 @@ class Ranks:
             key=told[0][-2:],
         )
 
-    def loss_weight(self, count: int) -> float:
-        """The weight of a mean over ``count`` rows of this process in that over the rows of all."""
-        return self.weight(count, sum(numbers[0] for numbers in self.agree(count)))
+    def loss_weight(self, count: int, weight: float) -> float:
+        """The weight of a mean over ``count`` rows of this process in that over the rows of all.
+
+        Raises:
+            ValueError: see :meth:`share`.
+        """
+        told = self.agree(_bits(weight), count)
+        _check_weights(told)
+        return self.weight(count, sum(numbers[1] for numbers in told))
 
     def weight(self, mine: int, all_of_them: int) -> float:
         """What a mean of this process is multiplied by for gradients that :meth:`sum_gradients` gets."""
@@ -239,6 +251,19 @@ class Ranks:
             for (position, x), part in zip(alike, parts, strict=True):
                 out[position] = part.view(x.shape)
         return out
+
+
+def _bits(x: float) -> int:
+    """The bits of a float64 as an integer."""
+    bits: int = struct.unpack("q", struct.pack("d", x))[0]
+    return bits
+
+
+def _check_weights(told: list[list[int]]) -> None:
+    """Raises ValueError where the processes do not begin with the same float64."""
+    weights = [struct.unpack("d", struct.pack("q", numbers[0]))[0] for numbers in told]
+    if len(set(weights)) > 1:
+        raise ValueError(f"weight: expected the same in each process, got {', '.join(map(str, weights))} by rank")
 
 
 def _by_kind(tensors: list[Tensor]) -> dict[tuple[torch.dtype, torch.device], list[tuple[int, Tensor]]]:

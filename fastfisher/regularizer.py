@@ -123,7 +123,7 @@ class FisherPenalty:
     ``fully_shard`` made, and call :meth:`backward` on their parts of the batch; ``.grad`` is then the same on each, and
     no other reduction may follow. With P parameters of s bytes and the weights by rows, a plain step sends one sum of
     P·s bytes, a step that recomputes the penalty two, of P·s and of P·s (``every=1``) or 2P·s; each follows a message
-    of 64 bytes per process, and one more comes before the first. ``scope="local"`` sends one sum of P·s in any step.
+    of 72 bytes per process, and one more comes before the first. ``scope="local"`` sends one sum of P·s in any step.
     ``examples`` counts those of all processes, divided evenly; ``reduction="first"`` takes the first of rank 0.
     ``value`` is that of all, the loss and ``logits`` are each process's own. If a process raises, all others raise a
     :class:`fastfisher.RankFailure` in the same step.
@@ -265,7 +265,9 @@ class FisherPenalty:
             The training loss without the penalty and without the weight, a detached scalar.
 
         Raises:
-            ValueError: ``weight`` is not positive and finite, or there is no input; it is named.
+            ValueError: ``weight`` is not positive and finite, or not the same in each process (scope "global"), or
+                there is no input; it is named.
+            RankFailure: another process raised.
         """
         with undone_on_error(self.model, self.generator), self._undone_on_error():
             with failing_together(self.ranks):
@@ -390,7 +392,7 @@ class FisherPenalty:
             loss = self._training_loss(logits, targets)
         weighted = loss * scale
         if self._shared is not None:
-            weighted = weighted * self._shared.loss_weight(self._counted(logits, targets))
+            weighted = weighted * self._shared.loss_weight(self._counted(logits, targets), float(scale))
         total = self._gradients(weighted, trainable)
         if self._shared is not None:
             (total,) = self._shared.sum_gradients(trainable, total)
@@ -410,7 +412,7 @@ class FisherPenalty:
             check_targets(self.settings.labels, true)
             key, share = self._next_key(part.device), None
             if self._shared is not None:
-                share = self._share(logits, targets, part, true, key)
+                share = self._share(logits, targets, part, true, key, float(scale))
             first = 0 if share is None else share.first
             penalised, labels = label_loss(part, self.settings.labels, true, key, first)
             own, rows, examples, fraction = loss.detach(), part[..., 0].numel(), len(part), len(part) / len(logits)
@@ -558,7 +560,9 @@ class FisherPenalty:
         if change.device.type == "cpu" or self.value is None:
             shift.judge(change)
 
-    def _share(self, logits: Tensor, targets: Any, part: Tensor, true: Tensor | None, key: Tensor | None) -> Share:
+    def _share(
+        self, logits: Tensor, targets: Any, part: Tensor, true: Tensor | None, key: Tensor | None, weight: float
+    ) -> Share:
         """What this process has of the batch; its key becomes that of all."""
         assert self._shared is not None
         has = self.settings.reduction == "batch" or self._shared.rank == 0
@@ -570,6 +574,7 @@ class FisherPenalty:
             examples=len(part) if has else 0,
             batch=len(logits),
             key=[0, 0] if key is None else key.tolist(),
+            weight=weight,
         )
         if key is not None:
             key.copy_(torch.tensor(share.key))

@@ -156,6 +156,40 @@ def ddp_unequal_batches() -> None:
         compare(ddp, every=10, equal=False, method="double_backprop", **options)
 
 
+def weighted_parts_of_a_batch() -> None:
+    """Three steps that accumulate at a weight, one that recomputes R among them, beside one process; the same R."""
+    for wrap in (ddp, sharded):
+        for options in (
+            {"every": 1},
+            {"every": 2},
+            {"every": 1, "gates": "free"},
+            {"every": 1, "mixed": True},
+            {"every": 2, "labels": "true", "wrt": "inputs"},
+            *([{"every": every, "method": "double_backprop"} for every in (1, 2)] if wrap is ddp else []),
+        ):
+            whole, parts = network(), wrap(network())
+            alone, shared = (FisherPenalty(model, ALPHA, **seeded(**options)) for model in (whole, parts))
+            for weight in (0.25, 0.5, 3.0):
+                alone.backward(X.double(), Y, weight=weight)
+                shared.backward(X.double()[own()], Y[own()], weight=weight)
+                assert error(gradients(parts), gradients(whole)) < 1e-5, (options, weight)
+                torch.testing.assert_close(shared.value, alone.value, rtol=1e-5, atol=0)
+    model, twice = network(), network()
+    for one, weight in ((model, 1.0), (twice, 2.0)):
+        local = FisherPenalty(ddp(one), ALPHA, every=1, scope="local", **seeded())
+        local.backward(X.double()[own()], Y[own()], weight=weight)
+    assert error(gradients(twice), 2 * gradients(model)) < 1e-5
+    for every in (1, 2):
+        penalty = FisherPenalty(ddp(model), ALPHA, every=every, **seeded())
+        for _ in range(every):  # where R is recomputed, and where it is not
+            with pytest.raises(ValueError, match=r"weight: expected the same in each process, got 1\.0, 2\.0"):
+                penalty.backward(X.double()[own()], Y[own()], weight=1.0 + dist.get_rank())
+            penalty.backward(X.double()[own()], Y[own()])
+    for wrap in (ddp, sharded):
+        with pytest.raises(ValueError, match="scaler: expected None where several processes share a batch"):
+            FisherPenalty(wrap(network()), ALPHA, scaler=torch.amp.GradScaler("cpu"))
+
+
 def ddp_examples() -> None:
     """The first of each process, and in one process the same ones first."""
     few = [rows_of(rank).start + i for rank in range(dist.get_world_size()) for i in range(8 // dist.get_world_size())]
@@ -371,9 +405,9 @@ def counting() -> Iterator[list[tuple[str, int]]]:
 
 
 def messages_and_bytes() -> None:
-    """As in docs/distributed.md: told, a message of 64 bytes; then the data."""
+    """As in docs/distributed.md: told, a message of 72 bytes; then the data."""
     size = sum(p.numel() * p.element_size() for p in network().parameters())
-    told = ("all_gather", 64)
+    told = ("all_gather", 72)
 
     def step(*, wrap: Any = ddp, second: bool = False, **options: Any) -> list[tuple[str, int]]:
         model = wrap(network())
@@ -489,6 +523,33 @@ def a_rank_that_fails() -> None:
             measure()
 
 
+def a_rank_that_fails_leaves_all_as_before() -> None:
+    """Key, adaptive step, buffers, generators and gradients, on all, after a failure at the shifted point of one."""
+    torch.manual_seed(2)
+    inner, calls = SmallResNet().double(), [0]
+    x = torch.randn(24, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5))[own()]
+    penalty = FisherPenalty(ddp(inner), ALPHA, every=1, gates="free", **seeded())
+    assert penalty.generator is not None
+
+    def state() -> list[Any]:
+        kept = {n: x.clone() if isinstance(x, Tensor) else x for n, x in penalty.state_dict().items()}
+        buffers = [buffer.clone() for buffer in inner.buffers()]
+        return [kept, buffers, gradients(inner), torch.get_rng_state(), penalty.generator.get_state()]  # type: ignore[union-attr]
+
+    def hostile(*_: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 2 and dist.get_rank() == 1:
+            raise ArithmeticError("stop")
+
+    penalty.backward(x, Y[own()])
+    before = state()
+    handle = inner.head.register_forward_pre_hook(hostile)
+    with pytest.raises(ArithmeticError if dist.get_rank() == 1 else RankFailure):
+        penalty.backward(x, Y[own()])
+    handle.remove()
+    torch.testing.assert_close(state(), before, rtol=0, atol=0)
+
+
 def a_rank_that_hangs() -> None:
     penalty = FisherPenalty(ddp(network()), ALPHA, every=1, timeout=2.0)
     if dist.get_rank() == 1:
@@ -511,10 +572,12 @@ def a_rank_that_ends() -> None:
 CASES: dict[str, Callable[[], None]] = {
     case.__name__: case
     for case in (
-        a_plain_model_with_a_group, ddp_finite_difference, ddp_double_backprop, ddp_unequal_batches, ddp_examples,
+        a_plain_model_with_a_group, ddp_finite_difference, ddp_double_backprop, ddp_unequal_batches,
+        weighted_parts_of_a_batch, ddp_examples,
         ddp_chosen_parameters_and_unused_ones, ddp_float32, ddp_batchnorm, ddp_local_scope, resumed,
         fsdp_finite_difference, fsdp_examples_and_a_forward_before, fsdp_puts_the_parameters_back,
-        fsdp_says_what_it_cannot, messages_and_bytes, traces, a_rank_that_fails, a_rank_that_hangs, a_rank_that_ends,
+        fsdp_says_what_it_cannot, messages_and_bytes, traces, a_rank_that_fails,
+        a_rank_that_fails_leaves_all_as_before, a_rank_that_hangs, a_rank_that_ends,
     )
 }  # fmt: skip
 
