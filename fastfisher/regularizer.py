@@ -442,6 +442,7 @@ class FisherPenalty:
         else:
             # With true labels the training gradient is the one that is penalised: one backward serves both.
             same = self.settings.labels == "true" and self.loss is None and part is logits
+            same = same and (share is None or share.loss == share.penalised)
             keep = not (same or self.mixed)
             # All activations are kept over this backward: the peak of the whole step.
             with saving_memory() if keep else nullcontext():

@@ -201,6 +201,19 @@ def ddp_examples() -> None:
         FisherPenalty(ddp(network()), 0.1, examples=1)
 
 
+def one_example_in_each_process() -> None:
+    """R on that of rank 0: the other processes' are all that they have, and do not count for it."""
+    x, y = X.double()[: dist.get_world_size()], Y[: dist.get_world_size()]
+    mine = slice(dist.get_rank(), dist.get_rank() + 1)
+    for wrap in (ddp, sharded):
+        whole, parts = network(), wrap(network())
+        for every in (1, 2):
+            options: dict[str, Any] = {"every": every, "labels": "true", "reduction": "first"}
+            FisherPenalty(whole, ALPHA, **options).backward(x, y)
+            FisherPenalty(parts, ALPHA, **options).backward(x[mine], y[mine])
+            assert error(gradients(parts), gradients(whole)) < 1e-5
+
+
 def ddp_chosen_parameters_and_unused_ones() -> None:
     """A parameter that one process alone uses, one that none uses, and a norm of some only."""
 
@@ -573,7 +586,7 @@ CASES: dict[str, Callable[[], None]] = {
     case.__name__: case
     for case in (
         a_plain_model_with_a_group, ddp_finite_difference, ddp_double_backprop, ddp_unequal_batches,
-        weighted_parts_of_a_batch, ddp_examples,
+        weighted_parts_of_a_batch, ddp_examples, one_example_in_each_process,
         ddp_chosen_parameters_and_unused_ones, ddp_float32, ddp_batchnorm, ddp_local_scope, resumed,
         fsdp_finite_difference, fsdp_examples_and_a_forward_before, fsdp_puts_the_parameters_back,
         fsdp_says_what_it_cannot, messages_and_bytes, traces, a_rank_that_fails,
