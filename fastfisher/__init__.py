@@ -1,5 +1,6 @@
 """Penalise and measure curvature through the Fisher Information Matrix, close to the cost of a plain training step."""
 
+from fastfisher.distributed import RankFailure
 from fastfisher.estimate import TraceEstimate
 from fastfisher.gates import Gates, record_gates
 from fastfisher.hessian import trace_hessian
@@ -17,6 +18,7 @@ __all__ = [
     "Gates",
     "GradInnerProducts",
     "GradientCovariance",
+    "RankFailure",
     "SlowPathWarning",
     "TopEigenvalues",
     "TraceEstimate",

@@ -12,9 +12,9 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastfisher import ops
 from fastfisher.arguments import is_count, is_number
 from fastfisher.batches import Batches
+from fastfisher.distributed import Ranks, failing_together
 from fastfisher.estimate import TraceEstimate
 from fastfisher.gates import RandomState, record_gates
-from fastfisher.labels import cross_entropy, new_key
+from fastfisher.labels import cross_entropy
 from fastfisher.model import (
     Inputs,
     call_copy,
@@ -39,7 +40,10 @@ from fastfisher.model import (
 from fastfisher.rollback import undoing
 from fastfisher.slow_path import warn_slow_path
 from fastfisher.taylor import NoRule, Tape
-from fastfisher.traces import trace_fisher
+from fastfisher.traces import draw_key, trace_fisher, whole_model
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Method = Literal["auto", "fisher", "split", "reduced", "hutchinson"]
 Distribution = Literal["gaussian", "rademacher"]
@@ -72,6 +76,7 @@ def trace_hessian(
     params: Iterable[Tensor] | None = None,
     batch_size: int | None = None,
     mode: Literal["eval", "keep"] = "eval",
+    process_group: ProcessGroup | None = None,
 ) -> TraceEstimate:
     """Tr(H) of L(θ) = mean over examples of −log softmax(model(x))[y], with its standard error.
 
@@ -108,6 +113,9 @@ def trace_hessian(
             An iterable's batches are taken as they come.
         mode: "eval" puts the model into eval mode while measuring (BatchNorm by its running statistics, no dropout);
             "keep" leaves every module in the mode it is in, and its buffers are put back.
+        process_group: the processes that each have a part of the data, as in :func:`fastfisher.trace_fisher`. The b-th
+            batches of all meet the same probes, drawn with the key of rank 0, so that any number of processes gives
+            the same value; 8 bytes for each probe go from each process to each.
 
     Returns:
         The estimate. Of Hutchinson's method the standard error is that over the probes (from their spread; infinite
@@ -116,6 +124,7 @@ def trace_hessian(
     Raises:
         ValueError: an unknown option, no examples, targets that do not fit, or a parameter that is not the model's.
         TypeError: the model, the inputs or the data are of a type that cannot be one.
+        RankFailure: another process raised.
 
     The same key gives the same bits; another number of threads may change the last ones in float32, where PyTorch's
     convolution splits its sums by thread.
@@ -124,10 +133,13 @@ def trace_hessian(
     state of the random number generators but for the draw of one key.
     """
     _check_options(method, probes, distribution, hvp, tolerance, batch_size, mode)
-    key = new_key(generator, torch.device("cpu"))
-    device = next(iter(trainable_parameters(model).values())).device
-    batches = labelled(data, targets, batch_size, device)
-    with measuring(model, params, mode) as parameters:
+    ranks, model = whole_model(model, process_group)
+    with ExitStack() as stack:
+        stack.enter_context(failing_together(ranks))
+        key, _ = draw_key(generator, torch.device("cpu"), 0, ranks)
+        device = next(iter(trainable_parameters(model).values())).device
+        batches = labelled(data, targets, batch_size, device)
+        parameters = stack.enter_context(measuring(model, params, mode))
         product: str = "reduced" if method == "reduced" else hvp
         fisher = None
         if method in ("auto", "fisher", "split"):
@@ -140,13 +152,13 @@ def trace_hessian(
                 reason = form.coupled or form.curved
                 raise ValueError(f'method: "split" does not serve here, because {reason}; use "auto"')
             if method == "fisher" or (method == "auto" and exact):
-                return _fisher(model, batches, form.classes, tolerance, generator)
+                return _fisher(model, batches, form.classes, tolerance, generator, ranks)
             if method == "split" or (hvp == "taylor" and not form.coupled and not form.unknown):
                 share = None if tolerance is None else tolerance / math.sqrt(2)
-                fisher, product = _fisher(model, batches, form.classes, share, generator), "split"
+                fisher, product = _fisher(model, batches, form.classes, share, generator, ranks), "split"
             elif hvp == "taylor" and not form.unknown:
                 product = "reduced"
-        return _hutchinson(model, parameters, batches, key, probes, distribution, product, tolerance, fisher)
+        return _hutchinson(model, parameters, batches, key, probes, distribution, product, tolerance, fisher, ranks)
 
 
 @dataclass(frozen=True)
@@ -192,6 +204,7 @@ def _fisher(
     classes: int,
     tolerance: float | None,
     generator: torch.Generator | None,
+    ranks: Ranks | None,
 ) -> TraceEstimate:
     """Tr(F), over all labels where there are few; by two Rademacher cotangents, whose spread is the error bar, else."""
     labels: Literal["exact", "rademacher"] = "exact" if classes <= EXACT_CLASSES else "rademacher"
@@ -203,6 +216,7 @@ def _fisher(
         draws=draws,
         tolerance=tolerance,
         generator=generator,
+        process_group=None if ranks is None else ranks.group,
     )
 
 
@@ -219,6 +233,7 @@ def _hutchinson(
     hvp: str,
     tolerance: float | None,
     fisher: TraceEstimate | None,
+    ranks: Ranks | None,
 ) -> TraceEstimate:
     """The mean of zᵀHz over probes, or of what ``hvp`` leaves of it, beside Tr(F) where that is given."""
     values: list[float] = []
@@ -247,6 +262,12 @@ def _hutchinson(
                 sums[i] += count * float(quadratic_form(probe_key))
                 used += 1
             rows, samples = rows + count, samples + len(targets)
+        if ranks is not None:
+            device = next(iter(parameters.values())).device
+            mine = torch.tensor([*sums, rows, samples, used], dtype=torch.float64, device=device)
+            everyone = ranks.gather(mine).view(ranks.size, -1)
+            *sums, of_rows, of_samples, _ = everyone.sum(0).tolist()
+            rows, samples, used = int(of_rows), int(of_samples), int(everyone[:, -1].max())
         if rows == 0:
             raise ValueError("data: expected at least one example, got none")
         values += [value / rows for value in sums]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastfisher import ops, reference
-from fastfisher.arguments import check_generator
+from fastfisher.arguments import check_generator, is_count
 
 LABELS = ("sampled", "true", "uniform", "rademacher")
 
@@ -27,6 +27,7 @@ def sample_cross_entropy(
     generator: torch.Generator | None = None,
     key: Tensor | None = None,
     reduction: Literal["mean", "sum", "none"] = "mean",
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Draws ŷ ~ p(y) = softmax(logits) and returns the cross-entropy −log p(ŷ) and ŷ, in one fused pass.
 
@@ -39,14 +40,16 @@ def sample_cross_entropy(
         generator: where the key comes from; torch's default generator otherwise, so ``torch.manual_seed`` governs it.
         key: int64[2] (seed, offset) instead. The same key and logits give the same labels.
         reduction: "mean" over all rows, "sum", or "none".
+        first: the number of the first row. Two halves of a batch, drawn with one key, the second one with ``first`` the
+            rows of the other, get the labels of the whole. The fused pass counts from 0; otherwise it is several.
 
     Returns:
         The loss (float64 for float64 logits, else float32; shape () or logits.shape[:-1]) and the labels (int64,
         logits.shape[:-1]). No rows: a mean of NaN, as in ``F.cross_entropy``.
 
     Raises:
-        ValueError: no class dimension, an unknown reduction, a key or generator that is none, both of them, or a row
-            without a softmax (NaN, +inf, or all −inf), which is named.
+        ValueError: no class dimension, an unknown reduction, a ``first`` that is no row number, a key or generator that
+            is none, both of them, or a row without a softmax (NaN, +inf, or all −inf), which is named.
     """
     if not isinstance(logits, Tensor):
         raise ValueError(f"logits: expected a tensor of shape (..., C), got {type(logits).__name__}")
@@ -57,12 +60,14 @@ def sample_cross_entropy(
         raise ValueError("logits: expected shape (..., C), got a scalar")
     if not (isinstance(reduction, str) and reduction in ("mean", "sum", "none")):
         raise ValueError(f'reduction: expected "mean", "sum" or "none", got {reduction!r}')
+    if not is_count(first, 0):
+        raise ValueError(f"first: expected a row number >= 0, got {first!r}")
     if key is None:
         key = new_key(generator, logits.device)
     elif generator is not None:
         raise ValueError("key and generator: expected one of them, got both")
     rows = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
-    nll, labels, _ = ops.sample_cross_entropy(rows, key, 1.0)
+    nll, labels, _ = ops.sample_cross_entropy(rows, key, 1.0, first)
     loss = nll.mean() if reduction == "mean" else nll.sum() if reduction == "sum" else nll.view(logits.shape[:-1])
     return loss, labels.view(logits.shape[:-1])
 
@@ -117,21 +122,21 @@ def are_drawn(labels: str | Tensor) -> bool:
 
 
 def label_loss(
-    logits: Tensor, labels: str | Tensor, targets: Tensor | None, key: Tensor | None
+    logits: Tensor, labels: str | Tensor, targets: Tensor | None, key: Tensor | None, first: int = 0
 ) -> tuple[Tensor, Tensor]:
     """The mean cross-entropy at the chosen labels, and those labels, so that it can be taken again elsewhere.
 
-    ``key`` is what they are drawn with, where they :func:`are_drawn`.
+    ``key`` is what they are drawn with, where they :func:`are_drawn`, and ``first`` the number of the first row.
     """
     if isinstance(labels, Tensor):
         chosen = labels
     elif labels == "sampled":
-        return sample_cross_entropy(logits, key=key)
+        return sample_cross_entropy(logits, key=key, first=first)
     elif labels == "uniform":
-        _, chosen = sample_cross_entropy(torch.zeros_like(logits), key=key)
+        _, chosen = sample_cross_entropy(torch.zeros_like(logits), key=key, first=first)
     elif labels == "rademacher":
         assert key is not None
-        signs = reference.rademacher_signs(logits[..., 0].numel(), logits.shape[-1], key)
+        signs = reference.rademacher_signs(logits[..., 0].numel(), logits.shape[-1], key, first)
         chosen = signs.view(logits.shape).to(logits.device)
     else:
         assert targets is not None

@@ -95,10 +95,13 @@ def _serving(name: str, device: torch.device) -> Callable[..., Any]:
     return getattr(torch.ops.fastfisher if _compiled(name, device) else reference, name)  # type: ignore[no-any-return]
 
 
-def sample_cross_entropy(logits: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`fastfisher.reference.sample_cross_entropy`; differentiable twice in ``logits``."""
-    if not _compiled("sample_cross_entropy", logits.device):
-        return reference.sample_cross_entropy(logits, key, scale)
+def sample_cross_entropy(logits: Tensor, key: Tensor, scale: float, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`fastfisher.reference.sample_cross_entropy`; differentiable twice in ``logits``.
+
+    The kernels count rows from 0: the reference serves where ``first`` is another.
+    """
+    if first or not _compiled("sample_cross_entropy", logits.device):
+        return reference.sample_cross_entropy(logits, key, scale, first)
     op: Callable[..., Any] = torch.ops.fastfisher.sample_cross_entropy.default
     if logits.requires_grad and torch.is_grad_enabled():
         return op(logits, key, scale)  # type: ignore[no-any-return]
@@ -182,8 +185,10 @@ def batch_norm_backward(
     return _serving("batch_norm_backward", x.device)(grad, bits, x, weight, mean, variance, eps)  # type: ignore[no-any-return]
 
 
-def rademacher_cotangent(logits: Tensor, key: Tensor, scale: float) -> Tensor:
-    """See :func:`fastfisher.reference.rademacher_cotangent`."""
+def rademacher_cotangent(logits: Tensor, key: Tensor, scale: float, first: int = 0) -> Tensor:
+    """See :func:`fastfisher.reference.rademacher_cotangent`, which serves itself where ``first`` is not 0."""
+    if first:
+        return reference.rademacher_cotangent(logits, key, scale, first)
     return _serving("rademacher_cotangent", logits.device)(logits, key, scale)  # type: ignore[no-any-return]
 
 

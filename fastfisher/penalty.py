@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -180,11 +180,12 @@ def _autocast_of(device: torch.device) -> Callable[[], AbstractContextManager[An
     return lambda: torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
-def _norm(tensors: dict[str, Tensor], device: torch.device) -> Tensor:
-    """A float64 scalar on the device."""
-    if not tensors:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    return ops.sum_squares(list(tensors.values())).sqrt()
+def _norm(tensors: dict[str, Tensor], device: torch.device, total: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """A float64 scalar on the device; ``total`` adds the squares that other processes have."""
+    squared = (
+        ops.sum_squares(list(tensors.values())) if tensors else torch.zeros((), dtype=torch.float64, device=device)
+    )
+    return (squared if total is None else total(squared)).sqrt()
 
 
 # ---- finite differences ----------------------------------------------------------------------------------------------
@@ -203,6 +204,8 @@ class FiniteDifference:
         factor: R = factor·‖direction‖² (1; the number of examples for inputs, where R = mean_i ‖∂ℓ_i/∂x_i‖²).
         scale: what the loss was multiplied by before ``gradient`` and ``direction`` were taken of it, against underflow
             in float16. The shifted loss is too, and so is what is added; R is without it.
+        share: what the penalised loss is multiplied by: 1, or this process's weight where several share a batch.
+        total: sums a square over processes that hold parts of ``direction``; None where it is whole.
         norm: ‖direction‖. This, ρ, R and the relative change are float64 scalars on the device: nothing here waits.
     """
 
@@ -216,14 +219,16 @@ class FiniteDifference:
     direction: dict[str, Tensor]
     factor: float
     scale: float | Tensor = 1.0
+    share: float = 1.0
+    total: Callable[[Tensor], Tensor] | None = None
     norm: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
         self.device = next(iter(self.parameters.values())).device
-        self.norm = _norm(self.direction, self.device)
+        self.norm = self._norm(self.direction)
         whole = self.settings.wrt == "parameters" and len(self.direction) == len(self.gradient)
-        self.size = self.norm if whole else _norm(self.gradient, self.device)
+        self.size = self._size(whole)
         self.autocast = _autocast_of(self.device)
 
     @property
@@ -242,10 +247,18 @@ class FiniteDifference:
         squared = self._accumulate(out, rho, scale)
         if self.settings.difference == "central":
             self._accumulate(out, -rho, -scale)
-        change = torch.where(self.norm > 0, squared.sqrt() / self.size, math.nan)
+        return torch.where(self.norm > 0, squared.sqrt() / self.size, math.nan)
+
+    def relative_change(self, reached: dict[str, Tensor], gradient: dict[str, Tensor]) -> Tensor:
+        """The relative change of ``gradient``, scaled, that led to ∇R = ``reached``, not scaled, each summed over all
+        processes."""
+        changed = _norm(reached, self.device) * self.scale**2 * self.rho() / (2 * self.factor * self.norm)
+        return torch.where(self.norm > 0, changed / _norm(gradient, self.device), math.nan)
+
+    def adapt(self, change: Tensor) -> None:
+        """Has an adaptive step follow the relative change that it caused."""
         if isinstance(self.settings.step, AdaptiveStep):
             self.settings.step.update(change)
-        return change
 
     def mixed_gradient(self, weight: float, loss: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """scale·(∇L(θ + ρd) + weight·∇R), one backward for both; ``loss`` is L as a function of the logits."""
@@ -275,35 +288,47 @@ class FiniteDifference:
         self, rho: Tensor, weight: Tensor | None = None, loss: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """scale·(weight·(mean loss at the labels) + loss(logits)) at θ + ρd (or shifted inputs); its leaves by name."""
-        length = torch.where(self.norm > 0, rho / self.norm, 0.0)
-
-        def shifted(x: Tensor, direction: Tensor) -> Tensor:
-            return torch.addcmul(x.detach(), direction, length.to(x.dtype))
-
-        inputs = self.inputs
+        length = self.length(rho)
+        inputs = self.shifted_inputs(length)
         parameters = {name: p.detach() for name, p in self.parameters.items()}
-        if self.settings.wrt == "inputs":
-            position = iter(range(len(input_tensors(inputs))))
-
-            def shift(x: Tensor) -> Tensor:
-                direction = self.direction.get(str(next(position)))
-                return x.detach() if direction is None else shifted(x, direction)
-
-            inputs = map_inputs(inputs, shift)
-        else:
+        if self.settings.wrt == "parameters":
             for name, direction in self.direction.items():
-                parameters[name] = shifted(parameters[name], direction)
+                parameters[name] = _shifted(parameters[name], direction, length)
         leaves = {name: parameters[name].detach().requires_grad_() for name in self.gradient}
+        return self.loss_of(lambda: call_copy(self.model, parameters | leaves, inputs), weight, loss), leaves
+
+    def length(self, rho: Tensor) -> Tensor:
+        """What the direction is multiplied by to have length ρ."""
+        return torch.where(self.norm > 0, rho / self.norm, 0.0)
+
+    def shifted_inputs(self, length: Tensor) -> Inputs:
+        """The inputs of the shifted forward."""
+        if self.settings.wrt == "parameters":
+            return self.inputs
+        position = iter(range(len(input_tensors(self.inputs))))
+
+        def shift(x: Tensor) -> Tensor:
+            direction = self.direction.get(str(next(position)))
+            return x.detach() if direction is None else _shifted(x, direction, length)
+
+        return map_inputs(self.inputs, shift)
+
+    def loss_of(
+        self, forward: Callable[[], Tensor], weight: Tensor | None, loss: Callable[[Tensor], Tensor] | None
+    ) -> Tensor:
+        """The value of :meth:`shifted_loss`, from the forward at the shifted point."""
         with torch.enable_grad(), self.autocast():
             free = nullcontext() if self.gates.frozen else fused_forward(self.model)
             with self.gates.replay(), free:
-                logits = call_copy(self.model, parameters | leaves, inputs)
+                logits = forward()
             total = cross_entropy(logits[:1] if self.first_only else logits, self.labels)
+            if self.share != 1.0:
+                total = self.share * total
             if weight is not None:
                 total = weight.to(total.dtype) * total
             if loss is not None:
                 total = total + loss(logits)
-            return total * self.scale, leaves
+            return total * self.scale
 
     def _accumulate(self, out: dict[str, Tensor], rho: Tensor, scale: Tensor) -> Tensor:
         """out += scale·(∇ℓ(θ + ρd) − ∇ℓ(θ)); returns ‖∇ℓ(θ + ρd) − ∇ℓ(θ)‖².
@@ -367,10 +392,31 @@ class FiniteDifference:
         named = self.parameters
         if self.settings.wrt == "inputs":
             named = {str(i): x for i, x in enumerate(input_tensors(self.inputs))}
-        return _norm({name: named[name].detach() for name in self.direction}, self.device)
+        return self._norm({name: named[name].detach() for name in self.direction})
+
+    def _norm(self, named: dict[str, Tensor]) -> Tensor:
+        """‖named‖, of tensors as in ``direction``."""
+        return _norm(named, self.device, self.total)
+
+    def _size(self, whole: bool) -> Tensor:
+        """‖gradient‖, of which ``direction`` is the ``whole`` where no other process has a share."""
+        return self.norm if whole and self.share == 1.0 else _norm(self.gradient, self.device)
+
+
+def _shifted(x: Tensor, direction: Tensor, length: Tensor) -> Tensor:
+    return torch.addcmul(x.detach(), direction, length.to(x.dtype))
 
 
 # ---- the gradient at θ -----------------------------------------------------------------------------------------------
+
+
+Differentiate = Callable[[Tensor, Sequence[Tensor], bool], Sequence[Tensor | None]]
+"""(loss, sources, retain_graph) ↦ ∂loss/∂source, None where a source is not used."""
+
+
+def autograd_gradients(loss: Tensor, sources: Sequence[Tensor], retain_graph: bool) -> Sequence[Tensor | None]:
+    """∂loss/∂source for each source, None where it is not used."""
+    return torch.autograd.grad(loss, sources, retain_graph=retain_graph, allow_unused=True)
 
 
 def gradient_at(
@@ -381,6 +427,7 @@ def gradient_at(
     chosen: frozenset[str],
     *,
     retain_graph: bool,
+    differentiate: Differentiate = autograd_gradients,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """∇_θ loss by name and the direction of the shift (see :class:`FiniteDifference`), unused parameters left out."""
     wanted: dict[str, Tensor] = {}
@@ -389,7 +436,7 @@ def gradient_at(
         if not wanted:
             raise ValueError('inputs: expected a floating-point tensor that requires a gradient with wrt="inputs"')
     sources = list(trainable.values()) + list(wanted.values())
-    found = torch.autograd.grad(loss, sources, retain_graph=retain_graph, allow_unused=True)
+    found = differentiate(loss, sources, retain_graph)
     gradient = {n: g for n, g in zip(trainable, found[: len(trainable)], strict=True) if g is not None}
     if settings.wrt == "inputs":
         by_input = zip(wanted, found[len(trainable) :], strict=True)
@@ -413,13 +460,16 @@ class _Penalty(torch.autograd.Function):
         out = {name: torch.zeros_like(parameters[name]) for name in ctx.difference.gradient}
         difference: FiniteDifference = ctx.difference
         if difference.settings.step != "auto" or difference.settings.frozen:
-            difference.judge(difference.add_to(out, grad.double()))
+            change = difference.add_to(out, grad.double())
+            difference.adapt(change)
+            difference.judge(change)
         else:  # nothing is known of the step yet: retake it until the gradient's change is near its target
             step = AdaptiveStep()
             difference.settings = dataclasses.replace(difference.settings, step=step)
             for _ in range(8):
-                change = float(difference.add_to(out, grad.double()))
-                if math.isnan(change) or 0.5 * step.target <= change <= 2 * step.target:
+                relative = difference.add_to(out, grad.double())
+                difference.adapt(relative)
+                if math.isnan(relative) or 0.5 * step.target <= float(relative) <= 2 * step.target:
                     break
                 for tensor in out.values():
                     tensor.zero_()

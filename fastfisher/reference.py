@@ -16,6 +16,9 @@ TILE = 1024
 
 _MASK = 0xFFFFFFFF
 
+_CHUNK = 1 << 22
+"""So many logits are taken in float64 at a time."""
+
 
 def philox(key: Tensor, elements: Tensor) -> Tensor:
     """Philox4x32-10 at counter (element, offset), key (seed, offset): int64[..., 4] holding 32-bit words.
@@ -42,15 +45,18 @@ def _first_above(weights: Tensor, u: Tensor) -> Tensor:
     return torch.minimum(index, last_positive).squeeze(-1)
 
 
-def sample_labels(logits: Tensor, key: Tensor) -> Tensor:
+def sample_labels(logits: Tensor, key: Tensor, first: int = 0) -> Tensor:
     """Draws ŷ ~ softmax(logits) for each row of ``logits[N, C]`` by inverse CDF in float64.
 
-    Word 0 of ``philox(key, row)`` picks a tile of 1,024 columns by the tiles' sums, word 1 an element inside it.
+    Word 0 of ``philox(key, first + row)`` picks a tile of 1,024 columns by the tiles' sums, word 1 an element in it.
     """
     rows, columns = logits.shape
+    if rows * columns > _CHUNK and rows > 1:
+        parts = torch.split(logits, max(1, _CHUNK // columns))
+        return torch.cat([sample_labels(part, key, first + i * len(parts[0])) for i, part in enumerate(parts)])
     weights = (logits.double() - logits.double().amax(1, keepdim=True)).exp()
     tiles = torch.nn.functional.pad(weights, (0, -columns % TILE)).view(rows, -1, TILE)
-    u = philox(key, torch.arange(rows, device=key.device)).to(logits.device).double() * 2.0**-32
+    u = philox(key, first + torch.arange(rows, device=key.device)).to(logits.device).double() * 2.0**-32
     tile = _first_above(tiles.sum(-1), u[:, 0])
     return tile * TILE + _first_above(tiles[torch.arange(rows, device=tile.device), tile], u[:, 1])
 
@@ -66,8 +72,10 @@ def check_softmax(logits: Tensor) -> Tensor:
     return good
 
 
-def sample_cross_entropy(logits: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def sample_cross_entropy(logits: Tensor, key: Tensor, scale: float, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Per row of ``logits[N, C]``: ŷ ~ softmax, −log p(ŷ), and (softmax − onehot(ŷ))·scale.
+
+    Row i is drawn as row ``first + i`` of more logits, of which these are a part.
 
     Returns:
         nll[N] (float64 for float64 logits, else float32), labels[N] (int64), dlogits[N, C] (the logits' dtype).
@@ -78,9 +86,8 @@ def sample_cross_entropy(logits: Tensor, key: Tensor, scale: float) -> tuple[Ten
     """
     x = logits if logits.dtype == torch.float64 else logits.float()
     good = check_softmax(x)
-    labels = (
-        sample_labels(torch.where(good[:, None], x.detach(), 0), key) if len(x) else x.new_empty(0, dtype=torch.long)
-    )
+    known = torch.where(good[:, None], x.detach(), 0)
+    labels = sample_labels(known, key, first) if len(x) else x.new_empty(0, dtype=torch.long)
     log_p = x.log_softmax(1)
     nll = -log_p.gather(1, labels[:, None]).squeeze(1)
     onehot = torch.nn.functional.one_hot(labels, logits.shape[1])
@@ -190,19 +197,19 @@ def batch_norm_backward(
     return grad_x.to(x.dtype), grad_weight.to(x.dtype), grad_bias.to(x.dtype)
 
 
-def rademacher_signs(rows: int, columns: int, key: Tensor) -> Tensor:
+def rademacher_signs(rows: int, columns: int, key: Tensor, first: int = 0) -> Tensor:
     """Random signs ε, int8[rows, columns].
 
     That of column c in row i is −1 where bit c mod 32 is set in word (c mod 128) // 32 of
-    ``philox(key, i·⌈columns/128⌉ + c // 128)``.
+    ``philox(key, (first + i)·⌈columns/128⌉ + c // 128)``.
     """
     blocks = (columns + 127) // 128
-    words = philox(key, torch.arange(rows * blocks, device=key.device)).view(rows, blocks, 4, 1)
+    words = philox(key, first * blocks + torch.arange(rows * blocks, device=key.device)).view(rows, blocks, 4, 1)
     bits = (words >> torch.arange(32, device=key.device)) & 1
     return (1 - 2 * bits).reshape(rows, -1)[:, :columns].to(torch.int8)
 
 
-def rademacher_cotangent(logits: Tensor, key: Tensor, scale: float) -> Tensor:
+def rademacher_cotangent(logits: Tensor, key: Tensor, scale: float, first: int = 0) -> Tensor:
     """Per row of ``logits[N, C]``: (√p⊙ε − p⟨√p, ε⟩)·scale with p = softmax and the random signs ε of the key.
 
     Its covariance over ε is (diag(p) − ppᵀ)·scale², that of the gradient of −log p(ŷ) over ŷ ~ p.
@@ -214,7 +221,7 @@ def rademacher_cotangent(logits: Tensor, key: Tensor, scale: float) -> Tensor:
         ValueError: as in :func:`sample_cross_entropy`.
     """
     check_softmax(logits)
-    signs = rademacher_signs(logits.shape[0], logits.shape[1], key).to(logits.device)
+    signs = rademacher_signs(logits.shape[0], logits.shape[1], key, first).to(logits.device)
     p = (logits if logits.dtype == torch.float64 else logits.float()).softmax(1)
     root = p.sqrt() * signs
     return ((root - p * root.sum(1, keepdim=True)) * scale).to(logits.dtype)

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastfisher import ops
 from fastfisher.arguments import check_flags, check_generator, is_count, is_number
 from fastfisher.convolution import saving_memory
+from fastfisher.distributed import TIMEOUT, Share, bare, counted, failing_together, precision_below, ranks_of, reshard
 from fastfisher.gates import Gates, fused_forward, record_gates
 from fastfisher.graphs import CapturedSteps, CudaCapture
 from fastfisher.labels import are_drawn, check_targets, cross_entropy, label_loss, new_key
@@ -31,8 +32,21 @@ from fastfisher.model import (
     trainable_parameters,
     uncompiled,
 )
-from fastfisher.penalty import AdaptiveStep, Difference, FiniteDifference, Method, Settings, Step, gradient_at
+from fastfisher.penalty import (
+    AdaptiveStep,
+    Difference,
+    Differentiate,
+    FiniteDifference,
+    Method,
+    Settings,
+    Step,
+    autograd_gradients,
+    gradient_at,
+)
 from fastfisher.rollback import undone_on_error
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Gradients = dict[str, Tensor]
 
@@ -99,6 +113,21 @@ class FisherPenalty:
             the cross-entropy at ``labels``.
         generator: where the key of the drawn labels comes from, at the first penalty; torch's default generator
             otherwise. Each further penalty advances the key, on the device.
+        scope: where several processes share a batch, which gradient is penalised: "global", that of the batch of all
+            (the same update as of one process, for any number of them), or "local", of each process its own. See
+            docs/distributed.md.
+        process_group: the processes that share a batch; by default those of ``DistributedDataParallel`` or
+            ``fully_shard``, and none of any other model.
+        timeout: seconds that a process waits for the others to get as far as it did.
+
+    Several processes. All of them construct the penalty, around the model that DistributedDataParallel or
+    ``fully_shard`` made, and call :meth:`backward` on their parts of the batch; ``.grad`` is then the same on each, and
+    no other reduction may follow. With P parameters of s bytes and the weights by rows, a plain step sends one sum of
+    P·s bytes, a step that recomputes the penalty two, of P·s and of P·s (``every=1``) or 2P·s; each follows a message
+    of 72 bytes per process, and one more comes before the first. ``scope="local"`` sends one sum of P·s in any step.
+    ``examples`` counts those of all processes, divided evenly; ``reduction="first"`` takes the first of rank 0.
+    ``value`` is that of all, the loss and ``logits`` are each process's own. If a process raises, all others raise a
+    :class:`fastfisher.RankFailure` in the same step.
 
     Attributes:
         value: R at the last recomputation, a float64 scalar tensor; None before.
@@ -131,6 +160,9 @@ class FisherPenalty:
         params: Iterable[Tensor] | None = None,
         graphs: bool = False,
         scaler: torch.amp.GradScaler | None = None,
+        scope: Literal["global", "local"] = "global",
+        process_group: ProcessGroup | None = None,
+        timeout: float = TIMEOUT,
     ) -> None:
         if not (is_number(alpha) and alpha >= 0):
             raise ValueError(f"alpha: expected a finite number >= 0, got {alpha!r}")
@@ -167,9 +199,32 @@ class FisherPenalty:
         if step == "auto" and gates == "free" and method == "finite_difference":
             step = AdaptiveStep()
         self.settings = Settings(labels, method, gates, wrt, reduction, step, difference)
+        if scope not in ("global", "local"):
+            raise ValueError(f'scope: expected "global" or "local", got {scope!r}')
+        self.scope, self.ranks = scope, ranks_of(model, process_group, timeout)
+        self._buffers_follow = getattr(model, "broadcast_buffers", False)
+        model = bare(model)
+        if self.ranks is not None and self.ranks.sharded:
+            self._check_sharded(model)
+        if self.ranks is not None and scaler is not None:
+            raise ValueError(
+                "scaler: expected None where several processes share a batch, of which one alone may overflow; "
+                "autocast in bfloat16 needs no scaler"
+            )
+        if self.ranks is not None and graphs:
+            raise ValueError("graphs: expected False where several processes share a batch, whose messages wait")
+        self._shared = self.ranks if scope == "global" else None
+        self._differentiate: Differentiate = autograd_gradients if self.ranks is None else self.ranks.differentiate
         self.model, self.alpha, self.every, self.start = model, float(alpha), every, start
         self.mixed, self.examples, self.generator = mixed, 1 if reduction == "first" else examples, generator
         self.loss, self.scaler = loss, scaler
+        self._few = self.examples
+        if self._shared is not None and examples is not None:
+            if examples < self._shared.size:
+                raise ValueError(
+                    f"examples: expected at least one for each of {self._shared.size} processes, got {examples}"
+                )
+            self._few = examples // self._shared.size + (self._shared.rank < examples % self._shared.size)
         self.params = list(params) if isinstance(params, Iterator | list) else params
         chosen_names(trainable_parameters(model), self.params)  # a wrong list is refused now, not at the first step
         self.value: Tensor | None = None
@@ -216,21 +271,30 @@ class FisherPenalty:
             The training loss without the penalty and without the weight, a detached scalar.
 
         Raises:
-            ValueError: ``weight`` is not positive and finite, there are no inputs, the targets do not fit, the loss is
-                no scalar, or a row of logits has no softmax to draw a label from.
+            ValueError: ``weight`` is not positive and finite, or not the same in each process (scope "global"), there
+                are no inputs, the targets do not fit, the loss is no scalar, or a row of logits has no softmax to draw
+                a label from.
             TypeError: the inputs are no tensor, tuple or dict.
+            RankFailure: another process raised.
         """
-        if not (is_number(weight) and weight > 0):
-            raise ValueError(f"weight: expected a finite number > 0, got {weight!r}")
-        trainable = trainable_parameters(self.model)
-        due = self.steps >= self.start and self.alpha > 0 and (self.steps - self.start) % self.every == 0
-        count_examples(inputs)
-        step = functools.partial(self._penalised if due else self._plain, scale=self._scale(weight))
         with undone_on_error(self.model, self.generator), self._undone_on_error():
-            if self._captured is None:
-                outcome = step(inputs, targets)
-            else:
-                outcome = self._replayed((due, weight), step, inputs, targets)
+            with failing_together(self.ranks):
+                if not (is_number(weight) and weight > 0):
+                    raise ValueError(f"weight: expected a finite number > 0, got {weight!r}")
+                count_examples(inputs)
+                if self.ranks is not None and self.ranks.sharded:
+                    reshard(self.model)  # a forward without a backward may have left gathered parameters in it
+                trainable = trainable_parameters(self.model)
+                due = self.steps >= self.start and self.alpha > 0 and (self.steps - self.start) % self.every == 0
+                step = functools.partial(self._penalised if due else self._plain, scale=self._scale(weight))
+                if self._captured is None:
+                    outcome = step(inputs, targets)
+                else:
+                    outcome = self._replayed((due, weight), step, inputs, targets)
+                if self.ranks is not None and self._shared is None:
+                    outcome = dataclasses.replace(outcome, total=self.ranks.mean_gradients(trainable, outcome.total))
+                if self.ranks is not None and self._buffers_follow:
+                    self.ranks.share_buffers(self.model)
             found = {name: g for name in outcome.total if (g := trainable[name].grad) is not None}
             with torch.no_grad():
                 if found:  # in one call, which adds to all of them or to none
@@ -333,7 +397,12 @@ class FisherPenalty:
             with fused_forward(self.model):
                 logits = call_model(self.model, inputs)
             loss = self._training_loss(logits, targets)
-        total = _gradients(loss * scale, trainable)
+        weighted = loss * scale
+        if self._shared is not None:
+            weighted = weighted * self._shared.loss_weight(self._counted(logits, targets), float(scale))
+        total = self._gradients(weighted, trainable)
+        if self._shared is not None:
+            (total,) = self._shared.sum_gradients(trainable, total)
         _add(total, self._reused or {}, self.alpha * scale)
         return _Outcome(loss.detach(), logits.detach(), total)
 
@@ -348,48 +417,75 @@ class FisherPenalty:
             loss = self._training_loss(logits, targets)
             true = targets[: len(part)] if isinstance(targets, Tensor) else None
             check_targets(self.settings.labels, true)
-            penalised, labels = label_loss(part, self.settings.labels, true, self._next_key(part.device))
-            rows = part[..., 0].numel()
+            key, share = self._next_key(part.device), None
+            if self._shared is not None:
+                share = self._share(logits, targets, part, true, key, float(scale))
+            first = 0 if share is None else share.first
+            penalised, labels = label_loss(part, self.settings.labels, true, key, first)
+            own, rows, examples, fraction = loss.detach(), part[..., 0].numel(), len(part), len(part) / len(logits)
+            if share is not None:
+                loss, penalised = loss * share.loss, penalised * share.penalised
+                rows, examples, fraction = share.rows, share.examples, share.fraction
         alpha = self.alpha
         if self.settings.reduction == "batch":
-            alpha *= len(part) / len(logits)  # Tr(F)/n over n examples, Tr(F)/B over the batch
-        factor = float(len(part)) if self.settings.wrt == "inputs" else 1.0
+            alpha *= fraction  # Tr(F)/n over n examples, Tr(F)/B over the batch
+        factor = float(examples) if self.settings.wrt == "inputs" else 1.0
         chosen = chosen_names(trainable, self.params)
         reused: Gradients | None = None
+        # An adaptive step follows the change of the gradient of all processes, which is known once it is summed.
+        adaptive = share is not None and isinstance(self.settings.step, AdaptiveStep)
+        apart = self.every > 1 or adaptive
+        summed: Gradients = {}
 
         if self.settings.method == "double_backprop":
-            sources = [p for n, p in trainable.items() if n in chosen]
-            if self.settings.wrt == "inputs":
-                sources = [x for x in input_tensors(part_inputs) if x.requires_grad]
-            found = torch.autograd.grad(penalised * scale, sources, create_graph=True, allow_unused=True)
-            squared_norm = factor * torch.stack([(g / scale).square().sum() for g in found if g is not None]).sum()
-            value = squared_norm.detach().double()
-            if self.every == 1:
-                total = _gradients((loss + alpha * squared_norm) * scale, trainable)
+            value, squared_norm = self._squared_norm(penalised, trainable, part_inputs, chosen, factor, scale)
+            if not apart:
+                total = self._gradients((loss + alpha * squared_norm) * scale, trainable)
             else:
-                reused = _gradients(squared_norm * scale, trainable, retain_graph=True)
+                reused = self._gradients(squared_norm * scale, trainable, retain_graph=True)
                 for g in reused.values():
                     g.div_(scale)
-                total = _gradients(loss * scale, trainable)
+                total = self._gradients(loss * scale, trainable)
         else:
             # With true labels the training gradient is the one that is penalised: one backward serves both.
             same = self.settings.labels == "true" and self.loss is None and part is logits
+            same = same and (share is None or share.loss == share.penalised)
             keep = not (same or self.mixed)
             # All activations are kept over this backward: the peak of the whole step.
             with saving_memory() if keep else nullcontext():
                 gradient, direction = gradient_at(
-                    penalised * scale, trainable, part_inputs, self.settings, chosen, retain_graph=keep
+                    penalised * scale,
+                    trainable,
+                    part_inputs,
+                    self.settings,
+                    chosen,
+                    retain_graph=keep,
+                    differentiate=self._differentiate,
                 )
-            total = gradient if same and not self.mixed else _gradients(loss * scale, trainable) if keep else {}
-            loss = loss.detach()
-            del logits, part, penalised  # the first graph is not needed while the second one is built
-            shift = FiniteDifference(
-                self.model, part_inputs, first_only, self.settings, gates, labels, gradient, direction, factor, scale
-            )
+            total = gradient if same and not self.mixed else self._gradients(loss * scale, trainable) if keep else {}
+            del logits, loss, part, penalised  # the first graph is not needed while the second one is built
+            arguments = self.model, part_inputs, first_only, self.settings, gates, labels, gradient
+            if share is None:
+                shift = FiniteDifference(*arguments, direction, factor, scale)
+            else:
+                assert self._shared is not None
+                by_parameters = self.settings.wrt == "parameters"
+                if adaptive or by_parameters:
+                    (summed,) = self._shared.sum_gradients(trainable, gradient if adaptive else direction)
+                if by_parameters:
+                    direction = {name: g for name, g in summed.items() if name in chosen}
+                parts = self._shared.sharded or not by_parameters
+                add_parts = self._shared.total if parts else None
+                shift = self._shared.difference(*arguments, direction, factor, scale, share.penalised, add_parts)
             value = shift.value
             if self.mixed:
-                total = shift.mixed_gradient(alpha, lambda shifted: self._training_loss(shifted, targets))
-            elif self.every == 1:
+
+                def training_loss(shifted: Tensor) -> Tensor:
+                    there = self._training_loss(shifted, targets)
+                    return there if share is None else there * share.loss
+
+                total = shift.mixed_gradient(alpha, training_loss)
+            elif not apart:
                 if total is gradient and self.settings.difference == "central":
                     total = {name: g.clone() for name, g in gradient.items()}
                 for name in gradient.keys() - total.keys():
@@ -397,7 +493,14 @@ class FisherPenalty:
                 self._judge(shift, shift.add_to(total, alpha))
             else:
                 reused = {name: torch.zeros_like(g) for name, g in gradient.items()}
-                self._judge(shift, shift.add_to(reused, 1.0 / scale))
+                change = shift.add_to(reused, 1.0 / scale)
+                if not adaptive:
+                    self._judge(shift, change)
+        if self._shared is not None:
+            total, *rest = self._shared.sum_gradients(trainable, total, *([] if reused is None else [reused]))
+            reused = rest[0] if rest else None
+            if adaptive and reused is not None:
+                self._judge(shift, change if self._shared.sharded else shift.relative_change(reused, summed))
         if reused is not None:
             if alpha != self.alpha:
                 torch._foreach_mul_(list(reused.values()), alpha / self.alpha)
@@ -407,19 +510,19 @@ class FisherPenalty:
                 for name, g in self._reused.items():
                     g.copy_(reused[name])
                 reused = None
-        return _Outcome(loss.detach(), detached, total, value, rows, reused)
+        return _Outcome(own, detached, total, value, rows, reused if self.every > 1 else None)
 
     def _forwards(self, inputs: Inputs, trainable: dict[str, Tensor]) -> tuple[Tensor, Tensor, Inputs, bool, Gates]:
         """The forward at θ: the logits of the batch; those that R is taken of; and to repeat the latter, their inputs,
         whether only the first row counts, and the gates."""
         batch = count_examples(inputs)
-        if self.examples is None or self.examples >= batch:
+        if self._few is None or self._few >= batch:
             with self._record_gates() as gates:
                 logits = call_model(self.model, inputs)
             return logits, logits, inputs, False, gates
         few, rest = (
             map_inputs(inputs, lambda x, part=part: x[part] if x.dim() else x)  # type: ignore[misc]
-            for part in (slice(None, self.examples), slice(self.examples, None))
+            for part in (slice(None, self._few), slice(self._few, None))
         )
         if not couples_examples(self.model):
             with self._record_gates() as gates:
@@ -427,6 +530,8 @@ class FisherPenalty:
             with fused_forward(self.model):
                 logits = torch.cat([part, call_model(self.model, rest)])
             return logits, part, few, False, gates
+        if self.ranks is not None and self.ranks.sharded:
+            raise ValueError("examples: expected None with fully_shard and a BatchNorm in train mode")
         if self.settings.reduction == "first":  # the first example as the batch's statistics make it
             with self._record_gates() as gates:
                 logits = call_model(self.model, inputs)
@@ -451,14 +556,82 @@ class FisherPenalty:
             return None
         if self._key is None:
             self._key = new_key(self.generator, device)
+            if self.ranks is not None:  # where all are seeded alike, each still draws its own; "global" takes rank 0's
+                self._key[0] += self.ranks.rank
         else:
             self._key[1] += 1
         return self._key
 
     def _judge(self, shift: FiniteDifference, change: Tensor) -> None:
-        """Warns of a bad step; on a GPU, where the host would wait, of the first one only."""
+        """Adapts the step, and warns of a bad one; on a GPU, where the host would wait, of the first one only."""
+        shift.adapt(change)
         if change.device.type == "cpu" or self.value is None:
             shift.judge(change)
+
+    def _share(
+        self, logits: Tensor, targets: Any, part: Tensor, true: Tensor | None, key: Tensor | None, weight: float
+    ) -> Share:
+        """What this process has of the batch; its key becomes that of all."""
+        assert self._shared is not None
+        has = self.settings.reduction == "batch" or self._shared.rank == 0
+        rows = part[..., 0].numel() if has else 0
+        share = self._shared.share(
+            loss=self._counted(logits, targets),
+            penalised=counted(true, rows) if has and self.settings.labels == "true" else rows,
+            rows=rows,
+            examples=len(part) if has else 0,
+            batch=len(logits),
+            key=[0, 0] if key is None else key.tolist(),
+            weight=weight,
+        )
+        if key is not None:
+            key.copy_(torch.tensor(share.key))
+        return share
+
+    def _counted(self, logits: Tensor, targets: Any) -> int:
+        """How much the mean training loss of this process counts: by rows, or by examples where it is a callable."""
+        count = counted(targets, logits[..., 0].numel()) if self.loss is None else len(logits)
+        if count == 0:
+            raise ValueError("targets: expected at least one that counts in each process, got none")
+        return count
+
+    def _squared_norm(
+        self,
+        penalised: Tensor,
+        trainable: dict[str, Tensor],
+        inputs: Inputs,
+        chosen: frozenset[str],
+        factor: float,
+        scale: float | Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """R, and what has the gradient of R: R itself, or this process's part of it; both without the scale."""
+        sources = {name: p for name, p in trainable.items() if name in chosen}
+        if self.settings.wrt == "inputs":
+            sources = {str(i): x for i, x in enumerate(input_tensors(inputs)) if x.requires_grad}
+        found = torch.autograd.grad(penalised * scale, list(sources.values()), create_graph=True, allow_unused=True)
+        own = {name: g / scale for name, g in zip(sources, found, strict=True) if g is not None}
+        if self._shared is None or self.settings.wrt == "inputs":
+            squared_norm = factor * torch.stack([g.square().sum() for g in own.values()]).sum()
+            value = squared_norm.detach().double()
+            return value if self._shared is None else self._shared.total(value), squared_norm
+        (summed,) = self._shared.sum_gradients(trainable, {name: g.detach() for name, g in own.items()})
+        value = torch.stack([g.double().square().sum() for g in summed.values()]).sum()
+        return value, 2 * torch.stack([(g * summed[name]).sum() for name, g in own.items()]).sum()
+
+    def _gradients(self, loss: Tensor, trainable: dict[str, Tensor], *, retain_graph: bool = False) -> Gradients:
+        """∇_θ loss by name; a parameter that is not used is absent."""
+        found = self._differentiate(loss, list(trainable.values()), retain_graph)
+        return {name: g for name, g in zip(trainable, found, strict=True) if g is not None}
+
+    def _check_sharded(self, model: nn.Module) -> None:
+        """Raises ValueError where an option needs what ``fully_shard`` does not have."""
+        if self.scope == "local":
+            raise ValueError('scope: expected "global" with fully_shard, whose backward sums over the processes')
+        if self.settings.method == "double_backprop":
+            raise ValueError('method: expected "finite_difference" with fully_shard, which has no second derivative')
+        low = precision_below(model)
+        if low is not None and self.settings.step == "auto":
+            raise ValueError(f"step: expected a number with fully_shard in {low}, which the default does not know of")
 
     def _training_loss(self, logits: Tensor, targets: Any) -> Tensor:
         if self.loss is None:
@@ -467,12 +640,6 @@ class FisherPenalty:
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ValueError("loss: expected a scalar tensor that depends on the logits")
         return loss
-
-
-def _gradients(loss: Tensor, trainable: dict[str, Tensor], *, retain_graph: bool = False) -> Gradients:
-    """∇_θ loss by name; a parameter that is not used is absent."""
-    found = torch.autograd.grad(loss, list(trainable.values()), retain_graph=retain_graph, allow_unused=True)
-    return {name: g for name, g in zip(trainable, found, strict=True) if g is not None}
 
 
 def _add(total: Gradients, gradients: Gradients, weight: float | Tensor) -> None:

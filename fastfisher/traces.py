@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from fastfisher import ops
 from fastfisher.arguments import check_flags, is_count, is_number
 from fastfisher.batches import Batches, Pair
 from fastfisher.capture import Capture, Part
+from fastfisher.distributed import Ranks, bare, failing_together, ranks_of
 from fastfisher.estimate import TraceEstimate
 from fastfisher.labels import cross_entropy, new_key
 from fastfisher.layers import Layer, chunks, squares
@@ -32,6 +33,9 @@ from fastfisher.model import (
 )
 from fastfisher.rollback import undoing
 from fastfisher.slow_path import warn_slow_path
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Labels = Literal["rademacher", "sampled", "exact", "true"]
 Loss = Callable[[Tensor, Tensor | None], Tensor]
@@ -121,6 +125,7 @@ def trace_fisher(
     minibatch: bool = False,
     params: Iterable[Tensor] | None = None,
     generator: torch.Generator | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> FisherTrace:
     """Tr(F) = E_x E_ŷ ‖∇_θ ℓ(x, ŷ)‖², ŷ ~ p(y|x): the trace of the Fisher Information Matrix (eq. 2 of the paper).
 
@@ -147,13 +152,19 @@ def trace_fisher(
         tolerance: go on drawing (at least two draws in all) until standard_error ≤ tolerance·value.
         minibatch: also Tr(F_B), for about a third more.
         params, generator: as in :func:`per_example_grad_norms`.
+        process_group: the processes that each have a part of the data; by default those of
+            ``DistributedDataParallel`` around the model. The b-th batches of all are one batch, that of rank 0 first:
+            with its key, any number of processes draw the same labels for it. Each batch takes a message of 72 bytes
+            per process, and one for each draw; at the end 16 bytes of each example go to each process. ``samples`` and
+            ``batch_size`` are each process's own; ``minibatch`` needs a single one.
 
     Returns:
-        The estimate, split by parameter, with the parameters that took a slower way.
+        The estimate over the data of all processes, split by parameter, with the parameters that took a slower way.
 
     Raises:
         ValueError: an argument is none of the above, or there is no example; it is named.
         TypeError: the model, the inputs or the data are of a type that cannot be one.
+        RankFailure: another process raised.
     """
     if isinstance(labels, Tensor):
         raise ValueError(f"labels: expected one of {', '.join(LABELS)}, got a tensor")
@@ -161,42 +172,53 @@ def trace_fisher(
     check_flags(minibatch=minibatch)
     if tolerance is not None and not (is_number(tolerance) and tolerance > 0):
         raise ValueError(f"tolerance: expected a number > 0, got {tolerance!r}")
+    ranks, model = whole_model(model, process_group)
+    if ranks is not None and minibatch:
+        raise ValueError("minibatch: expected False where several processes share the data, got True")
     names = parameter_names(model, params)
     drawn = labels in ("rademacher", "sampled")
     sums = _Sums(names)
     rounds = max(2, draws) if tolerance is not None and drawn else draws if drawn else 1
-    batches = Batches(
-        data, next(model.parameters()).device, samples=samples, batch_size=batch_size, generator=generator
-    )
-    with eval_mode(model):
+    device = next(model.parameters()).device
+    with failing_together(ranks), eval_mode(model):
+        batches = Batches(data, device, samples=samples, batch_size=batch_size, generator=generator)
         while True:
             sums.begin(rounds)
-            for inputs, targets in batches:
+            for batch in batches if ranks is None else ranks.aligned(batches):
+                if batch is None:  # the others have more: their labels are drawn with what rank 0 tells them
+                    for _ in range(rounds if drawn else 0):
+                        draw_key(generator, device, 0, ranks)
+                    continue
+                inputs, targets = batch
                 capture = _capture(model, inputs, names)
                 sums.fallbacks.update(capture.fallbacks)
-                cotangents = _Cotangents(capture.logits.detach(), labels, targets, None, generator)
+                cotangents = _Cotangents(capture.logits.detach(), labels, targets, None, generator, ranks)
                 sums.add(_draws(model, inputs, capture, cotangents, rounds, sums.means if minibatch else None))
                 del capture, cotangents  # before the next forward
-            if not sums.examples:
+            fraction = batches.fraction
+            found = sums
+            if ranks is not None:
+                found, fraction = sums.of_all(ranks, device), _fraction_of_all(ranks, sums.examples, fraction, device)
+            if not found.examples:
                 raise ValueError("data: expected at least one example, got none")
-            error = sums.standard_error(drawn, batches.fraction)
-            if tolerance is None or not drawn or error <= tolerance * sums.value():
+            error = found.standard_error(drawn, fraction)
+            if tolerance is None or not drawn or error <= tolerance * found.value():
                 break
             rounds = sums.draws  # twice as many with each round
-    over = "labels" if sums.draws > 1 else "labels and examples"
-    if drawn and batches.fraction < 1:
+    over = "labels" if found.draws > 1 else "labels and examples"
+    if drawn and fraction < 1:
         over = "labels and examples"
     if not drawn:
-        over = "examples" if batches.fraction < 1 else ""
+        over = "examples" if fraction < 1 else ""
     return FisherTrace(
-        value=sums.value(),
+        value=found.value(),
         standard_error=error,
-        samples=sums.examples,
-        draws=sums.draws if drawn else 0,
+        samples=found.examples,
+        draws=found.draws if drawn else 0,
         method=f"fisher, labels={labels}" + (f"; over {over}" if over else ""),
-        per_parameter=sums.per_parameter(),
-        fallbacks=sums.fallbacks,
-        minibatch=sums.minibatch() if minibatch else None,
+        per_parameter=found.per_parameter(),
+        fallbacks=found.fallbacks,
+        minibatch=found.minibatch() if minibatch else None,
     )
 
 
@@ -306,6 +328,34 @@ def _capture(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> Capture:
     return capture
 
 
+def whole_model(model: nn.Module, process_group: ProcessGroup | None) -> tuple[Ranks | None, nn.Module]:
+    """The processes that share the data, and the module that each of them has.
+
+    Raises:
+        ValueError: a process has only a part of the parameters.
+    """
+    ranks = ranks_of(model, process_group)
+    if ranks is not None and ranks.sharded:
+        raise ValueError("model: expected all parameters in each process, got a model sharded by fully_shard")
+    return ranks, bare(model)
+
+
+def _fraction_of_all(ranks: Ranks, examples: int, fraction: float, device: torch.device) -> float:
+    """How much of all processes' data was used; 0 where one does not know how much it has."""
+    of_this = [float(examples), examples / fraction if fraction else math.inf]
+    used = ranks.gather(torch.tensor(of_this, dtype=torch.float64, device=device))
+    counts = used.view(-1, 2).sum(0)
+    return float(counts[0] / counts[1]) if counts[1] else 1.0
+
+
+def draw_key(
+    generator: torch.Generator | None, device: torch.device, rows: int, ranks: Ranks | None
+) -> tuple[Tensor, int]:
+    """A fresh key for ``rows`` rows, that of rank 0 where there are several processes, and the number of the first."""
+    key = new_key(generator, device)
+    return (key, 0) if ranks is None else ranks.share_key(key, rows)
+
+
 def _zeros(capture: Capture) -> Tensor:
     return torch.zeros(capture.examples, dtype=torch.float64, device=capture.logits.device)
 
@@ -323,8 +373,10 @@ class _Cotangents:
         targets: Tensor | None,
         loss: Loss | None,
         generator: torch.Generator | None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.logits, self.labels, self.targets, self.loss, self.generator = logits, labels, targets, loss, generator
+        self.logits, self.labels, self.targets, self.loss = logits, labels, targets, loss
+        self.generator, self.ranks = generator, ranks
         self.name = "targets"
         if isinstance(labels, Tensor):
             self.labels, self.targets, self.name = "true", labels, "labels"
@@ -344,11 +396,11 @@ class _Cotangents:
         elif self.labels == "true":
             yield self._true()
         else:
-            key = new_key(self.generator, rows.device)
+            key, first = draw_key(self.generator, rows.device, len(rows), self.ranks)
             if self.labels == "sampled":
-                yield ops.sample_cross_entropy(rows, key, 1.0)[2].view(self.logits.shape)
+                yield ops.sample_cross_entropy(rows, key, 1.0, first)[2].view(self.logits.shape)
             else:
-                yield ops.rademacher_cotangent(rows, key, 1.0).view(self.logits.shape)
+                yield ops.rademacher_cotangent(rows, key, 1.0, first).view(self.logits.shape)
 
     def _true(self) -> Tensor:
         logits = self.logits.requires_grad_()
@@ -625,6 +677,18 @@ class _Sums:
             self.first[self.batch] += total
             self.second[self.batch] += total.square()
         self.batch += 1
+
+    def of_all(self, ranks: Ranks, device: torch.device) -> _Sums:
+        """What all processes have added up."""
+        found = _Sums(self.parameters)
+        found.draws, found.fallbacks = self.draws, self.fallbacks
+        none = torch.zeros(0, dtype=torch.float64, device=device)
+        found.first = [ranks.gather(torch.cat([none, *self.first]))]
+        found.second = [ranks.gather(torch.cat([none, *self.second]))]
+        values = torch.tensor(list(self.parameters.values()), dtype=torch.float64, device=device)
+        total = ranks.gather(values).view(-1, len(values)).sum(0)
+        found.parameters = dict(zip(self.parameters, total.tolist(), strict=True))
+        return found
 
     @property
     def examples(self) -> int:

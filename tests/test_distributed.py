@@ -1,0 +1,71 @@
+"""Several processes beside one, by torchrun and gloo; each case is in tests/distributed_worker.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fastfisher import FisherPenalty, distributed
+
+if not (dist.is_available() and dist.is_gloo_available()):
+    pytest.skip("torch was built without gloo", allow_module_level=True)
+
+from tests.distributed_worker import CASES
+
+Results = dict[str, str]
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["2 processes", "4 processes"])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+    """What each process says of each case."""
+    out = tmp_path_factory.mktemp("distributed") / "results"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
+    root = Path(__file__).parents[1]
+    ran = subprocess.run(
+        [*command, "-m", "tests.distributed_worker", str(out)],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    found = [Path(f"{out}.{rank}") for rank in range(request.param)]
+    assert all(path.exists() for path in found), ran.stderr
+    return [json.loads(path.read_text()) for path in found]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_several_processes(results: list[Results], case: str) -> None:
+    for rank, result in enumerate(results):
+        if case == "a_rank_that_ends" and rank == len(results) - 1:
+            continue  # it ended
+        said = result.get(case, "not run")
+        assert said == "passed", f"rank {rank}: {said}"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"scope": "all"}, "scope: expected"), ({"timeout": 0.0}, "timeout: expected a number of seconds > 0")],
+)
+def test_bad_arguments_are_named(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FisherPenalty(nn.Linear(3, 3), 0.1, **options)  # type: ignore[arg-type]
+
+
+def test_without_processes_nothing_is_asked_or_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a collective")
+
+    for name in ("all_gather", "all_reduce", "broadcast", "new_group"):
+        monkeypatch.setattr(distributed.dist, name, never)
+    penalty = FisherPenalty(nn.Linear(3, 3), 0.1)
+    assert penalty.ranks is None
+    penalty.backward(torch.ones(2, 3), torch.tensor([0, 1]))
