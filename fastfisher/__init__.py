@@ -3,6 +3,7 @@
 from fastfisher.distributed import RankFailure
 from fastfisher.estimate import TraceEstimate
 from fastfisher.gates import Gates, record_gates
+from fastfisher.head import linear_sample_cross_entropy
 from fastfisher.hessian import trace_hessian
 from fastfisher.labels import sample_cross_entropy
 from fastfisher.penalty import AdaptiveStep, penalty
@@ -24,6 +25,7 @@ __all__ = [
     "TraceEstimate",
     "grad_inner_products",
     "gradient_covariance",
+    "linear_sample_cross_entropy",
     "penalty",
     "per_example_grad_norms",
     "record_gates",

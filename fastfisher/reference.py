@@ -37,7 +37,7 @@ def philox(key: Tensor, elements: Tensor) -> Tensor:
     return torch.stack([c0, c1, c2, c3], dim=-1)
 
 
-def _first_above(weights: Tensor, u: Tensor) -> Tensor:
+def first_above(weights: Tensor, u: Tensor) -> Tensor:
     """Per row, the first index whose running sum exceeds u times the total; never one of zero weight."""
     running = weights.cumsum(-1)
     index = torch.searchsorted(running, u[:, None] * running[:, -1:], right=True)
@@ -57,8 +57,8 @@ def sample_labels(logits: Tensor, key: Tensor, first: int = 0) -> Tensor:
     weights = (logits.double() - logits.double().amax(1, keepdim=True)).exp()
     tiles = torch.nn.functional.pad(weights, (0, -columns % TILE)).view(rows, -1, TILE)
     u = philox(key, first + torch.arange(rows, device=key.device)).to(logits.device).double() * 2.0**-32
-    tile = _first_above(tiles.sum(-1), u[:, 0])
-    return tile * TILE + _first_above(tiles[torch.arange(rows, device=tile.device), tile], u[:, 1])
+    tile = first_above(tiles.sum(-1), u[:, 0])
+    return tile * TILE + first_above(tiles[torch.arange(rows, device=tile.device), tile], u[:, 1])
 
 
 def check_softmax(logits: Tensor) -> Tensor:
@@ -93,6 +93,39 @@ def sample_cross_entropy(logits: Tensor, key: Tensor, scale: float, first: int =
     onehot = torch.nn.functional.one_hot(labels, logits.shape[1])
     dlogits = ((log_p.exp() - onehot) * scale).to(logits.dtype)
     return nll, torch.where(good, labels, -1), dlogits
+
+
+def linear_sample_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor | None,
+    key: Tensor | None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    first: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Per row of ``hidden[N, p]``: the cross-entropy of hidden·weightᵀ + bias at a label, and the label.
+
+    The label is drawn where there is a key (as in :func:`sample_labels`), else it is the target. A row whose target is
+    ``ignore_index`` has loss 0 and that label. With smoothing s the loss is (1 − s)·(−log p_ŷ) + s·mean_c(−log p_c).
+
+    Returns:
+        nll[N] (float64 for float64, else float32), labels[N] (int64).
+    """
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if key is None:
+        assert targets is not None
+        labels = targets
+    else:
+        labels = sample_labels(logits.detach(), key, first)
+        if targets is not None:
+            labels = torch.where(targets == ignore_index, ignore_index, labels)
+    nll = torch.nn.functional.cross_entropy(
+        logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
+    )
+    return nll, labels
 
 
 def softmax_hessian_product(dlogits: Tensor, labels: Tensor, vector: Tensor, scale: float) -> Tensor:
