@@ -75,8 +75,6 @@ class Capture:
             self.logits = torch.func.functional_call(
                 _Caller(model), {f"model.{k}": v for k, v in (buffers | others | self.parameters).items()}, (mode,)
             )
-        if not isinstance(self.logits, Tensor):
-            raise TypeError(f"model: expected a tensor of logits as output, got {type(self.logits).__name__}")
         self.direct, self.joint = self._plan(mode)
 
     def backward(self, cotangent: Tensor, receive: Receive, *, retain_graph: bool = False) -> None:

@@ -49,7 +49,7 @@ class Share:
         loss: the weight of its mean training loss in that of the batch.
         penalised: likewise of the loss whose gradient is penalised.
         first: the number of its first penalised row among those of the batch.
-        rows: how many penalised rows the batch has.
+        rows: how many penalised rows of the batch count.
         examples: how many penalised examples the batch has.
         fraction: the penalised examples over all of the batch.
         key: what labels are drawn with, (seed, offset).
@@ -152,7 +152,7 @@ class Ranks:
             loss=self.weight(loss, sum(losses)),
             penalised=self.weight(penalised, sum(weights)),
             first=sum(row_counts[: self.rank]),
-            rows=sum(row_counts),
+            rows=sum(weights),
             examples=sum(example_counts),
             fraction=sum(example_counts) / max(1, sum(batches)),
             key=told[0][-2:],

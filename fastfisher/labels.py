@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from fastfisher import ops, reference
 from fastfisher.arguments import check_generator, is_count
 
 LABELS = ("sampled", "true", "uniform", "rademacher")
+
+IGNORED = -100
+"""The target of a row that does not count, as in ``F.cross_entropy``."""
 
 
 def new_key(generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -78,7 +81,8 @@ def cross_entropy(
     """Mean (or summed) cross-entropy of logits (..., C) against class indices (...) or class probabilities (..., C).
 
     Against signs ε (int8, (..., C)) it is 2⟨√p, ε⟩ instead, whose gradient in the logits, √p⊙ε − p⟨√p, ε⟩, has over
-    random signs the mean and covariance of that of −log p(ŷ) over ŷ ~ p.
+    random signs the mean and covariance of that of −log p(ŷ) over ŷ ~ p. The mean is over the rows whose label is not
+    ``IGNORED``, or whose signs are not 0.
 
     Raises:
         ValueError: the targets do not fit the logits; ``name`` is the argument that is named.
@@ -94,14 +98,35 @@ def cross_entropy(
             f"shape {tuple(logits.shape)}, got {targets.dtype} of shape {tuple(targets.shape)}"
         )
     if targets.dtype == torch.int8:
-        each = 2 * ((rows.log_softmax(-1) / 2).exp() * targets.reshape(rows.shape)).sum(-1)
-        return each.mean() if reduction == "mean" else each.sum()
+        signs = targets.reshape(rows.shape)
+        total = 2 * ((rows.log_softmax(-1) / 2).exp() * signs).sum()
+        return total / (signs[:, :1] != 0).sum() if reduction == "mean" else total
     if per_class:
         return F.cross_entropy(rows, targets.reshape(rows.shape), reduction=reduction)
     try:
         return F.cross_entropy(rows, targets.reshape(-1), reduction=reduction)
     except IndexError as error:  # on a GPU the device asserts
         raise ValueError(f"{name}: expected class indices 0 to {rows.shape[1] - 1}, or -100: {error}") from None
+
+
+def ignored(logits: Tensor, targets: Any) -> Tensor | None:
+    """Which rows of the logits (..., C) the targets (...) take out of every mean with ``IGNORED``: padding, prompts.
+
+    None where there are none. On a GPU, where looking would stall the stream, only targets of positions (B, T) are
+    taken to have some.
+    """
+    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.shape != logits.shape[:-1]:
+        return None
+    if targets.device.type != "cpu" and logits.dim() == 2:
+        return None
+    found = targets == IGNORED
+    return found if targets.device.type != "cpu" or bool(found.any()) else None
+
+
+def counted_rows(logits: Tensor, targets: Any) -> int | Tensor:
+    """How many rows of the logits a mean is over; a tensor where some may be :func:`ignored`."""
+    out = ignored(logits, targets)
+    return logits[..., 0].numel() if out is None else (~out).sum()
 
 
 def check_labels(labels: str | Tensor) -> None:
@@ -126,18 +151,25 @@ def label_loss(
 ) -> tuple[Tensor, Tensor]:
     """The mean cross-entropy at the chosen labels, and those labels, so that it can be taken again elsewhere.
 
-    ``key`` is what they are drawn with, where they :func:`are_drawn`, and ``first`` the number of the first row.
+    ``key`` is what they are drawn with, where they :func:`are_drawn`, and ``first`` the number of the first row. Rows
+    whose target is ``IGNORED`` have that label (signs of 0), and no part in the mean.
     """
+    out = ignored(logits, targets)
     if isinstance(labels, Tensor):
         chosen = labels
     elif labels == "sampled":
-        return sample_cross_entropy(logits, key=key, first=first)
+        if out is None:
+            return sample_cross_entropy(logits, key=key, first=first)
+        losses, drawn = sample_cross_entropy(logits, key=key, first=first, reduction="none")
+        return losses.masked_fill(out, 0).sum() / (~out).sum(), drawn.masked_fill(out, IGNORED)
     elif labels == "uniform":
         _, chosen = sample_cross_entropy(torch.zeros_like(logits), key=key, first=first)
+        chosen = chosen if out is None else chosen.masked_fill(out, IGNORED)
     elif labels == "rademacher":
         assert key is not None
         signs = reference.rademacher_signs(logits[..., 0].numel(), logits.shape[-1], key, first)
         chosen = signs.view(logits.shape).to(logits.device)
+        chosen = chosen if out is None else chosen.masked_fill(out[..., None], 0)
     else:
         assert targets is not None
         chosen = targets

@@ -57,13 +57,25 @@ def requiring_grad(inputs: Inputs) -> Inputs:
     return map_inputs(inputs, lambda x: x.detach().requires_grad_() if x.is_floating_point() else x)
 
 
+def logits_of(output: Any) -> Tensor:
+    """The logits among what a model returned: the tensor itself, or its ``logits``, as models of Transformers have it.
+
+    Raises:
+        TypeError: there are none.
+    """
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"model: expected it to return logits or an object with .logits, got {type(output).__name__}")
+    return logits
+
+
 def call_model(model: nn.Module, inputs: Inputs) -> Tensor:
     """The logits: the model called with a tensor, with a tuple's items, or with a dict's items by name."""
     if isinstance(inputs, tuple):
-        return model(*inputs)  # type: ignore[no-any-return]
+        return logits_of(model(*inputs))
     if isinstance(inputs, dict):
-        return model(**inputs)  # type: ignore[no-any-return]
-    return model(inputs)  # type: ignore[no-any-return]
+        return logits_of(model(**inputs))
+    return logits_of(model(inputs))
 
 
 def call_copy(model: nn.Module, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
@@ -71,7 +83,7 @@ def call_copy(model: nn.Module, parameters: dict[str, Tensor], inputs: Inputs) -
     state = {name: buffer.clone() for name, buffer in model.named_buffers()} | parameters
     args: tuple[Any, ...] = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
     kwargs = inputs if isinstance(inputs, dict) else None
-    return torch.func.functional_call(model, state, args, kwargs)  # type: ignore[no-any-return]
+    return logits_of(torch.func.functional_call(model, state, args, kwargs))
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:

@@ -506,10 +506,12 @@ def penalty(
     In a training loop :class:`fastfisher.FisherPenalty` costs less: it shares the forward with the training loss.
 
     Args:
-        model: any module from ``inputs`` to logits (..., C). Its parameters and buffers are not touched: running
-            statistics of BatchNorm do not move, whichever forward this function runs itself.
+        model: any module from ``inputs`` to logits (..., C), or to an object with ``.logits``. Its parameters and
+            buffers are not touched: running statistics of BatchNorm do not move, whichever forward this function runs
+            itself.
         inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments), batch first.
-        targets: class indices, or class probabilities, where ``labels="true"``.
+        targets: class indices, or class probabilities, where ``labels="true"``. Positions with the index −100 (padding)
+            have no part in R, whichever the labels.
         labels: whose gradient is penalised: ŷ drawn from the model, the targets, uniform labels, or a given tensor of
             labels. Labels are held fixed when R is differentiated, as in the paper. "rademacher" is not the paper's:
             the gradient of 2⟨√p, ε⟩ with random signs ε in place of a drawn label, whose penalty has the same

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +19,7 @@ from fastfisher.convolution import saving_memory
 from fastfisher.distributed import TIMEOUT, Share, bare, counted, failing_together, precision_below, ranks_of, reshard
 from fastfisher.gates import Gates, fused_forward, record_gates
 from fastfisher.graphs import CapturedSteps, CudaCapture
-from fastfisher.labels import are_drawn, check_targets, cross_entropy, label_loss, new_key
+from fastfisher.labels import are_drawn, check_targets, counted_rows, cross_entropy, label_loss, new_key
 from fastfisher.model import (
     Inputs,
     call_copy,
@@ -27,6 +28,7 @@ from fastfisher.model import (
     count_examples,
     couples_examples,
     input_tensors,
+    logits_of,
     map_inputs,
     requiring_grad,
     trainable_parameters,
@@ -60,7 +62,7 @@ class _Outcome:
     logits: Tensor
     total: Gradients
     value: Tensor | None = None
-    rows: int | None = None
+    rows: int | Tensor | None = None
     reused: Gradients | None = None
 
     @property
@@ -69,6 +71,31 @@ class _Outcome:
         kept = [] if self.value is None else [self.value]
         kept += [] if not self.reused else [ops.sum_squares(list(self.reused.values()))]
         return all(bool(x.isfinite()) for x in kept)
+
+
+@dataclass
+class WatchedForward:
+    """A forward of the caller's that :meth:`FisherPenalty.watching` saw: what it was called with, and its logits."""
+
+    inputs: Inputs | None = None
+    logits: Tensor | None = None
+    gates: Gates | None = None
+    calls: int = 0
+
+
+class _Term(torch.autograd.Function):
+    """0, with a given gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Tensor], alpha: float, *parameters: Tensor) -> Tensor:
+        ctx.gradients, ctx.alpha = gradients, alpha
+        return gradients[0].new_zeros(())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        scale = grad * ctx.alpha
+        return (None, None, *(g * scale.to(g.dtype) for g in ctx.gradients))
 
 
 class FisherPenalty:
@@ -87,9 +114,10 @@ class FisherPenalty:
     steps), with ``mixed=True`` or true labels two and two (2.0).
 
     Args:
-        model: any module from inputs to logits (..., C). Of one that ``torch.compile`` compiled, the steps that
-            recompute R with frozen gates or by double backprop run uncompiled, with a :class:`SlowPathWarning`; all
-            others, and free gates, compiled.
+        model: any module from inputs to logits (..., C), or to an object with ``.logits``. Positions whose target is
+            −100 (padding) have no part in loss or R; R is of the mean over the others. Of a model that
+            ``torch.compile`` compiled, the steps that recompute R with frozen gates or by double backprop run
+            uncompiled, with a :class:`SlowPathWarning`; all others, and free gates, compiled.
         alpha: the coefficient α ≥ 0.
         every: recompute the penalty's gradient every this many steps.
         start: the first step (counted from 0) with the penalty; plain steps before (figure 3).
@@ -230,7 +258,7 @@ class FisherPenalty:
         self.value: Tensor | None = None
         self.logits: Tensor | None = None
         self.steps = 0
-        self._rows: int | None = None
+        self._rows: int | Tensor | None = None
         self._reused: Gradients | None = None
         self._captured: CapturedSteps[_Outcome] | None = None
         if graphs:
@@ -243,6 +271,8 @@ class FisherPenalty:
     @property
     def trace_estimate(self) -> Tensor | None:
         """B·‖g‖², whose expectation is Tr(F) (eq. 2), exactly: E_ŷ[g_i] = 0 for each example, so cross terms vanish.
+
+        Of logits (B, T, C) it is Tr(F) per position that counts; ``trace_fisher`` sums over an example's positions.
 
         None before the first penalty, and where R is not of sampled labels and all parameters. Not unbiased with
         BatchNorm in train mode, which couples the examples.
@@ -285,7 +315,7 @@ class FisherPenalty:
                 if self.ranks is not None and self.ranks.sharded:
                     reshard(self.model)  # a forward without a backward may have left gathered parameters in it
                 trainable = trainable_parameters(self.model)
-                due = self.steps >= self.start and self.alpha > 0 and (self.steps - self.start) % self.every == 0
+                due = self._due()
                 step = functools.partial(self._penalised if due else self._plain, scale=self._scale(weight))
                 if self._captured is None:
                     outcome = step(inputs, targets)
@@ -310,6 +340,112 @@ class FisherPenalty:
                 self._reused = outcome.reused
         self.steps += 1
         return outcome.loss
+
+    @contextmanager
+    def watching(self) -> Iterator[WatchedForward]:
+        """Watches the one forward of the model that the caller runs within, for :meth:`term` to share.
+
+        For loops that make the loss themselves, such as those of a framework.
+
+        Example:
+            >>> with penalty.watching() as forward:
+            ...     loss = F.cross_entropy(model(inputs), targets)
+            >>> (loss + penalty.term(forward, targets)).backward()
+
+        Raises:
+            ValueError: an option of the penalty needs a forward of its own: ``mixed``, ``examples``, ``graphs``,
+                ``wrt="inputs"``, ``scaler``, several processes.
+        """
+        own = {
+            "mixed": self.mixed,
+            "examples": self.examples is not None and self.settings.reduction == "batch",
+            "graphs": self._captured is not None,
+            'wrt="inputs"': self.settings.wrt == "inputs",
+            "scaler": self.scaler is not None,
+            "process_group": self.ranks is not None,
+        }
+        for name, asked in own.items():
+            if asked:
+                raise ValueError(f"{name}: not with a forward of the caller's; FisherPenalty.backward runs its own")
+        forward, recording = WatchedForward(), ExitStack()
+
+        def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            forward.calls += 1
+            if forward.calls == 1:
+                forward.inputs = _as_inputs(model, args, kwargs)
+                if self._due():
+                    forward.gates = recording.enter_context(self._record_gates())
+
+        def after(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            recording.close()
+            forward.logits = logits_of(output)
+
+        hooks = [
+            self.model.register_forward_pre_hook(before, with_kwargs=True),
+            self.model.register_forward_hook(after, with_kwargs=True),
+        ]
+        try:
+            yield forward
+        finally:
+            recording.close()
+            for hook in hooks:
+                hook.remove()
+
+    def term(self, forward: WatchedForward, targets: Tensor | None = None) -> Tensor:
+        """A term for the caller's loss: its value is 0, its gradient that of α·R. Counts as a step.
+
+        The loss keeps its value, and whatever scales it (a gradient scaler, accumulation, an average over processes)
+        scales the penalty too. R's gradient is taken at once: the graph of the forward must still be there.
+
+        Args:
+            forward: what :meth:`watching` saw.
+            targets: where ``labels="true"``, and where some are −100 (padding).
+
+        Raises:
+            ValueError: the model was not called exactly once, or targets are missing.
+        """
+        if forward.calls != 1 or forward.logits is None or forward.inputs is None:
+            raise ValueError(f"forward: expected one finished call of the model, saw {forward.calls}")
+        if self._due():
+            assert forward.gates is not None
+            with undone_on_error(self.model, self.generator), self._undone_on_error():
+                self._reused = self._recomputed(forward.logits, forward.inputs, forward.gates, targets)
+        self.logits = forward.logits.detach()
+        self.steps += 1
+        trainable = trainable_parameters(self.model)
+        reused = {name: g for name, g in (self._reused or {}).items() if name in trainable}
+        if self.every == 1:
+            self._reused = None
+        if not reused or self.alpha == 0:
+            return self.logits.new_zeros(())
+        parameters = [trainable[name] for name in reused]
+        return _Term.apply(list(reused.values()), self.alpha, *parameters)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _recomputed(self, logits: Tensor, inputs: Inputs, gates: Gates, targets: Tensor | None) -> Gradients:
+        """∇R from a forward whose graph is kept; notes R."""
+        trainable = trainable_parameters(self.model)
+        first_only = self.settings.reduction == "first"
+        rows = logits[:1] if first_only else logits
+        true = targets[:1] if first_only and targets is not None else targets
+        check_targets(self.settings.labels, true)
+        chosen = chosen_names(trainable, self.params)
+        with torch.enable_grad():
+            loss, labels = label_loss(rows, self.settings.labels, true, self._next_key(rows.device))
+        if self.settings.method == "double_backprop":
+            value, squared_norm = self._squared_norm(loss, trainable, inputs, chosen, 1.0, 1.0)
+            gradient = self._gradients(squared_norm, trainable, retain_graph=True)
+        else:
+            at, direction = gradient_at(loss, trainable, inputs, self.settings, chosen, retain_graph=True)
+            shift = FiniteDifference(self.model, inputs, first_only, self.settings, gates, labels, at, direction, 1.0)
+            gradient = {name: torch.zeros_like(g) for name, g in at.items()}
+            self._judge(shift, shift.add_to(gradient, 1.0))
+            value = shift.value
+        self.value, self._rows = value, counted_rows(rows, true)
+        return gradient
+
+    def _due(self) -> bool:
+        """Whether the next step recomputes R."""
+        return self.steps >= self.start and self.alpha > 0 and (self.steps - self.start) % self.every == 0
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to be the same run, as tensors and plain values.
@@ -422,13 +558,16 @@ class FisherPenalty:
                 share = self._share(logits, targets, part, true, key, float(scale))
             first = 0 if share is None else share.first
             penalised, labels = label_loss(part, self.settings.labels, true, key, first)
-            own, rows, examples, fraction = loss.detach(), part[..., 0].numel(), len(part), len(part) / len(logits)
+            own, rows, examples = loss.detach(), counted_rows(part, true), len(part)
             if share is not None:
                 loss, penalised = loss * share.loss, penalised * share.penalised
-                rows, examples, fraction = share.rows, share.examples, share.fraction
-        alpha = self.alpha
-        if self.settings.reduction == "batch":
-            alpha *= fraction  # Tr(F)/n over n examples, Tr(F)/B over the batch
+                rows, examples = share.rows, share.examples
+        alpha: float | Tensor = self.alpha
+        if self.settings.reduction == "batch":  # Tr(F)/n over n rows, Tr(F)/B over those of the batch
+            if share is not None:
+                alpha *= share.fraction
+            elif part is not logits:
+                alpha *= rows / counted_rows(logits, targets)
         factor = float(examples) if self.settings.wrt == "inputs" else 1.0
         chosen = chosen_names(trainable, self.params)
         reused: Gradients | None = None
@@ -484,7 +623,7 @@ class FisherPenalty:
                     there = self._training_loss(shifted, targets)
                     return there if share is None else there * share.loss
 
-                total = shift.mixed_gradient(alpha, training_loss)
+                total = shift.mixed_gradient(self.alpha, training_loss)
             elif not apart:
                 if total is gradient and self.settings.difference == "central":
                     total = {name: g.clone() for name, g in gradient.items()}
@@ -502,8 +641,10 @@ class FisherPenalty:
             if adaptive and reused is not None:
                 self._judge(shift, change if self._shared.sharded else shift.relative_change(reused, summed))
         if reused is not None:
-            if alpha != self.alpha:
-                torch._foreach_mul_(list(reused.values()), alpha / self.alpha)
+            if alpha is not self.alpha:
+                ratio = alpha / self.alpha
+                for g in reused.values():
+                    g.mul_(ratio)
             _add(total, reused, self.alpha * scale)
             if self._captured is not None and self._reused is not None:
                 # Captured steps read it where it is.
@@ -574,10 +715,10 @@ class FisherPenalty:
         """What this process has of the batch; its key becomes that of all."""
         assert self._shared is not None
         has = self.settings.reduction == "batch" or self._shared.rank == 0
-        rows = part[..., 0].numel() if has else 0
+        rows, of_targets = part[..., 0].numel() if has else 0, self.settings.labels == "true"
         share = self._shared.share(
             loss=self._counted(logits, targets),
-            penalised=counted(true, rows) if has and self.settings.labels == "true" else rows,
+            penalised=0 if not has else counted(true, rows) if of_targets else int(counted_rows(part, true)),
             rows=rows,
             examples=len(part) if has else 0,
             batch=len(logits),
@@ -640,6 +781,14 @@ class FisherPenalty:
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ValueError("loss: expected a scalar tensor that depends on the logits")
         return loss
+
+
+def _as_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+    """What a module was called with, without the labels that a model of Transformers takes for a loss of its own."""
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "num_items_in_batch")}
+    if not kwargs:
+        return args
+    return dict(inspect.signature(model.forward).bind_partial(*args).arguments) | kwargs
 
 
 def _add(total: Gradients, gradients: Gradients, weight: float | Tensor) -> None:

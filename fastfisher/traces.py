@@ -20,13 +20,14 @@ from fastfisher.batches import Batches, Pair
 from fastfisher.capture import Capture, Part
 from fastfisher.distributed import Ranks, bare, failing_together, ranks_of
 from fastfisher.estimate import TraceEstimate
-from fastfisher.labels import cross_entropy, new_key
+from fastfisher.labels import cross_entropy, ignored, new_key
 from fastfisher.layers import Layer, chunks, squares
 from fastfisher.model import (
     Inputs,
     chosen_names,
     eval_mode,
     input_tensors,
+    logits_of,
     map_inputs,
     trainable_parameters,
     uncompiled,
@@ -71,7 +72,8 @@ def per_example_grad_norms(
     Args:
         model: any module from ``inputs`` to logits (N, …, C).
         inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments), batch first.
-        targets: class indices (N, …) or class probabilities (N, …, C), where ``labels="true"``.
+        targets: class indices (N, …) or class probabilities (N, …, C), where ``labels="true"``. Positions with the
+            index −100 are left out, whichever the labels.
         labels: "sampled" draws ŷ ~ p(y|x); "rademacher" draws the cotangent √p⊙ε − p⟨√p, ε⟩, ε = ±1, whose squared
             norm has the same expectation; "exact" is that expectation, E_ŷ‖∇ℓ(x_i, ŷ)‖², by C − 1 backwards for each
             position; "true" takes the targets; a tensor is used as the targets.
@@ -389,7 +391,12 @@ class _Cotangents:
         return max(1, self.logits[0].numel() - self.logits[0, ..., 0].numel()) if self.labels == "exact" else 1
 
     def draw(self) -> Iterator[Tensor]:
-        """The cotangents of one draw."""
+        """The cotangents of one draw; 0 where the target is ignored."""
+        out = ignored(self.logits, self.targets)
+        for cotangent in self._draw():
+            yield cotangent if out is None else cotangent.masked_fill(out[..., None], 0)
+
+    def _draw(self) -> Iterator[Tensor]:
         rows = self.logits.reshape(-1, self.logits.shape[-1])
         if self.labels == "exact":
             yield from self._exact()
@@ -627,7 +634,7 @@ def _fallback(model: nn.Module, inputs: Inputs, capture: Capture, name: str, cot
         one = map_inputs(inputs, lambda x: next(rest)[None] if x.dim() else next(rest))
         args: Any = one if isinstance(one, tuple) else () if isinstance(one, dict) else (one,)
         kwargs = one if isinstance(one, dict) else None
-        logits: Tensor = torch.func.functional_call(model, state | {name: parameter}, args, kwargs)
+        logits = logits_of(torch.func.functional_call(model, state | {name: parameter}, args, kwargs))
         return (logits[0] * cotangent).sum()
 
     gradient = torch.func.grad(value)
