@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastfisher.arguments import check_generator, is_count, is_number
 from fastfisher.labels import new_key
 from fastfisher.reference import TILE, first_above, philox
 
@@ -70,6 +71,14 @@ def linear_sample_cross_entropy(
             (NaN, +inf, or all −inf); it is named. On a GPU, where a check would stall the stream, such a row has NaN
             loss and label −1.
     """
+    for name, tensor in {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias, "key": key}.items():
+        optional = name in ("targets", "bias", "key")
+        if not (isinstance(tensor, Tensor) or (optional and tensor is None)):
+            expected = "a tensor or None" if optional else "a tensor"
+            raise ValueError(f"{name}: expected {expected}, got {type(tensor).__name__}")
+    check_generator(generator)
+    if key is not None and (key.dtype != torch.int64 or key.shape != (2,)):
+        raise ValueError(f"key: expected int64 of shape (2,), got {key.dtype} of shape {tuple(key.shape)}")
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -101,16 +110,18 @@ def _check(
         raise ValueError(f"weight: expected {expected}, as hidden has it, got {weight.dtype} {tuple(weight.shape)}")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
         raise ValueError(f"bias: expected {weight.dtype} ({len(weight)},), got {bias.dtype} {tuple(bias.shape)}")
-    if labels not in ("sampled", "true"):
+    if not (isinstance(labels, str) and labels in ("sampled", "true")):
         raise ValueError(f'labels: expected "sampled" or "true", got {labels!r}')
-    if reduction not in ("mean", "sum", "none"):
+    if not (isinstance(reduction, str) and reduction in ("mean", "sum", "none")):
         raise ValueError(f'reduction: expected "mean", "sum" or "none", got {reduction!r}')
-    if not 0.0 <= label_smoothing <= 1.0:
+    if not is_count(ignore_index, -(2**63)):
+        raise ValueError(f"ignore_index: expected an integer, got {ignore_index!r}")
+    if not (is_number(label_smoothing) and 0.0 <= label_smoothing <= 1.0):
         raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing!r}")
-    if chunk_bytes < 1:
+    if not is_count(chunk_bytes):
         raise ValueError(f"chunk_bytes: expected a number of bytes >= 1, got {chunk_bytes!r}")
-    if first < 0:
-        raise ValueError(f"first: expected a row number >= 0, got {first}")
+    if not is_count(first, 0):
+        raise ValueError(f"first: expected a row number >= 0, got {first!r}")
     if targets is None:
         if labels == "true":
             raise ValueError('targets: expected the true labels with labels="true", got None')

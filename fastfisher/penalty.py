@@ -544,8 +544,8 @@ def penalty(
     trainable = trainable_parameters(model)
     chosen = chosen_names(trainable, params)
     count_examples(inputs)
-    if logits is not None and not (isinstance(logits, Tensor) and logits.dim() > 0 and logits.requires_grad):
-        raise ValueError("logits: expected those of a forward, (..., C), with their graph")
+    if logits is not None and not (isinstance(logits, Tensor) and logits.dim() > 0):
+        raise ValueError("logits: expected those of a forward, (..., C)")
     finite = method == "finite_difference"
 
     if logits is not None and finite and not isinstance(gates, Gates):
@@ -554,6 +554,8 @@ def penalty(
             "gave the logits. Run it within fastfisher.record_gates and pass gates= beside logits=."
         )
         logits = None
+    if logits is not None and not logits.requires_grad:
+        raise ValueError("logits: expected those of a forward with their graph, got some that require no gradient")
     recorded = gates if isinstance(gates, Gates) else None
     if recorded is not None and logits is None:
         raise ValueError("logits: expected the logits of the forward in which gates= was recorded, got None")

@@ -124,6 +124,13 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]] 
          "generator": None},
     ),
     "record_gates": (recorded, fastfisher.record_gates, {"model": MODEL, "frozen": True, "rewind": True}),
+    "linear_sample_cross_entropy": (
+        fastfisher.linear_sample_cross_entropy,
+        fastfisher.linear_sample_cross_entropy,
+        {"hidden": X.flatten(1), "weight": torch.ones(3, X[0].numel()), "targets": None, "bias": None,
+         "labels": "sampled", "generator": None, "key": None, "first": 0, "reduction": "mean", "ignore_index": -100,
+         "label_smoothing": 0.0, "chunk_bytes": 1 << 20},
+    ),
     "AdaptiveStep": (fastfisher.AdaptiveStep, fastfisher.AdaptiveStep, {"target": 0.5, "rho": None}),
 }  # fmt: skip
 PARTS = {"inputs", "targets", "data", "logits"}  # of pairs and batches, and what the model makes of them
@@ -131,7 +138,7 @@ RESULTS = {"FisherTrace", "Gates", "GradInnerProducts", "GradientCovariance", "T
 
 
 def test_every_public_name_is_fuzzed_or_a_result() -> None:
-    assert {*CALLS, *RESULTS, "SlowPathWarning"} == set(fastfisher.__all__)
+    assert {*CALLS, *RESULTS, "SlowPathWarning", "RankFailure"} == set(fastfisher.__all__)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -285,7 +285,7 @@ def test_every_run_is_counted_found_and_has_options_that_can_be_used(
         assert {run.name for run in drive(request_of(IDS, scale, again).plan(), again.finish, at_least)} == names
     if dry_run:
         for run in trained:
-            assert run.config.examples == 2 * run.config.batch_size == 16
+            assert run.config.examples == 2 * run.config.batch_size == 8
             assert (run.config.epochs, run.config.penalty_start) == (1, 0)
             assert run.config.bn_batches == (2 if run.config.network in NORMALISED_NETWORKS else 100)
 
