@@ -83,7 +83,8 @@ Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : to
 
 int64_t rows_per_task(int64_t columns) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns)); }
 
-std::tuple<Tensor, Tensor, Tensor> sample_cross_entropy(const Tensor& logits, const Tensor& key, double scale) {
+std::tuple<Tensor, Tensor, Tensor> sample_cross_entropy(const Tensor& logits, const Tensor& key, double scale,
+                                                        int64_t first) {
   check(logits.dim() == 2, "logits: expected 2 dimensions (N, C), got ", logits.dim());
   const int64_t rows = logits.size(0), columns = logits.size(1);
   check(columns >= 1 && columns <= fastfisher::kMaxColumns, "logits: expected 1 to ", fastfisher::kMaxColumns,
@@ -103,8 +104,8 @@ std::tuple<Tensor, Tensor, Tensor> sample_cross_entropy(const Tensor& logits, co
   void* gradient = dlogits.mutable_data_ptr();
   std::atomic<int64_t> first_bad{rows};
   torch::stable::parallel_for(0, rows, rows_per_task(columns), [&](int64_t begin, int64_t end) {
-    const int64_t bad =
-        kernels().sample_cross_entropy(type, source, columns, seed, scale, nll_data, label_data, gradient, begin, end);
+    const int64_t bad = kernels().sample_cross_entropy(type, source, columns, seed, static_cast<uint64_t>(first), scale,
+                                                       nll_data, label_data, gradient, begin, end);
     if (bad < 0) return;
     int64_t seen = first_bad.load();
     while (bad < seen && !first_bad.compare_exchange_weak(seen, bad)) {
@@ -367,7 +368,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const
   return {grad_x, grad_weight, grad_bias};
 }
 
-Tensor rademacher_cotangent(const Tensor& logits, const Tensor& key, double scale) {
+Tensor rademacher_cotangent(const Tensor& logits, const Tensor& key, double scale, int64_t first) {
   check(logits.dim() == 2, "logits: expected 2 dimensions (N, C), got ", logits.dim());
   const int64_t rows = logits.size(0), columns = logits.size(1);
   check(columns >= 1 && columns <= fastfisher::kMaxColumns, "logits: expected 1 to ", fastfisher::kMaxColumns,
@@ -380,7 +381,8 @@ Tensor rademacher_cotangent(const Tensor& logits, const Tensor& key, double scal
   void* target = out.mutable_data_ptr();
   std::atomic<int64_t> first_bad{rows};
   torch::stable::parallel_for(0, rows, rows_per_task(columns), [&](int64_t begin, int64_t end) {
-    const int64_t bad = kernels().rademacher_cotangent(type, source, columns, seed, scale, target, begin, end);
+    const int64_t bad = kernels().rademacher_cotangent(type, source, columns, seed, static_cast<uint64_t>(first), scale,
+                                                       target, begin, end);
     if (bad < 0) return;
     int64_t seen = first_bad.load();
     while (bad < seen && !first_bad.compare_exchange_weak(seen, bad)) {
@@ -559,7 +561,7 @@ void perturb(const std::vector<Tensor>& out, const std::vector<Tensor>& tensors,
 
 STABLE_TORCH_LIBRARY(fastfisher, m) {
   m.def(
-      "sample_cross_entropy(Tensor logits, Tensor key, float scale) -> (Tensor nll, Tensor labels, Tensor "
+      "sample_cross_entropy(Tensor logits, Tensor key, float scale, int first=0) -> (Tensor nll, Tensor labels, Tensor "
       "dlogits)");
   m.def("softmax_hessian_product(Tensor dlogits, Tensor labels, Tensor vector, float scale) -> Tensor");
   m.def("gate_relu(Tensor x) -> (Tensor out, Tensor bits)");
@@ -577,7 +579,7 @@ STABLE_TORCH_LIBRARY(fastfisher, m) {
       "batch_norm_backward(Tensor grad, Tensor? bits, Tensor x, Tensor? weight, Tensor mean, Tensor variance, float "
       "eps) -> (Tensor "
       "grad_x, Tensor grad_weight, Tensor grad_bias)");
-  m.def("rademacher_cotangent(Tensor logits, Tensor key, float scale) -> Tensor");
+  m.def("rademacher_cotangent(Tensor logits, Tensor key, float scale, int first=0) -> Tensor");
   m.def("grad_sqnorm_linear(Tensor a, Tensor d, bool gram) -> Tensor");
   m.def(
       "grad_sqnorm_conv(Tensor a, Tensor d, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, "

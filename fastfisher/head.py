@@ -2,8 +2,8 @@
 
 Of a language model with 131,072 tokens, the logits of 2,048 positions are 1 GiB, and their softmax and gradient as much
 again. Here the logits of a few rows are made, turned into their gradient in place, multiplied into the gradients of the
-hidden states and of the weight, and forgotten. The compiled ``sample_cross_entropy`` numbers its rows from 0 and keeps
-logits beside gradients, so a chunk takes the same steps in PyTorch's own operations, in place.
+hidden states and of the weight, and forgotten. The compiled ``sample_cross_entropy`` keeps logits beside
+gradients, so a chunk takes the same steps in PyTorch's own operations, in place.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def sample_cross_entropy(
         key: int64[2] (seed, offset) instead. The same key and logits give the same labels.
         reduction: "mean" over all rows, "sum", or "none".
         first: the number of the first row. Two halves of a batch, drawn with one key, the second one with ``first`` the
-            rows of the other, get the labels of the whole. The fused pass counts from 0; otherwise it is several.
+            rows of the other, get the labels of the whole.
 
     Returns:
         The loss (float64 for float64 logits, else float32; shape () or logits.shape[:-1]) and the labels (int64,

@@ -96,17 +96,14 @@ def _serving(name: str, device: torch.device) -> Callable[..., Any]:
 
 
 def sample_cross_entropy(logits: Tensor, key: Tensor, scale: float, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`fastfisher.reference.sample_cross_entropy`; differentiable twice in ``logits``.
-
-    The kernels count rows from 0: the reference serves where ``first`` is another.
-    """
-    if first or not _compiled("sample_cross_entropy", logits.device):
+    """See :func:`fastfisher.reference.sample_cross_entropy`; differentiable twice in ``logits``."""
+    if not _compiled("sample_cross_entropy", logits.device):
         return reference.sample_cross_entropy(logits, key, scale, first)
     op: Callable[..., Any] = torch.ops.fastfisher.sample_cross_entropy.default
     if logits.requires_grad and torch.is_grad_enabled():
-        return op(logits, key, scale)  # type: ignore[no-any-return]
+        return op(logits, key, scale, first)  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowAutograd():
-        return op(logits, key, scale)  # type: ignore[no-any-return]
+        return op(logits, key, scale, first)  # type: ignore[no-any-return]
 
 
 def softmax_hessian_product(dlogits: Tensor, labels: Tensor, vector: Tensor, scale: float) -> Tensor:
@@ -186,10 +183,8 @@ def batch_norm_backward(
 
 
 def rademacher_cotangent(logits: Tensor, key: Tensor, scale: float, first: int = 0) -> Tensor:
-    """See :func:`fastfisher.reference.rademacher_cotangent`, which serves itself where ``first`` is not 0."""
-    if first:
-        return reference.rademacher_cotangent(logits, key, scale, first)
-    return _serving("rademacher_cotangent", logits.device)(logits, key, scale)  # type: ignore[no-any-return]
+    """See :func:`fastfisher.reference.rademacher_cotangent`."""
+    return _serving("rademacher_cotangent", logits.device)(logits, key, scale, first)  # type: ignore[no-any-return]
 
 
 def grad_sqnorm_linear(a: Tensor, d: Tensor, gram: bool) -> Tensor:
@@ -239,7 +234,7 @@ def _register() -> None:
     fake: Callable[[str], Callable[[Any], Any]] = torch.library.register_fake
 
     @fake("fastfisher::sample_cross_entropy")
-    def _(logits: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _(logits: Tensor, key: Tensor, scale: float, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         rows = logits.shape[0]
         loss_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         contiguous = torch.empty_like(logits, memory_format=torch.contiguous_format)
@@ -295,7 +290,7 @@ def _register() -> None:
         return torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
 
     @fake("fastfisher::rademacher_cotangent")
-    def _(logits: Tensor, key: Tensor, scale: float) -> Tensor:
+    def _(logits: Tensor, key: Tensor, scale: float, first: int = 0) -> Tensor:
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
     @fake("fastfisher::grad_sqnorm_linear")
@@ -335,7 +330,7 @@ def _register() -> None:
         if grad_dlogits is not None:  # the Jacobian of softmax is symmetric
             product = softmax_hessian_product(dlogits, labels, grad_dlogits, ctx.scale)
             grad = product if grad is None else grad + product
-        return grad, None, None
+        return grad, None, None, None
 
     def save_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         dlogits, labels, vector, ctx.scale = inputs

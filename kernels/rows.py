@@ -90,9 +90,9 @@ def draw(tile_sums, words):
 # ---- the sampled cross-entropy --------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["rows", "columns"])
+@triton.jit(do_not_specialize=["first_row", "rows", "columns"])
 def sample_resident(
-    logits, key, nll, labels, dlogits, rows: tl.int64, columns: tl.int32, scale: tl.float64,
+    logits, key, first_row: tl.int64, nll, labels, dlogits, rows: tl.int64, columns: tl.int32, scale: tl.float64,
     ROWS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr, MULTIPLE: tl.constexpr,
 ):  # fmt: skip
     """Draw, loss and gradient of ROWS rows that stay in registers, each of TILES tiles of WIDTH columns."""
@@ -110,7 +110,7 @@ def sample_resident(
     total = tl.sum(tile_sums, 1)
     good = total > 0  # NaN for NaN and +inf, 0 where everything is -inf
 
-    tile_word, element_word, _, _ = philox(key, row)
+    tile_word, element_word, _, _ = philox(key, first_row + row)
     if TILES == 1:
         first = tl.zeros_like(row).to(tl.int32)
         candidates = tl.reshape(weights, [ROWS, WIDTH])
@@ -131,9 +131,9 @@ def sample_resident(
     tl.store((dlogits + row * columns)[:, None, None] + column, gradient, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "columns"])
+@triton.jit(do_not_specialize=["first_row", "rows", "columns"])
 def sample_looped(
-    logits, key, nll, labels, dlogits, rows: tl.int64, columns: tl.int32, scale: tl.float64,
+    logits, key, first_row: tl.int64, nll, labels, dlogits, rows: tl.int64, columns: tl.int32, scale: tl.float64,
     STEPS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr, MULTIPLE: tl.constexpr,
 ):  # fmt: skip
     """Draw, loss and gradient of one row in two passes, TILES tiles of WIDTH columns at a step."""
@@ -160,7 +160,7 @@ def sample_looped(
     total = tl.sum(tile_sums, 1)
     good = total > 0
 
-    tile_word, element_word, _, _ = philox(key, rows_here)
+    tile_word, element_word, _, _ = philox(key, first_row + rows_here)
     first = draw(tile_sums, tile_word) * WIDTH
     again = first[:, None] + tl.arange(0, WIDTH)[None, :]
     chosen = to_compute(tl.load(source + again, mask=again < columns, other=float("-inf")))
@@ -241,14 +241,14 @@ def product_looped(
 # ---- the Rademacher cotangent: (√p⊙ε − p⟨√p, ε⟩)·scale ---------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["calls"])
-def sign_words(key, words, calls: tl.int64, BLOCK: tl.constexpr):
-    """The four words of each Philox call, one call for every 128 columns of a row.
+@triton.jit(do_not_specialize=["first_call", "calls"])
+def sign_words(key, words, first_call: tl.int64, calls: tl.int64, BLOCK: tl.constexpr):
+    """The four words of each Philox call from the first on, one call for every 128 columns of a row.
 
     They go through memory, at 1/32 of an element each: made where they are used, every thread would make its own anew.
     """
     call = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    w0, w1, w2, w3 = philox(key, call)
+    w0, w1, w2, w3 = philox(key, first_call + call)
     pairs = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     place = call[:, None] * 4 + tl.arange(0, 4)[None, :]
     tl.store(words + place, tl.reshape(pairs, [BLOCK, 4]).to(tl.int32, bitcast=True), mask=(call < calls)[:, None])
@@ -335,9 +335,9 @@ def rademacher_looped(
 @functools.cache
 def plan(operator: str, dtype: torch.dtype, columns: int) -> Configuration:
     """The configuration in which ``operator`` takes rows of so many columns."""
-    resident, looped, pointers = _KERNELS[operator]
+    resident, looped, arguments = _KERNELS[operator]
     names = {"*T": f"*{TYPES[dtype]}", "*L": "*fp64" if dtype == torch.float64 else "*fp32"}
-    types = {name: names.get(kind, kind) for name, kind in pointers.items()}
+    types = {name: names.get(kind, kind) for name, kind in arguments.items()}
     signature = {**types, "rows": "i64", "columns": "i32", "scale": "fp64"}
     # Narrow rows are read whole by neighbouring threads, whatever they are aligned to; float64 need not be fast.
     multiple = 8 if columns % 8 == 0 and columns > NARROW[-1] and dtype != torch.float64 else 1
@@ -357,7 +357,7 @@ _KERNELS: dict[str, tuple[Any, Any, dict[str, str]]] = {
     "sample_cross_entropy": (
         sample_resident,
         sample_looped,
-        {"logits": "*T", "key": "*i64", "nll": "*L", "labels": "*i64", "dlogits": "*T"},
+        {"logits": "*T", "key": "*i64", "first_row": "i64", "nll": "*L", "labels": "*i64", "dlogits": "*T"},
     ),
     "softmax_hessian_product": (
         product_resident,
@@ -366,10 +366,12 @@ _KERNELS: dict[str, tuple[Any, Any, dict[str, str]]] = {
     ),
     "rademacher_cotangent": (rademacher_resident, rademacher_looped, {"logits": "*T", "words": "*i32", "out": "*T"}),
 }
-"""The two kernels of each operator and their pointers: "*T" to the dtype of the rows, "*L" to that of a loss."""
+"""The two kernels of each operator and what they take: "*T" points to the dtype of the rows, "*L" to that of a loss."""
 
 _SIGN_CALLS = 256
-_SIGNS = Configuration(sign_words, {"key": "*i64", "words": "*i32", "calls": "i64"}, {"BLOCK": _SIGN_CALLS})
+_SIGNS = Configuration(
+    sign_words, {"key": "*i64", "words": "*i32", "first_call": "i64", "calls": "i64"}, {"BLOCK": _SIGN_CALLS}
+)
 
 _EVERY_WIDTH = [*NARROW, *(TILE * tiles - odd for tiles in (*WIDE, 2 * WIDE[-1]) for odd in (0, 1))]
 _DISTINCT = {
@@ -381,15 +383,16 @@ _DISTINCT = {
 CONFIGURATIONS = [_SIGNS, *_DISTINCT.values()]
 
 
-def _launch(operator: str, tensors: list[Tensor], rows: int, columns: int, scale: float) -> None:
-    chosen = plan(operator, tensors[0].dtype, columns)
+def _launch(operator: str, x: Tensor, arguments: list[Any], rows: int, columns: int, scale: float) -> None:
+    chosen = plan(operator, x.dtype, columns)
     programs = triton.cdiv(rows, chosen.constants.get("ROWS", 1))
     if programs == 0:
         return
-    with torch.cuda.device_of(tensors[0]):
+    with torch.cuda.device_of(x):
         chosen.kernel[(programs,)](
-            *tensors, rows, columns, scale, **chosen.constants, num_warps=chosen.num_warps, num_stages=chosen.num_stages
-        )
+            x, *arguments, rows, columns, scale, **chosen.constants, num_warps=chosen.num_warps,
+            num_stages=chosen.num_stages,
+        )  # fmt: skip
 
 
 def _check_rows(x: Tensor, name: str) -> tuple[int, int]:
@@ -400,7 +403,7 @@ def _check_rows(x: Tensor, name: str) -> tuple[int, int]:
     return rows, columns
 
 
-def sample_cross_entropy(logits: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def sample_cross_entropy(logits: Tensor, key: Tensor, scale: float, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`fastfisher.reference.sample_cross_entropy`.
 
     Raises:
@@ -413,7 +416,7 @@ def sample_cross_entropy(logits: Tensor, key: Tensor, scale: float) -> tuple[Ten
     x = logits.contiguous()
     nll = x.new_empty(rows, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     labels, dlogits = x.new_empty(rows, dtype=torch.int64), torch.empty_like(x)
-    _launch("sample_cross_entropy", [x, key, nll, labels, dlogits], rows, columns, scale)
+    _launch("sample_cross_entropy", x, [key, first, nll, labels, dlogits], rows, columns, scale)
     return nll, labels, dlogits
 
 
@@ -430,11 +433,11 @@ def softmax_hessian_product(dlogits: Tensor, labels: Tensor, vector: Tensor, sca
     check(labels.dtype == torch.int64 and labels.numel() == rows, "labels: expected one int64 label per row")
     d, v = dlogits.contiguous(), vector.contiguous()
     out = torch.empty_like(d)
-    _launch("softmax_hessian_product", [d, labels.contiguous(), v, out], rows, columns, scale)
+    _launch("softmax_hessian_product", d, [labels.contiguous(), v, out], rows, columns, scale)
     return out
 
 
-def rademacher_cotangent(logits: Tensor, key: Tensor, scale: float) -> Tensor:
+def rademacher_cotangent(logits: Tensor, key: Tensor, scale: float, first: int = 0) -> Tensor:
     """See :func:`fastfisher.reference.rademacher_cotangent`. A row without a softmax is NaN.
 
     Raises:
@@ -444,12 +447,13 @@ def rademacher_cotangent(logits: Tensor, key: Tensor, scale: float) -> Tensor:
     check_key(key, logits.device)
     x = logits.contiguous()
     out = torch.empty_like(x)
-    calls = rows * triton.cdiv(columns, 128)
+    calls_per_row = triton.cdiv(columns, 128)
+    calls = rows * calls_per_row
     if rows:
         words = torch.empty(4 * calls, dtype=torch.int32, device=x.device)
         with torch.cuda.device_of(x):
             sign_words[triton.cdiv(calls, _SIGN_CALLS),](
-                key, words, calls, **_SIGNS.constants, num_warps=_SIGNS.num_warps
+                key, words, first * calls_per_row, calls, **_SIGNS.constants, num_warps=_SIGNS.num_warps
             )
-        _launch("rademacher_cotangent", [x, words, out], rows, columns, scale)
+        _launch("rademacher_cotangent", x, [words, out], rows, columns, scale)
     return out

@@ -66,9 +66,10 @@ def rounding(truth: Tensor, dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("key", KEYS, ids=str)
 def test_philox_words_are_those_of_the_reference(key: Tensor) -> None:
     calls = 300  # more than one program's
-    words = torch.empty(calls, 4, dtype=torch.int32)
-    rows.sign_words[(2,)](key, words, calls, BLOCK=256)
-    assert torch.equal(words.long() & 0xFFFFFFFF, reference.philox(key, torch.arange(calls)))
+    for first in (0, 2**33):
+        words = torch.empty(calls, 4, dtype=torch.int32)
+        rows.sign_words[(2,)](key, words, first, calls, BLOCK=256)
+        assert torch.equal(words.long() & 0xFFFFFFFF, reference.philox(key, first + torch.arange(calls)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -113,6 +114,15 @@ def test_every_key_draws_what_the_reference_draws(classes: int, key: Tensor) -> 
     assert_labels_are_the_exact_inverse_cdf(logits, rows.sample_cross_entropy(logits, key, 1.0)[1], key)
     expected = reference.rademacher_cotangent(logits, key, 1.0)
     torch.testing.assert_close(rows.rademacher_cotangent(logits, key, 1.0), expected)
+
+
+# Both forms of the kernel: a row in registers, and one in two passes.
+@pytest.mark.parametrize("classes", [10, 20_000])
+def test_a_part_of_the_rows_is_drawn_as_in_the_whole(classes: int) -> None:
+    logits = logits_for(classes, torch.float32, rows=5)
+    whole = [*rows.sample_cross_entropy(logits, KEY, 0.5), rows.rademacher_cotangent(logits, KEY, 0.5)]
+    part = [*rows.sample_cross_entropy(logits[2:], KEY, 0.5, 2), rows.rademacher_cotangent(logits[2:], KEY, 0.5, 2)]
+    assert all(torch.equal(found, expected[2:]) for found, expected in zip(part, whole, strict=True))
 
 
 @pytest.mark.parametrize("extreme", [1e4, -1e4, 80.0])

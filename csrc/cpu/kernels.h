@@ -45,9 +45,9 @@ struct Kernels {
 
   // Rows [begin, end) of logits[N, C] (contiguous). nll is float32, or float64 for float64 logits.
   // A row with NaN, +inf, or nothing above -inf leaves nll = NaN, label = -1, dlogits = NaN; the lowest such
-  // row is returned, or -1.
-  int64_t (*sample_cross_entropy)(Type type, const void* logits, int64_t columns, Key key, double scale, void* nll,
-                                  int64_t* labels, void* dlogits, int64_t begin, int64_t end);
+  // row is returned, or -1. Row i draws as row first + i of the key.
+  int64_t (*sample_cross_entropy)(Type type, const void* logits, int64_t columns, Key key, uint64_t first, double scale,
+                                  void* nll, int64_t* labels, void* dlogits, int64_t begin, int64_t end);
 
   // out = (p * v - p (p . v)) * scale with p = dlogits / scale + onehot(label), rows [begin, end).
   void (*softmax_hessian_product)(Type type, const void* dlogits, const int64_t* labels, const void* vector,
@@ -105,9 +105,9 @@ struct Kernels {
                            double* products, double* sums, int64_t begin, int64_t end);
 
   // out = (sqrt(p) * e - p (sqrt(p) . e)) * scale with p = softmax(logits) and random signs e, rows [begin, end).
-  // Rows without a softmax as in sample_cross_entropy.
-  int64_t (*rademacher_cotangent)(Type type, const void* logits, int64_t columns, Key key, double scale, void* out,
-                                  int64_t begin, int64_t end);
+  // Rows without a softmax, and first, as in sample_cross_entropy.
+  int64_t (*rademacher_cotangent)(Type type, const void* logits, int64_t columns, Key key, uint64_t first, double scale,
+                                  void* out, int64_t begin, int64_t end);
 
   // The sum of z x over elements [begin, end), in float64, with z the probe of element first + j (see probes.cpp).
   double (*probe_dot)(Type type, const void* x, Key key, Distribution distribution, uint64_t first, int64_t begin,
@@ -124,7 +124,8 @@ const Kernels& kernels();
 // The same functions, compiled once per SIMD level.
 #define FASTFISHER_DECLARE_LEVEL(LEVEL)                                                                             \
   namespace LEVEL {                                                                                                 \
-  int64_t sample_cross_entropy(Type, const void*, int64_t, Key, double, void*, int64_t*, void*, int64_t, int64_t);  \
+  int64_t sample_cross_entropy(Type, const void*, int64_t, Key, uint64_t, double, void*, int64_t*, void*, int64_t,  \
+                               int64_t);                                                                            \
   void softmax_hessian_product(Type, const void*, const int64_t*, const void*, int64_t, double, void*, int64_t,     \
                                int64_t);                                                                            \
   void gate_relu(Type, const void*, int64_t, void*, uint32_t*, int64_t, int64_t);                                   \
@@ -144,7 +145,7 @@ const Kernels& kernels();
                           int64_t);                                                                                 \
   void channel_products(Type, const void*, const void*, const void*, int64_t, int64_t, double*, double*, int64_t,   \
                         int64_t);                                                                                   \
-  int64_t rademacher_cotangent(Type, const void*, int64_t, Key, double, void*, int64_t, int64_t);                   \
+  int64_t rademacher_cotangent(Type, const void*, int64_t, Key, uint64_t, double, void*, int64_t, int64_t);         \
   double probe_dot(Type, const void*, Key, Distribution, uint64_t, int64_t, int64_t);                               \
   void perturb(Type, void*, const void*, Key, double, Distribution, uint64_t, int64_t, int64_t);                    \
   }

@@ -329,8 +329,8 @@ struct Row {
 
 }  // namespace
 
-int64_t rademacher_cotangent(Type type, const void* logits, int64_t columns, Key key, double scale, void* out,
-                             int64_t begin, int64_t end) {
+int64_t rademacher_cotangent(Type type, const void* logits, int64_t columns, Key key, uint64_t first, double scale,
+                             void* out, int64_t begin, int64_t end) {
   return dispatch(type, [&](auto tag) {
     using T = decltype(tag);
     using Storage = typename T::Storage;
@@ -338,8 +338,8 @@ int64_t rademacher_cotangent(Type type, const void* logits, int64_t columns, Key
     int64_t first_bad = -1;
     for (int64_t i = begin; i < end; ++i) {
       Storage* target = static_cast<Storage*>(out) + i * columns;
-      if (row.rademacher(static_cast<const Storage*>(logits) + i * columns, columns, key, static_cast<uint64_t>(i),
-                         static_cast<typename T::Compute>(scale), target))
+      if (row.rademacher(static_cast<const Storage*>(logits) + i * columns, columns, key,
+                         first + static_cast<uint64_t>(i), static_cast<typename T::Compute>(scale), target))
         continue;
       for (int64_t j = 0; j < columns; ++j) target[j] = T::store(__builtin_nanf(""));
       if (first_bad < 0) first_bad = i;
@@ -348,8 +348,8 @@ int64_t rademacher_cotangent(Type type, const void* logits, int64_t columns, Key
   });
 }
 
-int64_t sample_cross_entropy(Type type, const void* logits, int64_t columns, Key key, double scale, void* nll,
-                             int64_t* labels, void* dlogits, int64_t begin, int64_t end) {
+int64_t sample_cross_entropy(Type type, const void* logits, int64_t columns, Key key, uint64_t first, double scale,
+                             void* nll, int64_t* labels, void* dlogits, int64_t begin, int64_t end) {
   return dispatch(type, [&](auto tag) {
     using T = decltype(tag);
     using Storage = typename T::Storage;
@@ -363,7 +363,7 @@ int64_t sample_cross_entropy(Type type, const void* logits, int64_t columns, Key
       if (k == 0) {  // the random words of the next rows, all lanes at once
 #pragma omp simd
         for (int64_t row = 0; row < block; ++row) {
-          const Words words = philox(key, static_cast<uint64_t>(i + row));
+          const Words words = philox(key, first + static_cast<uint64_t>(i + row));
           tile_words[row] = words.w[0];
           element_words[row] = words.w[1];
         }
