@@ -28,7 +28,7 @@ from fastfisher import gated, ops
 from fastfisher.arguments import check_flags, check_model
 from fastfisher.convolution import in_pieces
 from fastfisher.gated import Passage
-from fastfisher.model import compiled_module, uncompiled
+from fastfisher.model import is_compiled, uncompiled
 from fastfisher.normalization import by_batch, relu_after
 
 
@@ -154,19 +154,19 @@ def record_gates(model: torch.nn.Module | None = None, *, frozen: bool = True, r
 
 
 @contextmanager
-def fused_forward(model: torch.nn.Module) -> Iterator[None]:
+def fused_forward(model: torch.nn.Module) -> Iterator[_Fused | None]:
     """Within, ReLU and max-pool run through :mod:`fastfisher.gated`, large convolutions through
     :mod:`fastfisher.convolution`, batch normalisation through :mod:`fastfisher.normalization`: less time and memory,
     and the same values and gradients up to rounding.
 
     Where a module is compiled or scripted, or no compiled kernel serves a tensor, PyTorch's own run as ever.
     """
-    hidden = compiled_module(model) is not None or any(isinstance(m, torch.jit.ScriptModule) for m in model.modules())
+    hidden = any(is_compiled(module) or isinstance(module, torch.jit.ScriptModule) for module in model.modules())
     if ops.UNAVAILABLE is not None or hidden:
-        yield
+        yield None
     else:
-        with _Fused():
-            yield
+        with _Fused() as fused:
+            yield fused
 
 
 def check_recordable(model: torch.nn.Module) -> None:
@@ -545,8 +545,9 @@ def _gated(function: Callable[..., Any], args: Any, kwargs: Any, keep_random: bo
 
 
 def _ungated(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """The call as it is, but a large convolution in pieces and a batch normalisation by our own kernel."""
-    if ops.UNAVAILABLE is None:
+    """The call as it is, but a large convolution in pieces and a large batch normalisation by our own kernel."""
+    x = args[0] if args else kwargs.get("input")
+    if ops.UNAVAILABLE is None and not (isinstance(x, Tensor) and x.numel() < FUSED_ELEMENTS):
         for ours in (in_pieces, by_batch):
             out = ours(function, args, kwargs)
             if out is not None:
@@ -555,20 +556,24 @@ def _ungated(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 
 # Below, what Python adds to a call is more than the kernels save.
-FUSED_ELEMENTS = 1 << 16
+FUSED_ELEMENTS = 1 << 18
 
 
 class _Fused(TorchFunctionMode):
+    """``met_large`` is whether any tensor was large enough for the kernels."""
+
+    met_large = False
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if args and isinstance(args[0], Tensor) and args[0].numel() < FUSED_ELEMENTS:
-            # Batch normalisation moves its statistics by the same bits, whatever the size and the step.
-            out = by_batch(func, args, kwargs)
-            return func(*args, **kwargs) if out is None else out
+        x = args[0] if args else kwargs.get("input")
+        if isinstance(x, Tensor):
+            if x.numel() < FUSED_ELEMENTS:
+                return func(*args, **kwargs)
+            self.met_large = True
         found = _gated(func, args, kwargs)
         if found is None or not isinstance(found[1], (_Relu, _MaxPool)):
             return _ungated(func, args, kwargs)
-        x = args[0] if args else kwargs["input"]
         return found[1].record(func, args, kwargs)[0] if x.device.type == "cpu" else func(*args, **kwargs)
 
 

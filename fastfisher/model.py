@@ -139,12 +139,9 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def compiled_module(model: nn.Module) -> str | None:
-    """The name of the first module that ``torch.compile`` or ``module.compile()`` compiled; None without one."""
-    for name, module in model.named_modules():
-        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None):
-            return name or "(the model itself)"
-    return None
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` or ``module.compile()`` compiled it."""
+    return type(module).__name__ == "OptimizedModule" or bool(getattr(module, "_compiled_call_impl", None))
 
 
 @contextmanager
@@ -154,7 +151,8 @@ def uncompiled(model: nn.Module | None, purpose: str) -> Iterator[None]:
     Compiled code hides its calls from ``TorchFunctionMode`` and cannot be differentiated twice. A
     :class:`SlowPathWarning` says once, with the ``purpose``, that this forward is not compiled.
     """
-    name = None if model is None else compiled_module(model)
+    modules = [] if model is None else model.named_modules()
+    name = next((name or "(the model itself)" for name, module in modules if is_compiled(module)), None)
     if name is None:
         yield
         return

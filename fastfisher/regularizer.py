@@ -260,6 +260,7 @@ class FisherPenalty:
         self.steps = 0
         self._rows: int | Tensor | None = None
         self._reused: Gradients | None = None
+        self._all_small: set[tuple[torch.Size, ...]] = set()  # inputs of which a forward makes no large tensor
         self._captured: CapturedSteps[_Outcome] | None = None
         if graphs:
             device = next(iter(trainable_parameters(model).values())).device
@@ -529,9 +530,12 @@ class FisherPenalty:
     def _plain(self, inputs: Inputs, targets: Any, scale: float | Tensor = 1.0) -> _Outcome:
         """The gradient of scale·(loss + α·(R as it was recomputed last))."""
         trainable = trainable_parameters(self.model)
+        shapes = tuple(x.shape for x in input_tensors(inputs))
         with torch.enable_grad():
-            with fused_forward(self.model):
+            with nullcontext() if shapes in self._all_small else fused_forward(self.model) as fused:
                 logits = call_model(self.model, inputs)
+            if fused is not None and not fused.met_large:
+                self._all_small.add(shapes)
             loss = self._training_loss(logits, targets)
         weighted = loss * scale
         if self._shared is not None:

@@ -24,9 +24,11 @@ def undone_on_error(model: nn.Module, generator: torch.Generator | None = None) 
 
     Costs a copy of the buffers and of the generators' states; nothing is put back where nothing is raised.
     """
-    random = RandomState.current(frozenset(p.device.index for p in model.parameters() if p.device.type == "cuda"))
+    modules = list(model.modules())  # once: to go through them takes longer than the copies
+    parameters = [p for module in modules for p in module._parameters.values() if p is not None]
+    buffers = list({id(b): b for module in modules for b in module._buffers.values() if b is not None}.values())
+    random = RandomState.current(frozenset(p.device.index for p in parameters if p.device.type == "cuda"))
     drawn = None if generator is None else generator.get_state()
-    buffers = list(model.buffers())
     before = [torch.empty_like(buffer) for buffer in buffers]
     with torch.no_grad():
         if buffers:

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
+import fastfisher
 from fastfisher import gates
 from fastfisher.gates import _Fused, record_gates
 
@@ -130,9 +132,20 @@ def test_small_tensors_go_through_pytorch(monkeypatch: pytest.MonkeyPatch) -> No
     """Python's share of a call would be more than the kernels save."""
     monkeypatch.setattr(gates, "FUSED_ELEMENTS", 100)
     for count, name in ((99, "ReluBackward0"), (100, "_GateBackward")):
-        with _Fused():
+        with _Fused() as fused:
             out = torch.randn(count, requires_grad=True).relu()
         assert out.grad_fn is not None and out.grad_fn.name() == name
+        assert fused.met_large == (count == 100)
+
+
+def test_a_forward_without_large_tensors_is_not_watched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gates, "FUSED_ELEMENTS", 100)
+    entered: list[int] = []
+    monkeypatch.setattr(_Fused, "__enter__", lambda self: entered.append(1) or TorchFunctionMode.__enter__(self))
+    penalty = fastfisher.FisherPenalty(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), alpha=0.0)
+    for rows, times in ((10, 1), (10, 1), (30, 2), (30, 3), (10, 3)):  # the ReLU takes 5 elements a row
+        penalty.backward(torch.randn(rows, 4), torch.arange(rows) % 3)
+        assert len(entered) == times
 
 
 def test_what_is_kept_is_bits_and_indices() -> None:
