@@ -228,7 +228,8 @@ def judged(metrics: Metrics, by: str) -> float:
     """Return the accuracy that tuning looks at; see :class:`Tuned`."""
     epochs = [record for record in metrics if "epoch" in record]
     name = "test_accuracy" if epochs[-1]["validation_accuracy"] is None else "validation_accuracy"
-    return float(epochs[-1][name] if by == "final" else max(record[name] for record in epochs))
+    tested = [record[name] for record in epochs if record[name] is not None]
+    return float(tested[-1] if by == "final" else max(tested))
 
 
 def run_name(config: TrainConfig, start: Run | None) -> str:

@@ -134,6 +134,11 @@ class TrainConfig:
         "keeps its own, which serve in testing too where this is 0",
         rule=AT_LEAST_ZERO,
     )
+    test_every: int = _option(
+        1,
+        "epochs from one test (the accuracies on all parts of the data) to the next; the last epoch is always tested",
+        rule=AT_LEAST_ONE,
+    )
     method: str = _option(
         "baseline",
         "penalty: FP (sampled labels), GP (true labels), GP_r (uniform labels), GP_x (input gradient)",

@@ -31,6 +31,7 @@ from fastfisher.training.config import (
 from fastfisher.training.data import Batches, Data, Mixup, load_data
 from fastfisher.training.folder import RunFolder
 from fastfisher.training.measurements import (
+    ACCURACIES,
     BELOW,
     MEASURE,
     TITLES,
@@ -265,7 +266,7 @@ class Run:
         ``train_loss``, ``penalty`` (‖g‖²) and ``penalty_trace_estimate`` (for FP B‖g‖², an estimate of Tr(F)) are
         means over the epoch's steps, ``train_seconds`` is the time of the steps alone; the accuracies are those at its
         end, see ``accuracies``, with the statistics of batch normalisation averaged over ``config.bn_batches``. What
-        does not exist, such as the penalty of a baseline, is None.
+        does not exist, such as the penalty of a baseline, is None, and so are the accuracies between two tests.
 
         Raises:
             TrainingDivergedError: if the loss or the logits are not finite.
@@ -274,8 +275,10 @@ class Run:
         self._check(math.isfinite(loss))
         self._check_logits(self.data.inputs[: self.config.batch_size])
         self.epoch += 1
-        with self._testing():
-            tested = accuracies(self.model, self.data)
+        tested: dict[str, float | None] = dict.fromkeys(ACCURACIES)
+        if self.epoch % self.config.test_every == 0 or self.epoch == self.config.epochs:
+            with self._testing():
+                tested = accuracies(self.model, self.data)
         record: Record = {
             "epoch": self.epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
@@ -418,11 +421,12 @@ def describe(record: Record, epochs: int) -> str:
     line = f"step {record['step']}"
     seconds = f"{record['measure_seconds']:.2g} s measuring"
     if "epoch" in record:
-        line = (
-            f"epoch {record['epoch']}/{epochs}  loss {record['train_loss']:.4g}  "
-            f"train clean {percent('clean_accuracy')} noisy {percent('noisy_accuracy')}  "
-            f"validation {percent('validation_accuracy')}  test {percent('test_accuracy')}"
-        )
+        line = f"epoch {record['epoch']}/{epochs}  loss {record['train_loss']:.4g}"
+        if record["test_accuracy"] is not None:
+            line += (
+                f"  train clean {percent('clean_accuracy')} noisy {percent('noisy_accuracy')}  "
+                f"validation {percent('validation_accuracy')}  test {percent('test_accuracy')}"
+            )
         seconds = f"{record['train_seconds']:.3g} s + {seconds}"
     crossed = [name for name in record if name.startswith(BELOW) and not name.endswith("_standard_error")]
     titles = TITLES | {name: f"Tr(F_i) at {name.removeprefix(BELOW)}" for name in crossed}

@@ -111,6 +111,11 @@ def averaged_batch_statistics(model: nn.Module, batches: Iterable[Tensor]) -> It
                 buffer.copy_(buffers[name])
 
 
+ACCURACIES = (
+    "train_accuracy", "clean_accuracy", "noisy_accuracy", "noisy_true_accuracy", "validation_accuracy", "test_accuracy",
+)  # fmt: skip
+
+
 def accuracies(model: nn.Module, data: Data) -> dict[str, float | None]:
     """Return the fraction of right predictions on every part of the data, in eval mode, without augmentation.
 
@@ -128,14 +133,15 @@ def accuracies(model: nn.Module, data: Data) -> dict[str, float | None]:
         return right.double().mean().item() if len(right) else None
 
     noisy = data.noisy
-    return {
-        "train_accuracy": share(predictions == data.labels),
-        "clean_accuracy": share((predictions == data.labels)[~noisy]),
-        "noisy_accuracy": share((predictions == data.labels)[noisy]),
-        "noisy_true_accuracy": share((predictions == data.true_labels)[noisy]),
-        "validation_accuracy": of_part(data.validation_inputs, data.validation_labels),
-        "test_accuracy": of_part(data.test_inputs, data.test_labels),
-    }
+    values = (
+        share(predictions == data.labels),
+        share((predictions == data.labels)[~noisy]),
+        share((predictions == data.labels)[noisy]),
+        share((predictions == data.true_labels)[noisy]),
+        of_part(data.validation_inputs, data.validation_labels),
+        of_part(data.test_inputs, data.test_labels),
+    )
+    return dict(zip(ACCURACIES, values, strict=True))
 
 
 def measure_trace_fisher(model: nn.Module, examples: Examples, generator: torch.Generator) -> Record:

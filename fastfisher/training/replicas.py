@@ -39,7 +39,7 @@ from fastfisher.training.measurements import BELOW, TITLES
 
 Metrics = list[dict[str, Any]]
 
-ACCURACIES = {
+ACCURACY_TITLES = {
     "clean_accuracy": "train clean",
     "noisy_accuracy": "noisy",
     "validation_accuracy": "validation",
@@ -363,7 +363,7 @@ def summarise(configs: Sequence[TrainConfig], failures: Sequence[Failure]) -> di
     runs = {config.seed: RunFolder(config.out).read_metrics() for config in configs if finished(config)}
     quantities = {}
     at_thresholds = (f"{BELOW}{threshold}" for threshold in configs[0].trace_thresholds)
-    for name in (*ACCURACIES, "noisy_true_accuracy", *TITLES, *at_thresholds):
+    for name in (*ACCURACY_TITLES, "noisy_true_accuracy", *TITLES, *at_thresholds):
         by_seed = {seed: value for seed, run in runs.items() if (value := final(run, name)) is not None}
         if by_seed:
             over_seeds = Summary.of(list(by_seed.values()))
@@ -384,12 +384,12 @@ def describe_summary(summary: Mapping[str, Any]) -> str:
 
     def title(name: str) -> str:
         mean, std = summary["final"][name]["mean"], summary["final"][name]["standard_deviation"]
-        if name in ACCURACIES:
-            return f"{ACCURACIES[name]} {100 * mean:.1f}" + (" %" if std is None else f" ± {100 * std:.1f} %")
+        if name in ACCURACY_TITLES:
+            return f"{ACCURACY_TITLES[name]} {100 * mean:.1f}" + (" %" if std is None else f" ± {100 * std:.1f} %")
         return f"{TITLES[name]} {mean:.3g}" + ("" if std is None else f" ± {std:.3g}")
 
     count = len(summary["seeds"])
     if count == 0:
         return "no run has finished"
-    named = [title(name) for name in (*ACCURACIES, *TITLES) if name in summary["final"]]
+    named = [title(name) for name in (*ACCURACY_TITLES, *TITLES) if name in summary["final"]]
     return ("1 seed" if count == 1 else f"mean ± standard deviation over {count} seeds") + ": " + "  ".join(named)

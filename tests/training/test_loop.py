@@ -225,6 +225,17 @@ def test_the_statistics_for_testing_are_of_as_many_batches_as_asked_for(
     assert seen == [256] * (STEPS + 3)
 
 
+def test_every_second_epoch_and_the_last_are_tested(config: TrainConfig) -> None:
+    always = dataclasses.replace(config, out=config.out + "-always")
+    config = dataclasses.replace(config, test_every=2)
+    assert loop.train(config) == loop.train(always) == "finished"
+    assert_same_state(RunFolder(config.out).load_checkpoint(), RunFolder(always.out).load_checkpoint())
+    tested = [record["test_accuracy"] for record in metrics(always)]
+    assert [record["test_accuracy"] for record in metrics(config)] == [None, *tested[1:]]
+    first, second, _ = (loop.describe(record, epochs=3) for record in RunFolder(config.out).read_metrics())
+    assert "test" not in first and "  test " in second
+
+
 def test_a_run_of_some_examples_has_so_many_steps(config: TrainConfig) -> None:
     loop.train(dataclasses.replace(config, examples=600, epochs=1))
     assert [record["step"] for record in metrics(config)] == [2]
