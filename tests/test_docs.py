@@ -143,7 +143,11 @@ def test_commands_that_do_not_exist_are_found() -> None:
 def test_the_api_has_every_public_name_and_no_other() -> None:
     text = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
     named = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
-    assert sorted(named) == sorted([f"fastfisher.{name}" for name in fastfisher.__all__] + [reference.__name__])
+    public = [f"fastfisher.{name}" for name in fastfisher.__all__] + [reference.__name__]
+    for file in (ROOT / "fastfisher" / "integrations").glob("[a-z]*.py"):
+        classes = re.findall(r"^class ([A-Z]\w+)", file.read_text(), re.MULTILINE)
+        public += [f"fastfisher.integrations.{file.stem}.{name}" for name in classes]
+    assert sorted(named) == sorted(public)
 
 
 def test_the_guide_uses_every_public_function() -> None:

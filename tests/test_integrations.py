@@ -248,7 +248,7 @@ def test_transformers_trains_as_by_hand(accumulate: int, every: int, smoothing: 
     for found, wanted in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(logged) == 2 and logged[-1]["fisher_penalty"] > 0 and logged[-1]["fisher_trace"] > 0
+    assert len(logged) == 2 and logged[-1]["fisher_penalty"] > 0 and logged[-1]["fisher_trace_estimate"] > 0
 
 
 def test_transformers_resumes_from_a_checkpoint(tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_evaluation_has_no_penalty_and_the_trace_is_noted(tmp_path: Path) -> Non
     first = trace_fisher(copy.deepcopy(model), (TOKENS, targets), generator=key(0)).value
     trainer = trainer_of(model, tmp_path, callbacks=[FisherTraceCallback(2, (TOKENS, targets))])
     trainer.train()
-    entries = [entry for entry in trainer.state.log_history if "fisher_trace_error" in entry]
+    entries = [entry for entry in trainer.state.log_history if "fisher_trace" in entry]
     assert [entry["step"] for entry in entries] == [0, 2]
     assert entries[0]["fisher_trace"] == pytest.approx(first)
     steps = trainer.penalty.steps

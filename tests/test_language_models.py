@@ -164,7 +164,7 @@ def test_the_term_adds_what_backward_adds(method: Any, every: int) -> None:
             with penalty.watching() as forward:
                 loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
             term = penalty.term(forward, targets)
-            assert float(term) == 0
+            assert term.item() == 0
             ((loss + term) * 0.25).backward()
         found, expected = (flat([p.grad for p in model.parameters()]) for model in models)
         assert relative_error(4 * found, expected) < 1e-9

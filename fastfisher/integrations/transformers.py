@@ -33,7 +33,7 @@ class FisherPenaltyMixin:
     The forward of the loss is shared. The loss keeps its value, in the log too, and the penalty is a term of it for
     autograd alone: what scales, accumulates and clips the gradient does so to both. With accumulation it is the mean of
     R over the micro-batches. Positions whose label is −100 have no part. The log has ``fisher_penalty``, R, and
-    ``fisher_trace``, the estimate of Tr(F) per position that comes with it. The state is in the checkpoints.
+    ``fisher_trace_estimate``, that of Tr(F) per position that comes with it. The state is in the checkpoints.
 
     Example:
         >>> FisherPenaltyTrainer(model=model, args=arguments, train_dataset=data, alpha=0.1).train()
@@ -94,7 +94,7 @@ class FisherPenaltyMixin:
         if "loss" in logs and self.penalty.value is not None:
             logs["fisher_penalty"] = float(self.penalty.value)
             if self.penalty.trace_estimate is not None:
-                logs["fisher_trace"] = float(self.penalty.trace_estimate)
+                logs["fisher_trace_estimate"] = float(self.penalty.trace_estimate)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
