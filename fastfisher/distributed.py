@@ -412,13 +412,6 @@ def reshard(model: nn.Module) -> None:
 # ---- which processes a model is shared by ----------------------------------------------------------------------------
 
 
-def counted(targets: Any, rows: int) -> int:
-    """How many of the rows the mean cross-entropy is over: all but those of the target −100."""
-    if isinstance(targets, Tensor) and targets.dtype == torch.int64:
-        return int((targets != -100).sum())
-    return rows
-
-
 def precision_below(model: nn.Module) -> torch.dtype | None:
     """The dtype in which ``fully_shard`` gathers parameters, where it is not their own."""
     from torch.distributed.fsdp import FSDPModule

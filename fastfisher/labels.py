@@ -129,6 +129,13 @@ def counted_rows(logits: Tensor, targets: Any) -> int | Tensor:
     return logits[..., 0].numel() if out is None else (~out).sum()
 
 
+def averaged_rows(targets: Any, rows: int) -> int:
+    """How many of the rows ``F.cross_entropy`` averages over at these targets; on a GPU the host waits."""
+    if isinstance(targets, Tensor) and targets.dtype == torch.int64:
+        return int((targets != IGNORED).sum())
+    return rows
+
+
 def check_labels(labels: str | Tensor) -> None:
     """Raises ValueError where ``labels`` names nothing known."""
     if not isinstance(labels, Tensor) and not (isinstance(labels, str) and labels in LABELS):

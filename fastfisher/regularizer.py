@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from fastfisher import ops
 from fastfisher.arguments import check_flags, check_generator, is_count, is_number
 from fastfisher.convolution import saving_memory
-from fastfisher.distributed import TIMEOUT, Share, bare, counted, failing_together, precision_below, ranks_of, reshard
+from fastfisher.distributed import TIMEOUT, Share, bare, failing_together, precision_below, ranks_of, reshard
 from fastfisher.gates import Gates, fused_forward, record_gates
 from fastfisher.graphs import CapturedSteps, CudaCapture
-from fastfisher.labels import are_drawn, check_targets, counted_rows, cross_entropy, label_loss, new_key
+from fastfisher.labels import are_drawn, averaged_rows, check_targets, counted_rows, cross_entropy, label_loss, new_key
 from fastfisher.model import (
     Inputs,
     call_copy,
@@ -722,7 +722,7 @@ class FisherPenalty:
         rows, of_targets = part[..., 0].numel() if has else 0, self.settings.labels == "true"
         share = self._shared.share(
             loss=self._counted(logits, targets),
-            penalised=0 if not has else counted(true, rows) if of_targets else int(counted_rows(part, true)),
+            penalised=0 if not has else averaged_rows(true, rows) if of_targets else int(counted_rows(part, true)),
             rows=rows,
             examples=len(part) if has else 0,
             batch=len(logits),
@@ -735,7 +735,7 @@ class FisherPenalty:
 
     def _counted(self, logits: Tensor, targets: Any) -> int:
         """How much the mean training loss of this process counts: by rows, or by examples where it is a callable."""
-        count = counted(targets, logits[..., 0].numel()) if self.loss is None else len(logits)
+        count = averaged_rows(targets, logits[..., 0].numel()) if self.loss is None else len(logits)
         if count == 0:
             raise ValueError("targets: expected at least one that counts in each process, got none")
         return count

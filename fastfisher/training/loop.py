@@ -148,6 +148,7 @@ class Run:
             lr=config.lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
+            fused=True if self.device.type == "cpu" else None,  # of a small network's step 5 % of the time less
         )
         self.penalty = self._build_penalty()
         # Without a penalty, an object for one of weight 0 captures and replays the plain steps.
