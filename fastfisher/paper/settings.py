@@ -40,11 +40,12 @@ HOW_DIGITS_WERE_CHOSEN = (
     "show. Batches of 16, 24 epochs, 432 steps, so that everything takes less than an hour on two cores; no drops of "
     "the learning rate in section 4, because learning ends with them. Chosen beforehand by validation accuracy on "
     "seeds 1000 and 1001, which are in no report: the learning rates that are tried for η* (of 0.0033 to 0.3), the "
-    "values of α (for GP_x ten times as large; without batch normalisation smaller, for there the larger ones keep the "
-    "networks from learning), and how many times smaller the small learning rate is: the paper's 10 with batch "
-    "normalisation, and 1.78 without, where with a tenth, or a third, the networks do not fit the training examples in so few steps. The "
-    "learning rates and batch sizes that figures 2, 6, 7, 14, 19 and 20 compare were moved once after a first run, in "
-    "which some of theirs had hardly begun to learn by the end: judged by training accuracy, not by the claims."
+    "values of α (for GP_x ten times as large; without batch normalisation smaller, for there the larger ones keep "
+    "the networks from learning), and how many times smaller the small learning rate is: the paper's 10 with batch "
+    "normalisation, and 1.78 without, where with a tenth, or a third, the networks do not fit the training examples "
+    "in so few steps. The learning rates and batch sizes that figures 2, 6, 7, 14, 19 and 20 compare were moved once "
+    "after a first run, in which some of theirs had hardly begun to learn by the end: judged by training accuracy, "
+    "not by the claims."
 )
 
 # What all of section 4 has in common. Tr(F) is measured on as many examples as a batch has (I.2), at digits on more,
