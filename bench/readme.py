@@ -1,4 +1,4 @@
-"""Puts the latest results into README.md and docs/, between their markers; ``make bench`` ends with it.
+"""Puts the latest results into the pages, between their markers; ``make bench`` ends with it.
 
 By itself: ``python -m bench.readme``.
 """
@@ -20,7 +20,9 @@ SOURCES = {
     "training": RESULTS / "training.md",
     "step_size": RESULTS / "step_size.md",
     "steps": RESULTS / "cpu.md",
+    "claims": ROOT / "results" / "digits" / "README.md",
 }
+PAGES = (ROOT / "README.md", ROOT / "results" / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 
 NETWORKS = ("SimpleCNN", "VGG-11", "ResNet + BN")
 PASSES = {
@@ -47,6 +49,12 @@ def steps(text: str) -> str:
     return "\n".join([f"| step | passes | {' | '.join(NETWORKS)} |", "|---" * (2 + len(NETWORKS)) + "|", *rows])
 
 
+def claims(text: str) -> str:
+    """The twelve claims, with links from the folder above, and what a verdict is."""
+    first, last = text.index("1. "), text.index("\n## Everything")
+    return text[first:last].strip().replace("](", "](digits/")
+
+
 def whole(text: str) -> str:
     """A report without its title and picture, which the page has already."""
     return re.sub(r"^# .*\n|^!\[.*\n", "", text, flags=re.MULTILINE).strip()
@@ -54,7 +62,7 @@ def whole(text: str) -> str:
 
 def filled(page: str) -> str:
     """The page with what stands between ``<!-- name -->`` and ``<!-- /name -->`` replaced by the results."""
-    forms: dict[str, Callable[[str], str]] = {"steps": steps}
+    forms: dict[str, Callable[[str], str]] = {"steps": steps, "claims": claims}
     for name, source in SOURCES.items():
         if f"<!-- {name} -->" in page and source.exists():
             body = forms.get(name, whole)(source.read_text())
@@ -65,7 +73,7 @@ def filled(page: str) -> str:
 
 def main() -> None:
     """Rewrites the pages."""
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for page in PAGES:
         page.write_text(filled(page.read_text()))
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastfisher
-from bench.readme import filled
+from bench import readme
 from fastfisher import cli, reference
 from fastfisher.paper.arguments import IDS
 
@@ -169,9 +169,9 @@ def test_every_id_of_the_paper_has_its_command() -> None:
     assert [name for name in IDS if f"`fastfisher reproduce {name}`" not in text] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", readme.PAGES, ids=name_of)
 def test_figures_quoted_are_those_of_the_last_measurement(page: Path) -> None:
-    assert filled(page.read_text()) == page.read_text(), "run python -m bench.readme"
+    assert readme.filled(page.read_text()) == page.read_text(), "run python -m bench.readme"
 
 
 def test_the_steps_quoted_are_those_of_the_library() -> None:
