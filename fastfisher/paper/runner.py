@@ -12,7 +12,7 @@ from fastfisher.paper.workers import Job, Workers
 from fastfisher.training.loop import catch_interrupt
 from fastfisher.training.replicas import ending_signals
 
-SECONDS_BETWEEN_LOOKS = 0.05
+SECONDS_BETWEEN_LOOKS = 0.02
 ATTEMPTS = 2
 
 

@@ -79,7 +79,7 @@ EXPERIMENT = Experiment(
     notes=lambda scale: [
         "The batch is 10 times that of table 1, as in the paper, whose best FP reaches 78.70 % test accuracy."
         if scale == "paper"
-        else "The batch is twice that of table 1: with the paper's 10 times there would be 24 steps.",
+        else "The batch is twice that of table 1: with the paper's 10 times there would be 20 steps.",
         "FP is computed at every step, on the first examples of the batch, as many as in a batch of table 1.",
         *digits_notes(scale),
     ],
