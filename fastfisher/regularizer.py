@@ -544,7 +544,7 @@ class FisherPenalty:
         if self._shared is not None:
             (total,) = self._shared.sum_gradients(trainable, total)
         _add(total, self._reused or {}, self.alpha * scale)
-        return _Outcome(loss.detach(), logits.detach(), total)
+        return _Outcome(loss.detach(), logits.detach(), _laid_out(total, trainable))
 
     def _penalised(self, inputs: Inputs, targets: Any, scale: float | Tensor = 1.0) -> _Outcome:
         """The gradient of scale·(loss + α·R), with R, and its gradient for reuse, both without the scale."""
@@ -655,7 +655,7 @@ class FisherPenalty:
                 for name, g in self._reused.items():
                     g.copy_(reused[name])
                 reused = None
-        return _Outcome(own, detached, total, value, rows, reused if self.every > 1 else None)
+        return _Outcome(own, detached, _laid_out(total, trainable), value, rows, reused if self.every > 1 else None)
 
     def _forwards(self, inputs: Inputs, trainable: dict[str, Tensor]) -> tuple[Tensor, Tensor, Inputs, bool, Gates]:
         """The forward at θ: the logits of the batch; those that R is taken of; and to repeat the latter, their inputs,
@@ -793,6 +793,15 @@ def _as_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if not kwargs:
         return args
     return dict(inspect.signature(model.forward).bind_partial(*args).arguments) | kwargs
+
+
+def _laid_out(gradients: Gradients, trainable: dict[str, Tensor]) -> Gradients:
+    """The gradients, each in memory as its parameter is: ``Tensor.backward`` leaves them so, and fused optimisers read
+    element by element without a look at strides."""
+    return {
+        name: g if g.is_sparse or g.stride() == trainable[name].stride() else torch.empty_like(trainable[name]).copy_(g)
+        for name, g in gradients.items()
+    }
 
 
 def _add(total: Gradients, gradients: Gradients, weight: float | Tensor) -> None:

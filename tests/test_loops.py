@@ -301,6 +301,30 @@ def test_channels_last_keeps_the_format_and_the_values(options: dict[str, Any]) 
     assert relative_error(gradients(model), gradients(rows)) < 1e-6
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"every": 2}, {"mixed": True}, {"labels": "true"}, {"method": "double_backprop"}], ids=str
+)
+def test_gradients_lie_in_memory_as_their_parameters_whatever_the_inputs_do(options: dict[str, Any]) -> None:
+    """Convolutions of a batch with channels last give gradients with channels last. ``Tensor.backward`` puts those into
+    the order of the parameters, and a fused optimiser reads them in that order without a look at strides."""
+    x = X.contiguous(memory_format=torch.channels_last)
+    model = network()
+    plain = torch.autograd.grad(F.cross_entropy(model(x), Y), list(model.parameters()))
+    assert any(g.stride() != p.stride() for g, p in zip(plain, model.parameters(), strict=True)), "nothing to put right"
+    trained = []
+    for fused in (False, True):
+        model = network()
+        penalty = seeded(model, **options)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
+        for _ in range(4):
+            optimizer.zero_grad()
+            penalty.backward(x, Y)
+            assert all(p.grad is not None and p.grad.stride() == p.stride() for p in model.parameters())
+            optimizer.step()
+        trained.append(flat(list(model.parameters())))
+    torch.testing.assert_close(*trained)
+
+
 # ---- which parameters ------------------------------------------------------------------------------------------------
 
 
