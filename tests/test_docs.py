@@ -63,7 +63,9 @@ def blocks(page: Path) -> list[tuple[str, str, int]]:
 
 # Those of the page about migrating run in test_migrating.py, which compares them with the packages that they name.
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "migrating.md"], ids=name_of)
-def test_every_block_of_python_runs(page: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("one_thread", "torchvision")  # Transformers and Lightning import torchvision where it is
+def test_every_block_of_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     # What torchrun sets, for one process.
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)
