@@ -179,7 +179,7 @@ class _Head:
             by_row = row_weights[rows] if counts is None else row_weights[rows].masked_fill(~counts, 0)
             self._gradient(x, labels[rows], by_row.to(compute), inverse)
             if gradients[0] is not None:
-                torch.mm(x.to(weight.dtype), weight, out=gradients[0][rows])
+                _times(x, weight, gradients[0][rows])
             if gradients[1] is not None:
                 gradients[1].addmm_(x.t(), inputs.to(compute))
             if gradients[2] is not None:
@@ -241,6 +241,24 @@ class _Head:
     def _index(labels: Tensor) -> Tensor:
         """The labels as columns to gather; that of an ignored row, whose weight is 0, does not matter."""
         return labels.clamp(min=0)[:, None]
+
+
+FEW_COLUMNS = 128
+
+
+def _times(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out = x·weight, a sum over the classes.
+
+    On the CPU a product of fewer than four rows a thread is one running sum, whose rounding shows at some hundred
+    classes: there a few columns are summed at a time.
+    """
+    if x.device.type != "cpu" or len(x) >= 4 * torch.get_num_threads():
+        torch.mm(x.to(weight.dtype), weight, out=out)
+        return
+    total = torch.zeros_like(out, dtype=x.dtype)
+    for columns, rows in zip(x.split(FEW_COLUMNS, 1), weight.split(FEW_COLUMNS), strict=True):
+        total += columns @ rows.to(x.dtype)
+    out.copy_(total)
 
 
 class _Loss(torch.autograd.Function):

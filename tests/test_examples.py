@@ -36,6 +36,16 @@ EXAMPLES = {
 }
 
 
+# Transformers and Lightning import torchvision where it is: also one whose operators are for another build of torch.
+PROGRAM = """
+import runpy, sys
+from tests.networks import torchvision_operators
+del sys.argv[0]
+with torchvision_operators():
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_each_has_its_test() -> None:
     assert sorted(EXAMPLES) == sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 
@@ -44,7 +54,8 @@ def test_each_has_its_test() -> None:
 def test_it_runs(name: str, tmp_path: Path) -> None:
     example = EXAMPLES[name]
     pytest.importorskip(example.needs, reason="an extra of the package is not installed")
-    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *example.arguments.split()]
+    script = str(ROOT / "examples" / f"{name}.py")
+    command = [sys.executable, "-c", PROGRAM, script, *example.arguments.split()]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
     assert run.returncode == 0, run.stderr
