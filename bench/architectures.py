@@ -63,7 +63,7 @@ ARCHITECTURES = [
     Architecture("torchvision", "inception_v3", 80, _GOOGLE),
     Architecture("timm", "nfnet_l0", 32),
     Architecture("timm", "convnext_atto", 32),
-    Architecture("timm", "convmixer_768_32", 32, {"depth": 8}),
+    Architecture("timm", "convmixer_768_32", 32),
     Architecture("timm", "poolformer_s12", 32),
     Architecture("timm", "vit_tiny_patch16_224", 32, {"img_size": 32}),
     Architecture("timm", "deit_tiny_patch16_224", 32, {"img_size": 32}),
