@@ -256,7 +256,7 @@ def _times(x: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(x.to(weight.dtype), weight, out=out)
         return
     total = torch.zeros_like(out, dtype=x.dtype)
-    for columns, rows in zip(x.split(FEW_COLUMNS, 1), weight.split(FEW_COLUMNS), strict=True):
+    for columns, rows in zip(torch.split(x, FEW_COLUMNS, 1), torch.split(weight, FEW_COLUMNS), strict=True):
         total += columns @ rows.to(x.dtype)
     out.copy_(total)
 

@@ -142,6 +142,23 @@ def table_of_bars(
     return draw
 
 
+def accuracy_and_trace(figure: Figure, outcome: Outcome, *, ordered: bool = False) -> None:
+    """Validation accuracy and Tr(F) over training, a row of two panels for each row of cases.
+
+    ``ordered``: the columns are values of one option, from blue to red.
+    """
+    rows = rows_of(outcome)
+    axes = panels(figure, len(rows), 2)
+    for number, row in enumerate(rows):
+        left, right = axes[2 * number : 2 * number + 2]
+        lines = {key[1]: key for key in outcome.keys(row)}
+        colours = ramp(len(lines)) if ordered else None
+        curves(left, outcome, lines, "validation_accuracy", "validation accuracy, %", factor=100, colours=colours)
+        curves(right, outcome, lines, "trace_fisher", "Tr(F)", colours=colours)
+        left.set_title(row, fontsize="medium")
+        legend(left)
+
+
 def rows_of(outcome: Outcome) -> list[str]:
     """Return the first parts of the keys, each once, in order."""
     return list(dict.fromkeys(key[0] for key in outcome.runs))

@@ -1,14 +1,12 @@
-"""What figures 4 and 10 share: validation accuracy and Tr(F) over training, for four columns of table 1."""
+"""What figures 4 and 10 share: the cases of four columns of table 1, and what is claimed of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from matplotlib.figure import Figure
-
 from fastfisher.paper.cases import Case, Key, Scale
 from fastfisher.paper.claims import Check
-from fastfisher.paper.drawing import curves, legend, panels, rows_of
+from fastfisher.paper.drawing import rows_of
 from fastfisher.paper.experiment import MAX_TRACE, Outcome
 from fastfisher.paper.settings import Setting, table_1
 
@@ -22,19 +20,6 @@ def cases_of(*settings: Setting) -> Callable[[Scale], dict[Key, Case]]:
         return {(s.name, column): table_1(s, scale)[column] for s in settings for column in COLUMNS}
 
     return cases
-
-
-def draw(figure: Figure, outcome: Outcome) -> None:
-    """A row of two panels for each setting."""
-    rows = rows_of(outcome)
-    axes = panels(figure, len(rows), 2)
-    for number, row in enumerate(rows):
-        left, right = axes[2 * number : 2 * number + 2]
-        lines = {key[1]: key for key in outcome.keys(row)}
-        curves(left, outcome, lines, "validation_accuracy", "validation accuracy, %", factor=100)
-        curves(right, outcome, lines, "trace_fisher", "Tr(F)")
-        left.set_title(row, fontsize="medium")
-        legend(left)
 
 
 def checks(outcome: Outcome) -> list[Check]:

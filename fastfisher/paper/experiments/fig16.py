@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from matplotlib.figure import Figure
+import functools
 
 from fastfisher.paper.cases import Case, Key, Scale
 from fastfisher.paper.claims import AS_GOOD, Check
-from fastfisher.paper.drawing import curves, legend, panels, ramp, rows_of
+from fastfisher.paper.drawing import accuracy_and_trace, rows_of
 from fastfisher.paper.experiment import MAX_TRACE, TEST_ACCURACY, Experiment, Outcome, best_key
 from fastfisher.paper.settings import digits_notes, every
 
@@ -14,20 +14,6 @@ from fastfisher.paper.settings import digits_notes, every
 def cases(scale: Scale) -> dict[Key, Case]:
     """Both, for several α."""
     return every(10, scale) | every(1, scale)
-
-
-def draw(figure: Figure, outcome: Outcome) -> None:
-    """Validation accuracy and Tr(F) over the epochs, α from blue to red."""
-    rows = rows_of(outcome)
-    axes = panels(figure, len(rows), 2)
-    for number, row in enumerate(rows):
-        left, right = axes[2 * number : 2 * number + 2]
-        lines = {key[1]: key for key in outcome.keys(row)}
-        colours = ramp(len(lines))
-        curves(left, outcome, lines, "validation_accuracy", "validation accuracy, %", factor=100, colours=colours)
-        curves(right, outcome, lines, "trace_fisher", "Tr(F)", colours=colours)
-        left.set_title(row, fontsize="medium")
-        legend(left)
 
 
 def checks(outcome: Outcome) -> list[Check]:
@@ -42,7 +28,7 @@ EXPERIMENT = Experiment(
     title="FP recomputed every 10 steps or every step, for several α",
     cases=cases,
     quantities=(TEST_ACCURACY, MAX_TRACE),
-    draw=draw,
+    draw=functools.partial(accuracy_and_trace, ordered=True),
     checks=checks,
     notes=lambda scale: ["The best α has the best mean validation accuracy over the seeds.", *digits_notes(scale)],
     size=(10.0, 7.0),

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from fastfisher.paper.drawing import accuracy_and_trace
 from fastfisher.paper.experiment import MAX_TRACE, VALIDATION_ACCURACY, Experiment
-from fastfisher.paper.penalty_curves import cases_of, checks, draw
+from fastfisher.paper.penalty_curves import cases_of, checks
 from fastfisher.paper.settings import VGG, WRESNET, table_1_notes
 
 EXPERIMENT = Experiment(
     title="Validation accuracy and Tr(F) over training, Wide ResNet and VGG-11",
     cases=cases_of(VGG, WRESNET),
     quantities=(VALIDATION_ACCURACY, MAX_TRACE),
-    draw=draw,
+    draw=accuracy_and_trace,
     checks=checks,
     notes=table_1_notes,
     size=(10.0, 7.0),
