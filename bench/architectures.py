@@ -74,8 +74,6 @@ ARCHITECTURES = [
     Architecture("timm", "mixer_s32_224", 32, {"img_size": 32}),
     Architecture("timm", "resmlp_12_224", 32, {"img_size": 32}),
     Architecture("timm", "gmlp_s16_224", 32, {"img_size": 32}),
-    Architecture("timm", "levit_128s", 224),
-    Architecture("timm", "efficientformer_l1", 224),
     Architecture("timm", "mobilevit_xxs", 64),
     Architecture("torchvision", "vgg11", 32),
 ]

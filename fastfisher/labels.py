@@ -112,21 +112,23 @@ def cross_entropy(
 def ignored(logits: Tensor, targets: Any) -> Tensor | None:
     """Which rows of the logits (..., C) the targets (...) take out of every mean with ``IGNORED``: padding, prompts.
 
-    None where there are none. On a GPU, where looking would stall the stream, only targets of positions (B, T) are
-    taken to have some.
+    None where there are none.
     """
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.shape != logits.shape[:-1]:
         return None
-    if targets.device.type != "cpu" and logits.dim() == 2:
-        return None
     found = targets == IGNORED
-    return found if targets.device.type != "cpu" or bool(found.any()) else None
+    return found if _some(found) else None
+
+
+def _some(found: Tensor) -> bool:
+    """Whether any is true; on a GPU, where looking would stall the stream, yes."""
+    return found.device.type != "cpu" or bool(found.any())
 
 
 def counted_rows(logits: Tensor, targets: Any) -> int | Tensor:
-    """How many rows of the logits a mean is over; a tensor where some may be :func:`ignored`."""
+    """How many rows of the logits a mean is over; a float64 tensor where some may be :func:`ignored`."""
     out = ignored(logits, targets)
-    return logits[..., 0].numel() if out is None else (~out).sum()
+    return logits[..., 0].numel() if out is None else (~out).sum(dtype=torch.float64)
 
 
 def averaged_rows(targets: Any, rows: int) -> int:
