@@ -33,7 +33,7 @@ sanitize: $(VENV)/built-test ## the operators' tests with AddressSanitizer and U
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
 	rm -rf $(SANITIZED)
 	mkdir -p $(SANITIZED)
-	cp -r fastfisher tests pyproject.toml $(SANITIZED)
+	cp -r fastfisher bench tests pyproject.toml $(SANITIZED)
 	rm $(SANITIZED)/fastfisher/*.so
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --install build/sanitize
 	cd $(SANITIZED) && \

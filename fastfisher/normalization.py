@@ -82,6 +82,7 @@ def _backward(
         inverse = (variance + eps).rsqrt().to(x.dtype)
         grad = grad if bits is None else gate(grad, Passage(bits), False)
         derivatives = torch.ops.aten.native_batch_norm_backward
+        grad = grad.contiguous()  # of a batch of one with channels last it would give something else (torch 2.13)
         return derivatives(grad, x, weight, None, None, mean.to(x.dtype), inverse, True, eps, wanted)  # type: ignore[no-any-return]
     found = ops.batch_norm_backward(_planes(grad.contiguous()), bits, _planes(x), weight, mean, variance, eps)
     grad_x, grad_weight, grad_bias = found
