@@ -117,8 +117,8 @@ def measure(architecture: Architecture) -> Found:
         except (ValueError, RuntimeError) as error:
             return Found(parameters, [], str(error).splitlines()[0], float("nan"))
     slow = [str(w.message) for w in said if isinstance(w.message, fastfisher.SlowPathWarning)]
-    # Of the whole batch: for a batch of one, PyTorch's batch norm may give wrong gradients on the CPU (torch 2.13, where
-    # what comes back has channels last).
+    # Of the whole batch: for a batch of one PyTorch's batch norm errs on the CPU, where the gradient of its output has
+    # channels last (torch 2.13).
     losses = F.cross_entropy(model(x), y, reduction="none")
     exact = torch.stack([squared_norm(loss, list(model.parameters())) for loss in losses])
     return Found(parameters, slow, None, float(((norms - exact).abs() / exact).max()))
