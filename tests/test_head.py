@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastfisher import linear_sample_cross_entropy, reference
-from tests.test_ops import DTYPES, KEY, assert_labels_are_the_exact_inverse_cdf
+from tests.test_ops import DTYPES, KEY, assert_labels_are_the_exact_inverse_cdf, precise
 
 ROWS, WIDTH = 21, 12
 CLASSES = [1, 7, 1023, 1024, 1025, 5000]
@@ -67,11 +67,6 @@ def test_values_and_gradients_are_those_of_the_reference(classes: int, options: 
     found = torch.autograd.grad(loss, inputs, upstream)
     for mine, theirs in zip(found, torch.autograd.grad(expected, inputs, upstream), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-13)
-
-
-def precise(x: Tensor) -> Any:
-    """In more digits than float64 has."""
-    return x.detach().double().numpy().astype(np.longdouble)
 
 
 def truth(hidden: Tensor, weight: Tensor, targets: Tensor) -> list[Any]:

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from typing import Any
 
 import numpy
 import pytest
@@ -35,6 +36,11 @@ def scalar(value: float) -> Tensor:
 def logits_for(classes: int, dtype: torch.dtype, rows: int | None = None) -> Tensor:
     rows = rows or max(2, min(64, 2**18 // classes))
     return (3 * torch.randn(rows, classes, generator=torch.Generator().manual_seed(classes))).to(dtype)
+
+
+def precise(x: Tensor) -> Any:
+    """In more digits than float64 has."""
+    return x.detach().double().numpy().astype(numpy.longdouble)
 
 
 def assert_errs_at_most_twice_what_pytorch_errs(
