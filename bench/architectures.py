@@ -140,9 +140,8 @@ def main() -> None:
     with torchvision_operators():
         for architecture in chosen:
             found = measure(architecture)
-            options = "".join(f", {k}={v}" for k, v in architecture.options.items() if k not in (*_GOOGLE, "img_size"))
             lines.append(
-                f"| {architecture.name}{options} | {architecture.library} | {found.parameters / 1e6:.1f} "
+                f"| {architecture.name} | {architecture.library} | {found.parameters / 1e6:.1f} "
                 f"| {architecture.size} | {found.verdict} | {found.error:.0e} |"
             )
             print(lines[-1], flush=True)

@@ -43,10 +43,10 @@ HOW_DIGITS_WERE_CHOSEN = (
     "no report: the learning rates that are tried for η* (of 0.0033 to 0.3), the values of α (for GP_x ten times as "
     "large; without batch normalisation smaller, for there the larger ones keep the networks from learning), and how "
     "many times smaller the small learning rate is: the paper's 10 with batch normalisation, and 1.78 without, where "
-    "with a tenth, or a third, the networks do not fit the training examples in so few steps. Moved once after a "
-    "first run, in which some networks had hardly begun to learn by the end (judged by training accuracy, not by the "
-    "claims): the learning rates and batch sizes that figures 2, 6, 7, 14, 19 and 20 compare, and, by validation on "
-    "those two seeds, the learning rates tried for η* and the values of α without batch normalisation."
+    "with a tenth, or a third, the networks do not fit the training examples in so few steps. Moved after first runs,"
+    " in which some networks had hardly begun to learn by the end (judged by training accuracy, not by the claims): "
+    "the learning rates and batch sizes that figures 2, 6, 7, 14, 19 and 20 compare, and, by validation on those two "
+    "seeds, the learning rates tried for η* and the values of α without batch normalisation."
 )
 
 # What all of section 4 has in common. Tr(F) is measured on as many examples as a batch has (I.2), at digits on more,
