@@ -94,9 +94,13 @@ class _Outcome:
 
     @property
     def finite(self) -> bool:
-        """Whether R and the gradient for reuse are; the host waits for them."""
+        """Whether R and the gradients are: that for the optimiser, and that for reuse. The host waits for them."""
         kept = [] if self.value is None else [self.value]
-        kept += [] if not self.reused else [ops.sum_squares(list(self.reused.values()))]
+        kept += [
+            ops.sum_squares([real(g.coalesce().values() if g.is_sparse else g) for g in gradients.values()])
+            for gradients in (self.total, self.reused)
+            if gradients
+        ]
         return all(bool(x.isfinite()) for x in kept)
 
 
@@ -178,8 +182,8 @@ class FisherPenalty:
             overwritten by the next step. Dropout repeats its masks; of other random functions none may be met.
         scaler: the ``torch.amp.GradScaler`` of the loop, for autocast in float16: gradients are taken of scaled losses,
             and ``.grad`` is left scaled, as ``scaler.scale(loss).backward()`` leaves it. Unscale, clip, step and update
-            are the caller's as ever. A penalty that overflowed is not kept: ``value`` and what is reused stay as they
-            were, and the step does not count, so that the next one takes the penalty again.
+            are the caller's as ever. A recomputing step that overflowed is not kept: ``value`` and what is reused stay
+            as they were, and the step does not count, so that the next one takes the penalty again.
         loss: the training loss as a callable of (logits, targets), both as they are; mean cross-entropy otherwise. R is
             always taken of the cross-entropy at ``labels``.
         class_dim: which dimension of the logits holds the classes; by default the last, but where logits have four
