@@ -56,6 +56,15 @@ def as_call(model: nn.Module, inputs: Any, class_dim: int | None = None, name: s
     if isinstance(inputs, Call):
         return inputs
     if isinstance(inputs, Tensor):
+        known = known_of(model)
+        if "one argument" not in known:
+            signature = signature_of(model)
+            if signature is not None and not _binds(signature, inputs):
+                raise ValueError(
+                    f"{name}: expected the arguments of {type(model).__name__}.forward{signature}, got one tensor; the "
+                    "last of several tensors of a batch are its targets: of inputs alone make ((x, w), None)"
+                )
+            known["one argument"] = True
         return Call((inputs,), {}, class_dim)
     if isinstance(inputs, PackedSequence):
         raise TypeError(
@@ -118,7 +127,9 @@ def _by_position(model: nn.Module, inputs: tuple[Any, ...] | list[Any], class_di
     signature = signature_of(model)
     if signature is None or _binds(signature, *inputs):
         return Call(tuple(inputs), {}, class_dim)
-    if _binds(signature, inputs):
+    first = next(iter(signature.parameters.values()), None)
+    of_a_tensor = first is not None and first.annotation in (Tensor, "Tensor", "torch.Tensor")
+    if _binds(signature, inputs) and not of_a_tensor:
         return Call((inputs,), {}, class_dim)
     forward = f"{type(model).__name__}.forward{signature}"
     raise ValueError(f"{name}: expected the arguments of {forward}, got {len(inputs)} of them")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -96,7 +95,7 @@ class _Outcome:
 class WatchedForward:
     """A forward of the caller's that :meth:`FisherPenalty.watching` saw: what it was called with, and its logits."""
 
-    inputs: Inputs | None = None
+    inputs: Call | None = None
     logits: Tensor | None = None
     gates: Gates | None = None
     calls: int = 0
@@ -399,13 +398,13 @@ class FisherPenalty:
         def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             forward.calls += 1
             if forward.calls == 1:
-                forward.inputs = _as_inputs(model, args, kwargs)
+                forward.inputs = _as_call(args, kwargs, self.class_dim)
                 if self._due():
                     forward.gates = recording.enter_context(self._record_gates())
 
         def after(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             recording.close()
-            forward.logits = logits_of(output)
+            forward.logits = as_given(logits_of(output, self.class_dim), self.class_dim)
 
         hooks = [
             self.model.register_forward_pre_hook(before, with_kwargs=True),
@@ -842,12 +841,10 @@ class FisherPenalty:
         return loss
 
 
-def _as_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-    """What a module was called with, without the labels that a model of Transformers takes for a loss of its own."""
+def _as_call(args: tuple[Any, ...], kwargs: dict[str, Any], class_dim: int | None) -> Call:
+    """How a module was called, without the labels that a model of Transformers takes for a loss of its own."""
     kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "num_items_in_batch")}
-    if not kwargs:
-        return args
-    return dict(inspect.signature(model.forward).bind_partial(*args).arguments) | kwargs
+    return Call(args, kwargs, class_dim)
 
 
 def _laid_out(gradients: Gradients, trainable: dict[str, Tensor]) -> Gradients:
