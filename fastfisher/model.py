@@ -343,14 +343,13 @@ def heads_beside(model: nn.Module, output: Any, logits: Tensor) -> list[str]:
     return list(dict.fromkeys(names[i] for i in _reached(others, seen) if i in names))
 
 
-def check_heads(model: nn.Module, call: Call) -> Call:
+def check_heads(model: nn.Module, call: Call, trainable: int) -> Call:
     """The call, whose forward raises where the model returns a trainable head beside the logits: a loss of the logits
     alone would leave it untrained without a word.
 
-    Looked for once for each model and kind of call, in that forward itself: what a head depends on is read off its
-    graph.
+    Looked for once for each model, kind of call and number of ``trainable`` parameters, in that forward itself: what a
+    head depends on is read off its graph.
     """
-    trainable = sum(p.requires_grad for p in model.parameters())
     kind = "heads", len(call.args), tuple(sorted(call.kwargs)), model.training, trainable
     known = known_of(model)
     if kind in known:
