@@ -360,7 +360,8 @@ def _by_difference(
     model: nn.Module, parameters: dict[str, Tensor], inputs: Call, targets: Tensor, distribution: str
 ) -> QuadraticForm:
     with torch.enable_grad(), record_gates(model) as gates:  # as in the replays: without, some modules take other paths
-        targets = _fit(model, call_model(model, inputs), inputs, targets)
+        logits = call_model(model, inputs)
+    targets = _fit(model, logits.detach(), inputs, targets)
     shifted = {name: torch.empty_like(p, memory_format=torch.contiguous_format) for name, p in parameters.items()}
     coarsest = max((p.dtype for p in parameters.values()), key=lambda dtype: torch.finfo(dtype).eps)
     step = DIFFERENCE_STEP[coarsest]

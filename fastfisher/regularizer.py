@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -123,7 +122,7 @@ class _Point:
 class WatchedForward:
     """A forward of the caller's that :meth:`FisherPenalty.watching` saw: what it was called with, and its logits."""
 
-    inputs: Inputs | None = None
+    inputs: Call | None = None
     logits: Tensor | None = None
     gates: Gates | None = None
     buffers: dict[str, Tensor] | None = None
@@ -380,10 +379,10 @@ class FisherPenalty:
             with failing_together(self.ranks):
                 if not (is_number(weight) and weight > 0):
                     raise ValueError(f"weight: expected a finite number > 0, got {weight!r}")
-                inputs, targets = self._batch(inputs, targets)
                 if self.ranks is not None and self.ranks.sharded:
                     reshard(self.model)  # a forward without a backward may have left gathered parameters in it
                 trainable = trainable_parameters(self.model)
+                inputs, targets = self._batch(inputs, targets, len(trainable))
                 due = self._due()
                 step = functools.partial(self._penalised if due else self._plain, scale=self._scale(weight))
                 if self._captured is None:
@@ -445,7 +444,7 @@ class FisherPenalty:
         def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             forward.calls += 1
             if forward.calls == 1:
-                forward.inputs = _as_inputs(model, args, kwargs)
+                forward.inputs = _as_call(args, kwargs, self.class_dim)
                 if self._due():
                     own = self._in_full_precision()
                     forward.buffers = copy_buffers(model) if own else None
@@ -453,7 +452,7 @@ class FisherPenalty:
 
         def after(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             recording.close()
-            forward.logits = logits_of(output)
+            forward.logits = as_given(logits_of(output, self.class_dim), self.class_dim)
 
         hooks = [
             self.model.register_forward_pre_hook(before, with_kwargs=True),
@@ -923,7 +922,7 @@ class FisherPenalty:
         if low is not None and self.settings.step == "auto":
             raise ValueError(f"step: expected a number with fully_shard in {low}, which the default does not know of")
 
-    def _batch(self, inputs: Inputs, targets: Any) -> tuple[Call, Any]:
+    def _batch(self, inputs: Inputs, targets: Any, trainable: int) -> tuple[Call, Any]:
         """The call of the model and the targets; the first forward of a kind looks for heads beside the logits."""
         call, targets = paired(self.model, inputs, targets, self.class_dim)
         check_examples(call)
@@ -931,7 +930,7 @@ class FisherPenalty:
             return call, targets
         if targets is None:
             raise ValueError("targets: expected those of the training loss, got None")
-        return check_heads(self.model, call), targets
+        return check_heads(self.model, call, trainable), targets
 
     def _fitting(self, logits: Tensor, targets: Any) -> tuple[Any, Tensor | None]:
         """The targets of the training loss, and those of the rows of logits, where there are any.
@@ -959,12 +958,10 @@ class FisherPenalty:
         return loss
 
 
-def _as_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-    """What a module was called with, without the labels that a model of Transformers takes for a loss of its own."""
+def _as_call(args: tuple[Any, ...], kwargs: dict[str, Any], class_dim: int | None) -> Call:
+    """How a module was called, without the labels that a model of Transformers takes for a loss of its own."""
     kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "num_items_in_batch")}
-    if not kwargs:
-        return args
-    return dict(inspect.signature(model.forward).bind_partial(*args).arguments) | kwargs
+    return Call(args, kwargs, class_dim)
 
 
 def _laid_out(gradients: Gradients, trainable: dict[str, Tensor], sparse: set[int]) -> Gradients:
