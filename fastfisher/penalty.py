@@ -42,6 +42,7 @@ from fastfisher.model import (
     trainable_parameters,
     uncompiled,
 )
+from fastfisher.placement import whole
 from fastfisher.rollback import undoing
 from fastfisher.slow_path import warn_slow_path
 
@@ -541,6 +542,7 @@ def penalty(
     """
     settings = Settings(labels, method, gates, wrt, reduction, step, difference)
     check_targets(labels, targets)
+    model = whole(model, "R (FisherPenalty has that of the batch of all)")
     trainable = trainable_parameters(model)
     chosen = chosen_names(trainable, params)
     count_examples(inputs)

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from fastfisher import ops
 from fastfisher.arguments import check_flags, check_generator, is_count, is_number
 from fastfisher.convolution import saving_memory
-from fastfisher.distributed import TIMEOUT, Share, bare, failing_together, precision_below, ranks_of, reshard
+from fastfisher.distributed import (
+    TIMEOUT,
+    Doing,
+    Share,
+    check_alone,
+    digest,
+    failing_together,
+    precision_below,
+    shared_by,
+)
 from fastfisher.gates import Gates, fused_forward, record_gates
 from fastfisher.graphs import CapturedSteps, CudaCapture
 from fastfisher.labels import are_drawn, averaged_rows, check_targets, counted_rows, cross_entropy, label_loss, new_key
@@ -229,9 +238,8 @@ class FisherPenalty:
         self.settings = Settings(labels, method, gates, wrt, reduction, step, difference)
         if scope not in ("global", "local"):
             raise ValueError(f'scope: expected "global" or "local", got {scope!r}')
-        self.scope, self.ranks = scope, ranks_of(model, process_group, timeout)
-        self._buffers_follow = getattr(model, "broadcast_buffers", False)
-        model = bare(model)
+        shared = shared_by(model, process_group, timeout)
+        self.scope, self.ranks, model, self._buffers_follow = scope, shared.ranks, shared.module, shared.buffers_follow
         if self.ranks is not None and self.ranks.sharded:
             self._check_sharded(model)
         if self.ranks is not None and scaler is not None:
@@ -254,7 +262,10 @@ class FisherPenalty:
                 )
             self._few = examples // self._shared.size + (self._shared.rank < examples % self._shared.size)
         self.params = list(params) if isinstance(params, Iterator | list) else params
-        chosen_names(trainable_parameters(model), self.params)  # a wrong list is refused now, not at the first step
+        sharded = self.ranks is not None and self.ranks.sharded
+        chosen_names(
+            trainable_parameters(model), self.params, sharded=sharded
+        )  # a wrong list is refused now, not at the first step
         self.value: Tensor | None = None
         self.logits: Tensor | None = None
         self.steps = 0
@@ -309,12 +320,14 @@ class FisherPenalty:
             RankFailure: another process raised.
         """
         with undone_on_error(self.model, self.generator), self._undone_on_error():
-            with failing_together(self.ranks):
+            with failing_together(self.ranks, lambda: self._doing(weight)):
                 if not (is_number(weight) and weight > 0):
                     raise ValueError(f"weight: expected a finite number > 0, got {weight!r}")
                 count_examples(inputs)
-                if self.ranks is not None and self.ranks.sharded:
-                    reshard(self.model)  # a forward without a backward may have left gathered parameters in it
+                if self.ranks is None:
+                    check_alone(self.model)  # it may have got into one since
+                else:
+                    self.ranks.begin(self.model)
                 trainable = trainable_parameters(self.model)
                 due = self._due()
                 step = functools.partial(self._penalised if due else self._plain, scale=self._scale(weight))
@@ -539,7 +552,7 @@ class FisherPenalty:
             loss = self._training_loss(logits, targets)
         weighted = loss * scale
         if self._shared is not None:
-            weighted = weighted * self._shared.loss_weight(self._counted(logits, targets), float(scale))
+            weighted = weighted * self._shared.loss_weight(self._counted(logits, targets))
         total = self._gradients(weighted, trainable)
         if self._shared is not None:
             (total,) = self._shared.sum_gradients(trainable, total)
@@ -559,7 +572,7 @@ class FisherPenalty:
             check_targets(self.settings.labels, true)
             key, share = self._next_key(part.device), None
             if self._shared is not None:
-                share = self._share(logits, targets, part, true, key, float(scale))
+                share = self._share(logits, targets, part, true, key)
             first = 0 if share is None else share.first
             penalised, labels = label_loss(part, self.settings.labels, true, key, first)
             own, rows, examples = loss.detach(), counted_rows(part, true), len(part)
@@ -573,7 +586,7 @@ class FisherPenalty:
             elif part is not logits:
                 alpha *= rows / counted_rows(logits, targets)
         factor = float(examples) if self.settings.wrt == "inputs" else 1.0
-        chosen = chosen_names(trainable, self.params)
+        chosen = chosen_names(trainable, self.params, sharded=self.ranks is not None and self.ranks.sharded)
         reused: Gradients | None = None
         # An adaptive step follows the change of the gradient of all processes, which is known once it is summed.
         adaptive = share is not None and isinstance(self.settings.step, AdaptiveStep)
@@ -713,9 +726,7 @@ class FisherPenalty:
         if change.device.type == "cpu" or self.value is None:
             shift.judge(change)
 
-    def _share(
-        self, logits: Tensor, targets: Any, part: Tensor, true: Tensor | None, key: Tensor | None, weight: float
-    ) -> Share:
+    def _share(self, logits: Tensor, targets: Any, part: Tensor, true: Tensor | None, key: Tensor | None) -> Share:
         """What this process has of the batch; its key becomes that of all."""
         assert self._shared is not None
         has = self.settings.reduction == "batch" or self._shared.rank == 0
@@ -727,7 +738,6 @@ class FisherPenalty:
             examples=len(part) if has else 0,
             batch=len(logits),
             key=[0, 0] if key is None else key.tolist(),
-            weight=weight,
         )
         if key is not None:
             key.copy_(torch.tensor(share.key))
@@ -767,6 +777,41 @@ class FisherPenalty:
         """∇_θ loss by name; a parameter that is not used is absent."""
         found = self._differentiate(loss, list(trainable.values()), retain_graph)
         return {name: g for name, g in zip(trainable, found, strict=True) if g is not None}
+
+    def _doing(self, weight: float) -> Doing:
+        """What this step is, which has to be the same in each process."""
+        step, every, sharded = (
+            self.settings.step,
+            self._shared is not None,
+            self.ranks is not None and self.ranks.sharded,
+        )
+        trainable = trainable_parameters(self.model)
+        return Doing.of(
+            trainable,
+            sharded,
+            compared=self._due(),  # when the host waits for the device in any case
+            call="FisherPenalty.backward",
+            steps=self.steps,
+            alpha=self.alpha,
+            every=self.every,
+            start=self.start,
+            scope=self.scope,
+            mixed=self.mixed,
+            examples=self.examples,
+            loss=self.loss is not None,
+            weight=weight if every else "any",
+            labels=self.settings.labels,
+            wrt=self.settings.wrt,
+            method=self.settings.method,
+            gates=self.settings.gates,
+            reduction=self.settings.reduction,
+            difference=self.settings.difference,
+            step=step if not isinstance(step, AdaptiveStep) else (step.target, step.rho if every else "any"),
+            params=digest(sorted(chosen_names(trainable, self.params, sharded=sharded))),
+            reused=self._reused is not None,
+            training=digest(name for name, module in self.model.named_modules() if module.training),
+            autocast=[torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")],
+        )
 
     def _check_sharded(self, model: nn.Module) -> None:
         """Raises ValueError where an option needs what ``fully_shard`` does not have."""

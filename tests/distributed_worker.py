@@ -411,6 +411,13 @@ def counting() -> Iterator[list[tuple[str, int]]]:
             return whole(*args, **kwargs)
 
         patch.setattr(distributed.dist, name, counted)
+    gather = distributed._Messages.gather
+
+    def told(messages: Any, mine: Tensor) -> list[Tensor]:
+        sent.append(("told", mine.numel() * mine.element_size()))
+        return gather(messages, mine)
+
+    patch.setattr(distributed._Messages, "gather", told)
     try:
         yield sent
     finally:
@@ -418,9 +425,9 @@ def counting() -> Iterator[list[tuple[str, int]]]:
 
 
 def messages_and_bytes() -> None:
-    """As in docs/distributed.md: told, a message of 72 bytes; then the data."""
+    """As in docs/distributed.md: told, a message of 88 bytes; then the data."""
     size = sum(p.numel() * p.element_size() for p in network().parameters())
-    told = ("all_gather", 72)
+    told = ("told", 88)
 
     def step(*, wrap: Any = ddp, second: bool = False, **options: Any) -> list[tuple[str, int]]:
         model = wrap(network())
@@ -447,16 +454,16 @@ def messages_and_bytes() -> None:
     for every in (1, 10):
         assert step(every=every, scope="local") == [told, ("all_reduce", size)]
     squares = [told, ("all_reduce", 8)]  # of the norm, and of the change
-    assert step(every=1, wrap=sharded) == [told, told, *squares, *squares, told]
+    assert step(every=1, wrap=sharded) == [told, told, told, *squares, *squares, told]
     with counting() as sent:
         fastfisher.trace_fisher(ddp(network()), X.double()[own()], batch_size=3, draws=2)
     batches = len(X[own()]) // 3
     names, examples = 6, len(X[own()])
     vectors = [told, ("all_gather", 8 * examples), told, ("all_gather", 8 * examples), told, ("all_gather", 8 * names)]
-    assert sent == batches * [told] * 3 + [told] + vectors + [told, ("all_gather", 16)]
+    assert sent == [told] + batches * [told] * 3 + [told] + vectors + [told, ("all_gather", 16)]
     with counting() as sent:
         fastfisher.trace_hessian(ddp(network()), X.double()[own()], Y[own()], method="hutchinson", probes=5)
-    assert sent == [told, told, ("all_gather", 8 * (5 + 3))]
+    assert sent == [told, told, told, ("all_gather", 8 * (5 + 3))]
 
 
 def traces() -> None:
