@@ -484,18 +484,20 @@ class ShardedDifference(FiniteDifference):
         coefficient = weight * self.coefficient(rho)
         found = self._gradient_there(rho, coefficient, loss)
         for name, gradient in self.gradient.items():
-            _local(found[name]).addcmul_(_local(gradient), -coefficient.to(gradient.dtype))
+            local_part(found[name]).addcmul_(local_part(gradient), -coefficient.to(gradient.dtype))
         return found
 
     def _norm(self, named: Gradients) -> Tensor:
-        return super()._norm({name: _local(x) for name, x in named.items()})
+        return super()._norm({name: local_part(x) for name, x in named.items()})
 
     def _size(self, whole: bool) -> Tensor:
         return self.norm if whole else self._norm(self.gradient)
 
     def _accumulate(self, out: Gradients, rho: Tensor, scale: Tensor) -> Tensor:
         found = self._gradient_there(rho)
-        mine, there, here = ([_local(named[name]) for name in self.gradient] for named in (out, found, self.gradient))
+        mine, there, here = (
+            [local_part(named[name]) for name in self.gradient] for named in (out, found, self.gradient)
+        )
         assert self.total is not None
         return self.total(ops.axpy_diff(mine, there, here, scale))
 
@@ -517,12 +519,12 @@ class ShardedDifference(FiniteDifference):
     def _shifted(self, length: Tensor) -> Iterator[None]:
         """Within, the parameters are at θ + ρd; they and the buffers are as before afterwards."""
         shifts = self.direction if self.settings.wrt == "parameters" else {}
-        shards = {name: _local(self.parameters[name]) for name in shifts}
+        shards = {name: local_part(self.parameters[name]) for name in shifts}
         before = [(x, x.clone()) for x in (*shards.values(), *self.model.buffers())]
         try:
             with torch.no_grad():
                 for name, shard in shards.items():
-                    shard.addcmul_(_local(shifts[name]), length.to(shard.dtype))
+                    shard.addcmul_(local_part(shifts[name]), length.to(shard.dtype))
             yield
         finally:
             reshard(self.model)  # what was gathered is of the shifted shards
@@ -567,9 +569,9 @@ class Shards(Ranks):
         self.agree("the beginning")
 
 
-def _local(x: Tensor) -> Tensor:
+def local_part(x: Tensor) -> Tensor:
     """This process's part, in the same memory."""
-    return x.detach().to_local() if is_spread(x) else x  # type: ignore[attr-defined]
+    return x.detach().tolocal_part() if is_spread(x) else x  # type: ignore[attr-defined]
 
 
 def _backward(loss: Tensor, sources: Sequence[Tensor], retain_graph: bool) -> list[Tensor | None]:
@@ -635,7 +637,7 @@ def placed_like(x: Tensor, parameter: Tensor) -> Tensor:
     if is_spread(parameter) and not is_spread(x):
         from torch.distributed.tensor import distribute_tensor
 
-        x = x.to(parameter.to_local(), copy=True)  # type: ignore[attr-defined]
+        x = x.to(parameter.tolocal_part(), copy=True)  # type: ignore[attr-defined]
         mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
         return distribute_tensor(x, mesh, placements, src_data_rank=None)  # each has all of it: no message
     return x.to(parameter.dtype if is_spread(x) else parameter, copy=True)

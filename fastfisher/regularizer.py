@@ -23,6 +23,8 @@ from fastfisher.distributed import (
     check_alone,
     digest,
     failing_together,
+    local_part,
+    placed_like,
     precision_below,
     shared_by,
 )
@@ -60,6 +62,10 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Gradients = dict[str, Tensor]
+
+_NO_KEY = [0, -1]
+_NO_ROWS = -1
+"""What a state holds before the first penalty: of the same types as later, for torch.distributed.checkpoint."""
 
 
 @dataclass
@@ -467,12 +473,18 @@ class FisherPenalty:
         The step count, the key of the labels, the reused gradient, and the adaptive step.
         """
         step = self.settings.step
+        trainable = trainable_parameters(self.model)
+        value = self.value if self.value is not None else torch.zeros((), dtype=torch.float64)
+        reused = None
+        if self.every > 1:  # all of them, also before there is one: a fresh process has where to load them
+            found = self._reused or {}
+            reused = {n: found[n].clone() if n in found else torch.zeros_like(p.detach()) for n, p in trainable.items()}
         return {
-            "key": None if self._key is None else self._key.clone(),
+            "key": torch.tensor(_NO_KEY) if self._key is None else self._key.clone(),
             "steps": self.steps,
-            "value": self.value,
-            "rows": self._rows,
-            "reused": None if self._reused is None else {n: g.clone() for n, g in self._reused.items()},
+            "value": value.clone(),
+            "rows": _NO_ROWS if self._rows is None else int(self._rows),
+            "reused": reused,
             "rho": step.rho if isinstance(step, AdaptiveStep) else None,
         }
 
@@ -490,10 +502,14 @@ class FisherPenalty:
             if name not in trainable or trainable[name].shape != gradient.shape:
                 raise ValueError(f"state: the reused gradient of {name!r} does not fit a parameter of the model")
         device = next(iter(trainable.values())).device
-        self._key = None if state["key"] is None else state["key"].to(device, copy=True)
-        self.steps, self.value, self._rows = state["steps"], state["value"], state["rows"]
-        reused = state["reused"]
-        self._reused = None if reused is None else {n: g.to(trainable[n], copy=True) for n, g in reused.items()}
+        drawn = state["key"] is not None and state["key"].tolist() != _NO_KEY
+        self._key = state["key"].to(device, copy=True) if drawn else None
+        taken = state["rows"] is not None and int(state["rows"]) != _NO_ROWS
+        self.steps, self._rows = state["steps"], state["rows"] if taken else None
+        self.value = state["value"].to(device, copy=True) if taken else None
+        # A gradient of 0 stands for that of a parameter that is not used, too: such a one keeps its .grad of None.
+        reused = {n: placed_like(g, trainable[n]) for n, g in (state["reused"] or {}).items() if taken}
+        self._reused = {n: g for n, g in reused.items() if bool(local_part(g).any())} or None
         if isinstance(self.settings.step, AdaptiveStep):
             self.settings.step.rho = state["rho"]
 
@@ -780,16 +796,15 @@ class FisherPenalty:
 
     def _doing(self, weight: float) -> Doing:
         """What this step is, which has to be the same in each process."""
-        step, every, sharded = (
-            self.settings.step,
-            self._shared is not None,
-            self.ranks is not None and self.ranks.sharded,
-        )
-        trainable = trainable_parameters(self.model)
+        due, trainable = self._due(), trainable_parameters(self.model)
+        sharded = self.ranks is not None and self.ranks.sharded
+        settings = {field.name: getattr(self.settings, field.name) for field in dataclasses.fields(self.settings)}
+        if isinstance(step := self.settings.step, AdaptiveStep):  # at scope "local" each process adapts its own
+            settings["step"] = step.target, step.rho if due and self._shared is not None else None
         return Doing.of(
             trainable,
             sharded,
-            compared=self._due(),  # when the host waits for the device in any case
+            compared=due,  # when the host waits for the device in any case
             call="FisherPenalty.backward",
             steps=self.steps,
             alpha=self.alpha,
@@ -799,18 +814,12 @@ class FisherPenalty:
             mixed=self.mixed,
             examples=self.examples,
             loss=self.loss is not None,
-            weight=weight if every else "any",
-            labels=self.settings.labels,
-            wrt=self.settings.wrt,
-            method=self.settings.method,
-            gates=self.settings.gates,
-            reduction=self.settings.reduction,
-            difference=self.settings.difference,
-            step=step if not isinstance(step, AdaptiveStep) else (step.target, step.rho if every else "any"),
+            weight=weight if self._shared is not None else None,
             params=digest(sorted(chosen_names(trainable, self.params, sharded=sharded))),
             reused=self._reused is not None,
             training=digest(name for name, module in self.model.named_modules() if module.training),
             autocast=[torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")],
+            **settings,
         )
 
     def _check_sharded(self, model: nn.Module) -> None:
