@@ -571,7 +571,7 @@ class Shards(Ranks):
 
 def local_part(x: Tensor) -> Tensor:
     """This process's part, in the same memory."""
-    return x.detach().tolocal_part() if is_spread(x) else x  # type: ignore[attr-defined]
+    return x.detach().to_local() if is_spread(x) else x  # type: ignore[attr-defined]
 
 
 def _backward(loss: Tensor, sources: Sequence[Tensor], retain_graph: bool) -> list[Tensor | None]:
@@ -637,7 +637,7 @@ def placed_like(x: Tensor, parameter: Tensor) -> Tensor:
     if is_spread(parameter) and not is_spread(x):
         from torch.distributed.tensor import distribute_tensor
 
-        x = x.to(parameter.tolocal_part(), copy=True)  # type: ignore[attr-defined]
+        x = x.to(parameter.to_local(), copy=True)  # type: ignore[attr-defined]
         mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
         return distribute_tensor(x, mesh, placements, src_data_rank=None)  # each has all of it: no message
     return x.to(parameter.dtype if is_spread(x) else parameter, copy=True)

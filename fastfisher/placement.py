@@ -293,7 +293,13 @@ class _WithoutDDP(nn.Module):
         self.outer = outer
         self.around = (ddp,)  # a part of ``outer`` already, and so no child of its own
         self.compiled = any(_is_compiled(module) and ddp in module.modules() for module in outer.modules())
-        self.forward = functools.wraps(outer.forward)(self._call)
+
+        @functools.wraps(outer.forward)  # whose signature says what inputs are called
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with _calling_its_module(ddp), self._eagerly():
+                return outer(*args, **kwargs)
+
+        self.forward = forward
 
     @property
     def training(self) -> bool:
@@ -304,10 +310,6 @@ class _WithoutDDP(nn.Module):
     def training(self, mode: bool) -> None:
         if "outer" in self.__dict__.get("_modules", {}):
             self.outer.training = mode
-
-    def _call(self, *args: Any, **kwargs: Any) -> Any:
-        with _calling_its_module(self.around[0]), self._eagerly():
-            return self.outer(*args, **kwargs)
 
     def _eagerly(self) -> Any:
         """Without ``torch.compile``, whose code has the forward of ``DistributedDataParallel`` in it."""
