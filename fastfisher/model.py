@@ -79,9 +79,25 @@ def call_model(model: nn.Module, inputs: Inputs) -> Tensor:
     return logits_of(model(inputs))
 
 
-def call_copy(model: nn.Module, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
-    """The logits with other parameters and with copies of the buffers: the model itself stays as it is."""
-    state = {name: buffer.clone() for name, buffer in model.named_buffers()} | parameters
+def copy_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the model's buffers, by name."""
+    buffers = dict(model.named_buffers())
+    copies = {name: torch.empty_like(buffer) for name, buffer in buffers.items()}
+    if copies:
+        with torch.no_grad():
+            torch._foreach_copy_(list(copies.values()), list(buffers.values()))  # on a GPU two launches, not many
+    return copies
+
+
+def call_copy(
+    model: nn.Module, parameters: dict[str, Tensor], inputs: Inputs, buffers: dict[str, Tensor] | None = None
+) -> Tensor:
+    """The logits with other parameters and with copies of the buffers: the model itself stays as it is.
+
+    The copies are of ``buffers``, where given, or else of the model's own.
+    """
+    copies = copy_buffers(model) if buffers is None else {name: buffer.clone() for name, buffer in buffers.items()}
+    state = copies | parameters
     args: tuple[Any, ...] = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
     kwargs = inputs if isinstance(inputs, dict) else None
     return logits_of(torch.func.functional_call(model, state, args, kwargs))
@@ -147,6 +163,26 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def unhooked(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Within, the hooks of ``Tensor.register_hook`` on parameters do not run; on leaving they are back.
+
+    ``torch.autograd.grad`` runs them too. A hook that masks, scales or counts gradients is meant for the gradient that
+    the optimiser gets: it would distort a derivative that is only measured, or act on part of a gradient.
+    """
+    hooked = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
+    for parameter, _ in hooked:
+        parameter._backward_hooks = None
+    try:
+        yield
+    finally:
+        for parameter, hooks in hooked:
+            if parameter._backward_hooks is not None:  # registered meanwhile
+                hooks.update(parameter._backward_hooks)
+                parameter._backward_hooks = None
+            parameter._backward_hooks = hooks
 
 
 def is_compiled(module: nn.Module) -> bool:
