@@ -516,8 +516,9 @@ class ShardedDifference(FiniteDifference):
         """The gradient of the loss of :meth:`FiniteDifference.shifted_loss`, 0 for a parameter not used there."""
         length = self.length(rho)
         leaves = {name: self.parameters[name] for name in self.gradient}
+        inputs = self.shifted_inputs(length)  # no part of the forward that is repeated
         with self._shifted(length):
-            there = self.loss_of(lambda: call_model(self.model, self.shifted_inputs(length)), weight, loss)
+            there = self.loss_of(lambda: call_model(self.model, inputs), weight, loss)
             found = _backward(there, list(leaves.values()), False)
         return {
             name: torch.zeros_like(leaf, requires_grad=False) if g is None else g
