@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastfisher import ops
 from fastfisher.arguments import check_flags, check_generator, is_count, is_number
+from fastfisher.batches import paired
 from fastfisher.convolution import saving_memory
 from fastfisher.distributed import (
     TIMEOUT,
@@ -30,19 +31,37 @@ from fastfisher.distributed import (
 )
 from fastfisher.gates import Gates, fused_forward, record_gates
 from fastfisher.graphs import CapturedSteps, CudaCapture
-from fastfisher.labels import are_drawn, averaged_rows, check_targets, counted_rows, cross_entropy, label_loss, new_key
+from fastfisher.labels import (
+    are_drawn,
+    averaged_rows,
+    check_certain,
+    check_classes,
+    check_counted,
+    check_targets,
+    counted_rows,
+    cross_entropy,
+    fit,
+    label_loss,
+    new_key,
+)
 from fastfisher.model import (
+    Call,
     Inputs,
+    as_given,
     call_copy,
     call_model,
+    check_class_dim,
+    check_examples,
+    check_heads,
     chosen_names,
+    class_last,
     copy_buffers,
     count_examples,
     couples_examples,
     input_tensors,
     logits_of,
-    map_inputs,
     requiring_grad,
+    take_rows,
     trainable_parameters,
     unhooked,
 )
@@ -94,6 +113,21 @@ class _Outcome:
         kept = [] if self.value is None else [self.value]
         kept += [] if not self.reused else [ops.sum_squares(list(self.reused.values()))]
         return all(bool(x.isfinite()) for x in kept)
+
+
+@dataclass
+class _Point:
+    """A forward at θ that R is taken of: its logits and inputs, whether only the first row counts, and its gates."""
+
+    logits: Tensor
+    inputs: Inputs
+    first_only: bool
+    gates: Gates
+
+    @property
+    def rows(self) -> Tensor:
+        """The logits that count."""
+        return self.logits[:1] if self.first_only else self.logits
 
 
 @dataclass
@@ -161,8 +195,10 @@ class FisherPenalty:
             and ``.grad`` is left scaled, as ``scaler.scale(loss).backward()`` leaves it. Unscale, clip, step and update
             are the caller's as ever. A penalty that overflowed is not kept: ``value`` and what is reused stay as they
             were, and the step does not count, so that the next one takes the penalty again.
-        loss: the training loss as a callable of (logits, targets); mean cross-entropy otherwise. R is always taken of
-            the cross-entropy at ``labels``.
+        loss: the training loss as a callable of (logits, targets), both as they are; mean cross-entropy otherwise. R is
+            always taken of the cross-entropy at ``labels``.
+        class_dim: which dimension of the logits holds the classes; by default the last, but where logits have four
+            dimensions or more, or targets fit another one, it has to be said.
         generator: where the key of the drawn labels comes from, at the first penalty; torch's default generator
             otherwise. Each further penalty advances the key, on the device.
         scope: where several processes share a batch, which gradient is penalised: "global", that of the batch of all
@@ -223,6 +259,7 @@ class FisherPenalty:
         params: Iterable[Tensor] | None = None,
         graphs: bool = False,
         scaler: torch.amp.GradScaler | None = None,
+        class_dim: int | None = None,
         scope: Literal["global", "local"] = "global",
         process_group: ProcessGroup | None = None,
         timeout: float = TIMEOUT,
@@ -236,6 +273,7 @@ class FisherPenalty:
             raise ValueError(f"start: expected an integer >= 0, got {start!r}")
         check_generator(generator)
         check_flags(mixed=mixed, graphs=graphs, verify=verify)
+        check_class_dim(class_dim)
         if not (loss is None or callable(loss)):
             raise ValueError(f"loss: expected a function or None, got {type(loss).__name__}")
         if examples is not None and not is_count(examples):
@@ -280,7 +318,7 @@ class FisherPenalty:
         self._differentiate: Differentiate = autograd_gradients if self.ranks is None else self.ranks.differentiate
         self.model, self.alpha, self.every, self.start = model, float(alpha), every, start
         self.mixed, self.examples, self.generator = mixed, 1 if reduction == "first" else examples, generator
-        self.loss, self.scaler, self.verify = loss, scaler, verify
+        self.loss, self.scaler, self.class_dim, self.verify = loss, scaler, class_dim, verify
         self._sparse: set[int] = set()  # by id: parameters whose gradient autograd makes sparse, as .grad is then too
         self._met_autocast: torch.dtype | None = None  # within the model, where its caller need not know of it
         self._few = self.examples
@@ -325,7 +363,7 @@ class FisherPenalty:
         )
         return self.value * self._rows if sampled and self.value is not None and self._rows is not None else None
 
-    def backward(self, inputs: Inputs, targets: Tensor, *, weight: float = 1.0) -> Tensor:
+    def backward(self, inputs: Inputs, targets: Any = None, *, weight: float = 1.0) -> Tensor:
         """One forward and the gradients: adds weight·∇(loss + α·R) to ``.grad``, as ``Tensor.backward`` would.
 
         If anything raises on the way, Ctrl-C and a lack of memory included, the step has not been: ``.grad``, the
@@ -333,8 +371,11 @@ class FisherPenalty:
         be the new one already.)
 
         Args:
-            inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments), batch first.
-            targets: as the training loss takes them; class indices or probabilities for cross-entropy.
+            inputs: a tensor, a tuple or list (positional arguments) or a mapping (keyword arguments), batch first; see
+                docs/data.md.
+            targets: as the training loss takes them; class indices or probabilities for cross-entropy. By default the
+                ``labels`` in a mapping of inputs. Where ``loss`` is given they may be anything, but for
+                ``labels="true"``; class indices of −100 for each row of logits are left out of R all the same.
             weight: what the gradient is multiplied by: 1/k for each of k micro-batches that accumulate in ``.grad``.
                 Each counts as a step, and R is that of a micro-batch of B/k examples: k times Tr(F)/B in expectation.
 
@@ -343,16 +384,16 @@ class FisherPenalty:
 
         Raises:
             ValueError: ``weight`` is not positive and finite, or not the same in each process (scope "global"), there
-                are no inputs, the targets do not fit, the loss is no scalar, or a row of logits has no softmax to draw
-                a label from.
-            TypeError: the inputs are no tensor, tuple or dict.
+                are no inputs, the targets do not fit, the loss is no scalar, a row of logits has no softmax to draw a
+                label from, or without ``loss`` the model returns another head, which would not be trained.
+            TypeError: the inputs are of a type that cannot be any.
             RankFailure: another process raised.
         """
         with undone_on_error(self.model, self.generator), self._undone_on_error():
             with failing_together(self.ranks, lambda: self._doing(weight)):
                 if not (is_number(weight) and weight > 0):
                     raise ValueError(f"weight: expected a finite number > 0, got {weight!r}")
-                count_examples(inputs)
+                inputs, targets = self._batch(inputs, targets)
                 if self.ranks is None:
                     check_alone(self.model)  # it may have got into one since
                 else:
@@ -378,7 +419,7 @@ class FisherPenalty:
         for name in total:
             for hook in (trainable[name]._post_accumulate_grad_hooks or {}).values():
                 hook(trainable[name])
-        self.logits = outcome.logits
+        self.logits = as_given(outcome.logits, self.class_dim)
         if due and self.scaler is not None and not outcome.finite:  # the scaler waits for the device in any case
             return outcome.loss
         if due:
@@ -473,14 +514,17 @@ class FisherPenalty:
         """∇R from a forward whose graph is kept; notes R."""
         assert forward.logits is not None and forward.inputs is not None
         trainable = trainable_parameters(self.model)
-        logits, inputs, gates = forward.logits, forward.inputs, forward.gates
-        first_only = self.settings.reduction == "first"
-        rows = logits[:1] if first_only else logits
+        logits = class_last(forward.logits, self.class_dim)
+        if targets is not None:
+            targets = fit(logits, targets, class_dim=self.class_dim, model=self.model)
+        inputs, gates, first_only = forward.inputs, forward.gates, self.settings.reduction == "first"
         shared = gates is not None and not self._learns_of_autocast(gates)
-        if gates is None or not shared:
+        if gates is not None and shared:
+            point = _Point(logits, inputs, first_only, gates)
+        else:
             buffers = forward.buffers if gates is None else gates.buffers
-            rows, inputs, first_only, gates = self._own_forward(trainable, inputs, buffers)
-        whole = logits.detach() if shared else rows.detach()
+            point = self._own_forward(trainable, inputs, first_only, buffers)
+        rows, gates = point.rows, point.gates
         true = targets[:1] if first_only and targets is not None else targets
         check_targets(self.settings.labels, true)
         chosen = chosen_names(trainable, self.params)
@@ -494,7 +538,7 @@ class FisherPenalty:
             with gates.arithmetic():
                 at, direction = gradient_at(loss, trainable, inputs, self.settings, chosen, retain_graph=shared)
             shift = FiniteDifference(self.model, inputs, first_only, self.settings, gates, labels, at, direction, 1.0)
-            shift.expected = whole
+            shift.expected = point.logits.detach()
             self._verify(shift, inputs)
             gradient = {name: torch.zeros_like(g) for name, g in at.items()}
             self._judge(shift, shift.add_to(gradient, 1.0))
@@ -604,6 +648,7 @@ class FisherPenalty:
                 logits = call_model(self.model, inputs)
             if fused is not None and not fused.met_large:
                 self._all_small.add(shapes)
+            targets, _ = self._fitting(logits, targets)
             loss = self._training_loss(logits, targets)
         weighted = loss * scale
         if self._shared is not None:
@@ -621,10 +666,13 @@ class FisherPenalty:
         if self.settings.wrt == "inputs":
             inputs = requiring_grad(inputs)
         with torch.enable_grad():
-            logits, part, part_inputs, first_only, gates = self._forwards(inputs, trainable)
-            detached = logits.detach()
+            logits, point = self._forwards(inputs, trainable)
+            part, part_inputs, first_only, gates = point.rows, point.inputs, point.first_only, point.gates
+            expected, detached = point.logits.detach(), logits.detach()
+            del point
+            targets, rows_targets = self._fitting(logits, targets)
             loss = self._training_loss(logits, targets)
-            true = targets[: len(part)] if isinstance(targets, Tensor) else None
+            true = None if rows_targets is None else rows_targets[: len(part)]
             check_targets(self.settings.labels, true)
             key, share = self._next_key(part.device), None
             if self._shared is not None:
@@ -640,7 +688,7 @@ class FisherPenalty:
             if share is not None:
                 alpha *= share.fraction
             elif part is not logits:
-                alpha *= rows / counted_rows(logits, targets)
+                alpha *= rows / counted_rows(logits, rows_targets)
         factor = float(examples) if self.settings.wrt == "inputs" else 1.0
         chosen = chosen_names(trainable, self.params, sharded=self.ranks is not None and self.ranks.sharded)
         reused: Gradients | None = None
@@ -676,7 +724,6 @@ class FisherPenalty:
                     differentiate=self._derivatives,
                 )
             total = gradient if same and not self.mixed else self._gradients(loss * scale, trainable) if keep else {}
-            expected = detached if first_only else part.detach()  # what a repeated forward has to give
             del logits, loss, part, penalised  # the first graph is not needed while the second one is built
             arguments = self.model, part_inputs, first_only, self.settings, gates, labels, gradient
             if share is None:
@@ -732,60 +779,41 @@ class FisherPenalty:
             own, detached, _laid_out(total, trainable, self._sparse), value, rows, reused if self.every > 1 else None
         )
 
-    def _forwards(self, inputs: Inputs, trainable: dict[str, Tensor]) -> tuple[Tensor, Tensor, Inputs, bool, Gates]:
-        """The forward at θ: the logits of the batch; those that R is taken of; and to repeat the latter, their inputs,
-        whether only the first row counts, and the gates."""
+    def _forwards(self, inputs: Inputs, trainable: dict[str, Tensor]) -> tuple[Tensor, _Point]:
+        """The forward at θ: the logits of the batch, and what R is taken of."""
         batch = count_examples(inputs)
         few = inputs
         if self._few is not None and self._few < batch:
-            few, rest = (
-                map_inputs(inputs, lambda x, part=part: x[part] if x.dim() else x)  # type: ignore[misc]
-                for part in (slice(None, self._few), slice(self._few, None))
-            )
+            few, rest = (take_rows(inputs, part) for part in (slice(None, self._few), slice(self._few, None)))
+        coupled = few is not inputs and couples_examples(self.model)
+        if coupled and self.ranks is not None and self.ranks.sharded:
+            raise ValueError("examples: expected None with fully_shard and a BatchNorm in train mode")
+        # With reduction="first", the first example is as the batch's statistics make it.
+        first_only = coupled and self.settings.reduction == "first"
+        penalised = inputs if first_only else few
         full = self._in_full_precision()
-        if full and not self.mixed:
-            return self._forwards_apart(inputs, few, trainable, copy_buffers(self.model))
-        if few is inputs:
-            with self._record_gates(full_precision=full) as gates:
+        if (full and not self.mixed) or (coupled and not first_only):
+            buffers = copy_buffers(self.model) if full else None
+            with fused_forward(self.model):
                 logits = call_model(self.model, inputs)
-            if self._learns_of_autocast(gates):
-                return logits, *self._own_forward(trainable, inputs, gates.buffers)
-            return logits, logits, inputs, False, gates
-        if not couples_examples(self.model):
-            with self._record_gates() as gates:
-                part = call_model(self.model, few)
+            return logits, self._own_forward(trainable, penalised, first_only, buffers)
+        with self._record_gates(full_precision=full) as gates:
+            part = call_model(self.model, penalised)
+        logits = part
+        if penalised is not inputs:
             with fused_forward(self.model):
                 logits = torch.cat([part, call_model(self.model, rest)])
-            if self._learns_of_autocast(gates):
-                return logits, *self._own_forward(trainable, few, gates.buffers)
-            return logits, part, few, False, gates
-        if self.ranks is not None and self.ranks.sharded:
-            raise ValueError("examples: expected None with fully_shard and a BatchNorm in train mode")
-        if self.settings.reduction == "first":  # the first example as the batch's statistics make it
-            with self._record_gates() as gates:
-                logits = call_model(self.model, inputs)
-            if self._learns_of_autocast(gates):
-                return logits, *self._own_forward(trainable, inputs, gates.buffers)
-            return logits, logits[:1], inputs, True, gates
-        return self._forwards_apart(inputs, few, trainable, None)
-
-    def _forwards_apart(
-        self, inputs: Inputs, few: Inputs, trainable: dict[str, Tensor], buffers: dict[str, Tensor] | None
-    ) -> tuple[Tensor, Tensor, Inputs, bool, Gates]:
-        """As :meth:`_forwards`, with a forward of R's own from ``buffers``, or from the model's where None."""
-        with fused_forward(self.model):
-            logits = call_model(self.model, inputs)
-        whole = self.settings.reduction == "first" and couples_examples(self.model)
-        return logits, *self._own_forward(trainable, inputs if whole else few, buffers)
+        if self._learns_of_autocast(gates):
+            return logits, self._own_forward(trainable, penalised, first_only, gates.buffers)
+        return logits, _Point(part, penalised, first_only, gates)
 
     def _own_forward(
-        self, trainable: dict[str, Tensor], inputs: Inputs, buffers: dict[str, Tensor] | None
-    ) -> tuple[Tensor, Inputs, bool, Gates]:
-        """A forward that R alone is taken of: its logits, its inputs, whether only the first row counts, its gates."""
-        first_only = self.settings.reduction == "first"
+        self, trainable: dict[str, Tensor], inputs: Inputs, first_only: bool, buffers: dict[str, Tensor] | None
+    ) -> _Point:
+        """A forward that R alone is taken of, from ``buffers``, or from the model's own where None."""
         with torch.enable_grad(), self._record_gates(buffers, full_precision=self._in_full_precision()) as gates:
             logits = call_copy(self.model, trainable, inputs, buffers)
-        return logits[:1] if first_only else logits, inputs, first_only, gates
+        return _Point(logits, inputs, first_only, gates)
 
     def _in_full_precision(self) -> bool:
         """Whether R's gradients are to be taken without the autocast that is on, or that the model switches on."""
@@ -945,10 +973,37 @@ class FisherPenalty:
         if low is not None and self.settings.step == "auto":
             raise ValueError(f"step: expected a number with fully_shard in {low}, which the default does not know of")
 
+    def _batch(self, inputs: Inputs, targets: Any) -> tuple[Call, Any]:
+        """The call of the model and the targets; the first forward of a kind looks for heads beside the logits."""
+        call, targets = paired(self.model, inputs, targets, self.class_dim)
+        check_examples(call)
+        if self.loss is not None:
+            return call, targets
+        if targets is None:
+            raise ValueError("targets: expected those of the training loss, got None")
+        return check_heads(self.model, call), targets
+
+    def _fitting(self, logits: Tensor, targets: Any) -> tuple[Any, Tensor | None]:
+        """The targets of the training loss, and those of the rows of logits, where there are any.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        if self.loss is None or self.settings.labels == "true":
+            check_targets("true", targets)
+            rows = fit(logits, targets, class_dim=self.class_dim, model=self.model, in_range=self.loss is not None)
+            if self._shared is None:
+                check_counted(rows)
+            return (rows if self.loss is None else targets), rows
+        check_classes(logits)
+        check_certain(logits, targets, self.class_dim)
+        by_row = isinstance(targets, Tensor) and targets.shape == logits.shape[:-1]
+        return targets, targets if by_row else None
+
     def _training_loss(self, logits: Tensor, targets: Any) -> Tensor:
         if self.loss is None:
             return cross_entropy(logits, targets)
-        loss = self.loss(logits, targets)
+        loss = self.loss(as_given(logits, self.class_dim), targets)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ValueError("loss: expected a scalar tensor that depends on the logits")
         return loss

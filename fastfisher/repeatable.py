@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from fastfisher.model import Inputs, input_tensors
+from fastfisher.model import Inputs, input_tensors, known_of
 
 ROUNDINGS = 64
 """Logits may differ by so many units of rounding of the largest: on a GPU, sums in another order."""
@@ -31,7 +30,9 @@ class _Seen:
     pending: list[tuple[Tensor, float]] = field(default_factory=list)
 
 
-_seen: WeakKeyDictionary[nn.Module, _Seen] = WeakKeyDictionary()
+def _seen_of(model: nn.Module) -> _Seen:
+    found: _Seen = known_of(model).setdefault("repeatable", _Seen())
+    return found
 
 
 def is_new_kind(model: nn.Module, inputs: Inputs, *what: Any) -> bool:
@@ -40,7 +41,7 @@ def is_new_kind(model: nn.Module, inputs: Inputs, *what: Any) -> bool:
     Raises:
         ValueError: what was found out in an earlier step, on a GPU, where no step waits for it.
     """
-    seen = _seen.setdefault(model, _Seen())
+    seen = _seen_of(model)
     for difference, largest in seen.pending:
         _refuse_if(float(difference) > largest, float(difference), None)
     seen.pending.clear()
@@ -79,9 +80,9 @@ def check_repeatable(model: nn.Module, again: Callable[[], Tensor], expected: Te
             raise
         difference, path = torch.full((), torch.inf), error
     if difference.device.type != "cpu":
-        _seen.setdefault(model, _Seen()).pending.append((difference, limit))
+        _seen_of(model).pending.append((difference, limit))
     elif not float(difference) <= limit:
-        _seen[model].kinds.clear()
+        _seen_of(model).kinds.clear()
         _refuse_if(True, float(difference), _first_to_differ(model, again), path)
 
 
