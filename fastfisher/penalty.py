@@ -57,6 +57,7 @@ from fastfisher.model import (
     uncompiled,
     unhooked,
 )
+from fastfisher.placement import whole
 from fastfisher.repeatable import check_repeatable, is_new_kind
 from fastfisher.rollback import undoing
 from fastfisher.slow_path import warn_slow_path
@@ -746,6 +747,7 @@ def penalty(
         TypeError: the model, the inputs or the data are of a type that cannot be one.
     """
     settings = Settings(labels, method, gates, wrt, reduction, step, difference)
+    model = whole(model, "R (FisherPenalty has that of the batch of all)")
     check_flags(verify=verify)
     check_class_dim(class_dim)
     trainable = trainable_parameters(model)
