@@ -788,11 +788,24 @@ class FisherPenalty:
 
 
 def _as_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-    """What a module was called with, without the labels that a model of Transformers takes for a loss of its own."""
-    kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "num_items_in_batch")}
+    """What a module was called with, all of it: labels, too, may be inputs, of a decoder.
+
+    Raises:
+        ValueError: of arguments by position and others by name, those by position have no names.
+    """
     if not kwargs:
         return args
-    return dict(inspect.signature(model.forward).bind_partial(*args).arguments) | kwargs
+    if not args:
+        return kwargs
+    kinds = inspect.Parameter
+    bound = inspect.signature(model.forward).bind_partial(*args)
+    for name in bound.arguments:
+        if bound.signature.parameters[name].kind in (kinds.VAR_POSITIONAL, kinds.POSITIONAL_ONLY):
+            raise ValueError(
+                f"forward: expected {type(model).__name__} to be called with all arguments by name, or all by position, "
+                f"got {len(args)} by position, which have no names in its signature, and {', '.join(kwargs)}"
+            )
+    return dict(bound.arguments) | kwargs
 
 
 def _laid_out(gradients: Gradients, trainable: dict[str, Tensor]) -> Gradients:
