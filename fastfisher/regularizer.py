@@ -19,7 +19,16 @@ from fastfisher.convolution import saving_memory
 from fastfisher.distributed import TIMEOUT, Share, bare, failing_together, precision_below, ranks_of, reshard
 from fastfisher.gates import Gates, fused_forward, record_gates
 from fastfisher.graphs import CapturedSteps, CudaCapture
-from fastfisher.labels import are_drawn, averaged_rows, check_targets, counted_rows, cross_entropy, label_loss, new_key
+from fastfisher.labels import (
+    IGNORED,
+    are_drawn,
+    averaged_rows,
+    check_targets,
+    counted_rows,
+    cross_entropy,
+    label_loss,
+    new_key,
+)
 from fastfisher.model import (
     Inputs,
     call_copy,
@@ -355,12 +364,13 @@ class FisherPenalty:
 
         Raises:
             ValueError: an option of the penalty needs a forward of its own: ``mixed``, ``examples``, ``graphs``,
-                ``wrt="inputs"``, ``scaler``, several processes.
+                ``loss``, ``wrt="inputs"``, ``scaler``, several processes.
         """
         own = {
             "mixed": self.mixed,
             "examples": self.examples is not None and self.settings.reduction == "batch",
             "graphs": self._captured is not None,
+            "loss": self.loss is not None,
             'wrt="inputs"': self.settings.wrt == "inputs",
             "scaler": self.scaler is not None,
             "process_group": self.ranks is not None,
@@ -373,7 +383,7 @@ class FisherPenalty:
         def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             forward.calls += 1
             if forward.calls == 1:
-                forward.inputs = _as_inputs(model, args, kwargs)
+                forward.inputs = as_inputs(model, args, kwargs)
                 if self._due():
                     forward.gates = recording.enter_context(self._record_gates())
 
@@ -396,7 +406,8 @@ class FisherPenalty:
         """A term for the caller's loss: its value is 0, its gradient that of α·R. Counts as a step.
 
         The loss keeps its value, and whatever scales it (a gradient scaler, accumulation, an average over processes)
-        scales the penalty too. R's gradient is taken at once: the graph of the forward must still be there.
+        scales the penalty too. R's gradient is taken at once: the graph of the forward must still be there. Where no
+        row counts, R is of nothing, and the step has the gradient that was kept, if any.
 
         Args:
             forward: what :meth:`watching` saw.
@@ -407,7 +418,7 @@ class FisherPenalty:
         """
         if forward.calls != 1 or forward.logits is None or forward.inputs is None:
             raise ValueError(f"forward: expected one finished call of the model, saw {forward.calls}")
-        if self._due():
+        if self._due() and not _none_counts(targets):
             assert forward.gates is not None
             with undone_on_error(self.model, self.generator), self._undone_on_error():
                 self._reused = self._recomputed(forward.logits, forward.inputs, forward.gates, targets)
@@ -787,7 +798,12 @@ class FisherPenalty:
         return loss
 
 
-def _as_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+def _none_counts(targets: Tensor | None) -> bool:
+    """Whether all targets are of rows that do not count: a micro-batch of prompts."""
+    return targets is not None and not targets.is_floating_point() and not bool((targets != IGNORED).any())
+
+
+def as_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
     """What a module was called with, all of it: labels, too, may be inputs, of a decoder.
 
     Raises:
@@ -802,8 +818,8 @@ def _as_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     for name in bound.arguments:
         if bound.signature.parameters[name].kind in (kinds.VAR_POSITIONAL, kinds.POSITIONAL_ONLY):
             raise ValueError(
-                f"forward: expected {type(model).__name__} to be called with all arguments by name, or all by position, "
-                f"got {len(args)} by position, which have no names in its signature, and {', '.join(kwargs)}"
+                f"forward: expected {type(model).__name__} to be called with all arguments by name or all by position, "
+                f"got {len(args)} by position, which have no names in its signature, and {', '.join(kwargs)} by name"
             )
     return dict(bound.arguments) | kwargs
 
