@@ -253,11 +253,16 @@ class FisherTraceMonitor(_Callback):  # type: ignore[misc]
         if self.data is not None or not self._trace.due(trainer.global_step + 1):
             return
 
+        network = _network(pl_module, self.network)
+        own = next(network.parameters(), None)
+
         def note(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if next(network.parameters(), None) is not own:  # a penalty's forward at other parameters
+                return
             self._calls += 1
             self._inputs, self._logits = as_inputs(network, args, kwargs), logits_of(output)
 
-        self._hook = _network(pl_module, self.network).register_forward_hook(note, with_kwargs=True)
+        self._hook = network.register_forward_hook(note, with_kwargs=True)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Asks the loss which positions count, while its graph is there."""

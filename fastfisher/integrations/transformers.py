@@ -158,16 +158,16 @@ class FisherPenaltyMixin:
         if self._reached < self._terms:
             raise ValueError(
                 f"compute_loss: expected the loss that {type(self).__name__} trains to be made of the one that "
-                f"FisherPenaltyMixin.compute_loss returns; {self._terms - self._reached} of the {self._terms} penalties "
-                "of this step have no part in its gradient"
+                f"FisherPenaltyMixin.compute_loss returns; {self._terms - self._reached} of the {self._terms} "
+                "penalties of this step have no part in its gradient"
             )
 
     def _check_asked(self, before: int) -> None:
         if self._asked == before:
             raise ValueError(
                 f"compute_loss: expected that of FisherPenaltyMixin to make the loss, but {type(self).__name__} never "
-                "calls it, so nothing would be penalised; call super().compute_loss(...) and return a loss made of what "
-                "it returns, with the mixin before the Trainer's class"
+                "calls it, so nothing would be penalised; call super().compute_loss(...) and return a loss made of "
+                "what it returns, with the mixin before the Trainer's class"
             )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
