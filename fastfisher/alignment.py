@@ -8,6 +8,7 @@ of these arrangements leave out the same rows, so the rows say which it is.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastfisher.gates import RandomState
 from fastfisher.labels import IGNORED
-from fastfisher.model import call_model, eval_mode, map_inputs
+from fastfisher.model import Call, call_copy, class_last, known_of, logits_of, map_inputs
 
 WAY_OUT = "state the targets of the logits yourself"
 
@@ -64,29 +66,31 @@ def labels_in(batch: Any) -> Tensor | None:
     return found
 
 
-def alignment_of(loss: Tensor, logits: Tensor, labels: Tensor | None) -> Alignment:
+def alignment_of(loss: Tensor, logits: Tensor, labels: Tensor | None, class_dim: int | None = None) -> Alignment:
     """How the labels lie to the logits of which the loss was made, told by ∂loss/∂logits; both need their graph.
 
     Costs the backward from the loss to the logits. The graph is kept.
 
     Args:
         loss: the loss that is trained, a scalar.
-        logits: (..., C), from which it was made.
+        logits: those from which it was made, as the model returned them.
         labels: class indices, at most as many as there are rows of logits; class probabilities of the logits' shape; or
             None, where every row counts.
+        class_dim: the dimension of the logits that holds the classes; None where it was not said.
 
     Raises:
         ValueError: the loss is no function of the softmax of these logits (as those of regression and of several labels
             at once are none), or no arrangement leaves out the rows that it leaves out.
     """
-    grad = _gradient(loss, logits)
+    grad = class_last(_gradient(loss, logits), class_dim)
+    logits = class_last(logits.detach(), class_dim)
     _check_softmax(grad)
     used = grad.ne(0).any(-1)
     if labels is not None and labels.is_floating_point():
         _check_probabilities(labels, logits)
         labels = None
     # A row that is sure of its label may have a gradient of 0, by rounding.
-    sure = logits.detach().float().softmax(-1).amax(-1) == 1
+    sure = logits.float().softmax(-1).amax(-1) == 1
     every = torch.ones_like(used)
     for alignment in (Alignment(0), Alignment(1)):
         counts = every if labels is None else alignment.targets(labels, used.shape) != IGNORED
@@ -101,9 +105,14 @@ def alignment_of(loss: Tensor, logits: Tensor, labels: Tensor | None) -> Alignme
 
 
 class Alignments:
-    """The targets of logits, batch after batch: the loss is asked once for each kind of batch."""
+    """The targets of logits, batch after batch: the loss is asked once for each kind of batch.
 
-    def __init__(self) -> None:
+    Args:
+        class_dim: the dimension of the logits that holds the classes; None where it was not said.
+    """
+
+    def __init__(self, class_dim: int | None = None) -> None:
+        self.class_dim = class_dim
         self._known: dict[Any, Alignment] = {}
 
     def targets(self, loss: Tensor, logits: Tensor, labels: Tensor | None) -> Tensor | None:
@@ -112,48 +121,60 @@ class Alignments:
         Raises:
             ValueError: as :func:`alignment_of`, and :meth:`Alignment.targets`.
         """
-        lying = None if labels is None else (labels.dim(), labels.dtype, labels.shape[-1:] == logits.shape[-2:-1])
-        kind = logits.dim(), lying
+        rows = class_last(logits.detach(), self.class_dim).shape[:-1]
+        lying = None if labels is None else (labels.dim(), labels.dtype, labels.shape[-1:] == rows[-1:])
+        kind = len(rows), lying
         if kind not in self._known and (labels is None or bool((labels != IGNORED).any())):
-            self._known[kind] = alignment_of(loss, logits, labels)
+            self._known[kind] = alignment_of(loss, logits, labels, self.class_dim)
         if labels is None or labels.is_floating_point():
             return labels
-        return self._known.get(kind, Alignment()).targets(labels, logits.shape[:-1])
+        return self._known.get(kind, Alignment()).targets(labels, rows)
 
 
-def targets_within(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
-    """The targets of the logits that a model makes of keyword arguments with labels among them; None: without labels.
+def targets_within(model: nn.Module, call: Call, labels: Tensor) -> Tensor:
+    """The targets of the logits that a model makes of a call with class indices as labels among its arguments.
 
-    The model is asked by its own loss of one example, in eval mode. A model that returns none takes the labels as they
-    are: one for each row.
+    A model that returns no loss takes the labels as they are: one for each row. Of another the loss is asked once for
+    each kind of call, by a forward that leaves buffers and random generators as they were.
 
     Raises:
         ValueError: as :func:`alignment_of`, and :meth:`Alignment.targets`.
-        TypeError: the labels are no tensor, or the model returns no logits.
+        TypeError: the model returns no logits.
     """
-    labels = labels_in(inputs)
-    if labels is None or labels.is_floating_point():
+    kind = "labels", tuple(sorted(call.kwargs)), labels.dim()
+    known = known_of(model)
+    if labels.dim() < 2 or not bool((labels != IGNORED).any()):  # one for each example; or of nothing
         return labels
-    counting = (labels.reshape(len(labels), -1) != IGNORED).any(-1)
-    example = int(counting.float().argmax())
-    asked = map_inputs(dict(inputs), lambda x: x[example : example + 1] if x.dim() and len(x) == len(labels) else x)
-    with eval_mode(model), torch.enable_grad():
-        found: dict[str, Any] = {}
+    if kind not in known:
+        device = next(model.parameters()).device
+        there = map_inputs(call, lambda x: x.to(device))
+        logits, loss = _forward(model, there)
+        rows = class_last(logits.detach(), call.class_dim).shape[1:-1]
+        asked = isinstance(loss, Tensor) and loss.requires_grad
+        found = alignment_of(loss, logits, labels.to(device), call.class_dim) if asked else Alignment()
+        known[kind] = found, rows[-1] - labels.shape[-1] if rows else 0
+    alignment: Alignment
+    alignment, front = known[kind]
+    rows = torch.Size((*labels.shape[:-1], labels.shape[-1] + front))
+    return alignment.targets(labels, rows)
 
-        def note(module: nn.Module, args: Any, output: Any) -> None:
-            found["loss"] = getattr(output, "loss", None)
 
-        hook = model.register_forward_hook(note)
-        try:
-            logits = call_model(model, asked)
-        finally:
-            hook.remove()
-    loss = found["loss"]
-    own = labels_in(asked)
-    alignment = Alignment()
-    if isinstance(loss, Tensor) and loss.requires_grad and bool(counting.any()):
-        alignment = alignment_of(loss, logits, own)
-    return alignment.targets(labels, torch.Size((len(labels), *logits.shape[1:-1])))
+def _forward(model: nn.Module, call: Call) -> tuple[Tensor, Any]:
+    """The logits of a model as it returns them and its own loss, None where it has none."""
+    own: list[tuple[Tensor, Any]] = []
+
+    def see(output: Any, logits: Tensor) -> None:
+        own.append((logits_of(output, -1), getattr(output, "loss", None)))
+
+    random = RandomState.current(frozenset(p.device.index for p in model.parameters() if p.device.type == "cuda"))
+    try:
+        with torch.enable_grad():
+            call_copy(model, {}, dataclasses.replace(call, see=see))
+    except IndexError as error:
+        raise ValueError(f"labels: expected class indices, or -100 where a row does not count: {error}") from error
+    finally:
+        random.restore()
+    return own[0]
 
 
 def _gradient(loss: Tensor, logits: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastfisher.alignment import Alignment, Alignments, alignment_of, labels_in, targets_within
+from fastfisher.alignment import Alignment, Alignments, alignment_of, labels_in
+from fastfisher.batches import split
 
 BATCH, LENGTH, CLASSES = 3, 5, 7
 
@@ -157,9 +158,10 @@ def test_labels_within_a_batch(loss: Any, shift: int, front: int) -> None:
     y[0] = -100  # the first example says nothing
     batch = {"input_ids": y.clamp(min=0), "labels": y}
     expected = Alignment(shift).targets(y, torch.Size((BATCH, LENGTH + front)))
-    assert torch.equal(targets_within(model, batch), expected)
-    assert torch.equal(targets_within(model, UserDict(batch)), expected)
-    assert model.training and targets_within(model, {"input_ids": y.clamp(min=0)}) is None
+    for given in (batch, UserDict(batch)):
+        call, found = split(model, given)
+        assert torch.equal(found, expected) and call.kwargs["labels"] is y
+    assert split(model, {"input_ids": y.clamp(min=0)})[1] is None and split(model, [batch, y])[1] is y
 
 
 def test_where_labels_are() -> None:

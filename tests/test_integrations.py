@@ -419,7 +419,7 @@ def test_transformers_trains_as_by_hand(accumulate: int, every: int, smoothing: 
     inner = trainer.penalty.term
 
     def noting(forward: Any, targets: Tensor) -> Tensor:
-        order.append((forward.inputs["input_ids"], targets))
+        order.append((forward.inputs.kwargs["input_ids"], targets))
         return inner(forward, targets)
 
     trainer.penalty.term = noting
@@ -609,7 +609,10 @@ def test_adapters_and_subclasses_shift_as_their_loss_does(wrap: Any, front: int,
     from fastfisher.integrations.transformers import FisherPenaltyTrainer
 
     model, expected = wrap(model_of("gpt2")).train(), wrap(model_of("gpt2")).train()
-    trainer = fisher_trainer(model, data_of("gpt2"), tmp_path, noting(FisherPenaltyTrainer), remove_unused_columns=False, options={"difference": "central"})
+    trainer = fisher_trainer(
+        model, data_of("gpt2"), tmp_path, noting(FisherPenaltyTrainer), remove_unused_columns=False,
+        options={"difference": "central"},
+    )  # fmt: skip
     before = flat([p.detach().clone() for p in model.parameters()])
     trainer.train()
     double_backprop_of(trainer, expected, 1, lambda labels: following(F.pad(labels, (front, 0), value=-100)))
@@ -729,9 +732,12 @@ def test_some_parameters_frozen_and_some_penalised(tmp_path: Path) -> None:
     )
     order: list[Any] = []
     inner = trainer.penalty.term
-    trainer.penalty.term = lambda forward, targets: (order.append((forward.inputs, targets)), inner(forward, targets))[
-        1
-    ]
+
+    def noting_term(forward: Any, targets: Any) -> Tensor:
+        order.append((forward.inputs.kwargs, targets))
+        return inner(forward, targets)
+
+    trainer.penalty.term = noting_term
     trainer.train()
     ((inputs, targets),) = order
     loss = F.cross_entropy(expected(**inputs).logits, targets)

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 import fastfisher
 from fastfisher import FisherPenalty
-from fastfisher.alignment import Alignments, targets_within
+from fastfisher.alignment import Alignments
+from fastfisher.batches import split
 from fastfisher.labels import cross_entropy, label_loss, new_key
-from fastfisher.regularizer import as_inputs
 from tests.networks import flat, relative_error
 from tests.transformer_models import KINDS, batch_of, model_of, penalised, targets_of
 
@@ -242,27 +242,29 @@ def test_the_second_forward_is_called_as_the_first(kind: str, method: Any) -> No
 @pytest.mark.parametrize("kind", KINDS)
 def test_labels_inside_a_batch_leave_out_what_the_loss_leaves_out(kind: str) -> None:
     batch = batch_of(kind)
-    assert torch.equal(targets_within(model_of(kind), batch), targets_of(kind, batch["labels"]))
+    assert torch.equal(split(model_of(kind), batch)[1], targets_of(kind, batch["labels"]))
 
 
 def test_arguments_by_position_and_by_name() -> None:
-    class Any_(nn.Module):
+    class Parts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.head = nn.Linear(3, 4)
+            self.head = nn.Linear(3, 4).double()
 
         def forward(self, *parts: Tensor, scale: float = 1.0) -> Tensor:
-            return self.head(parts[0]) * scale
+            return self.head(parts[0] * parts[1]) * scale
 
-    class Named(Any_):
-        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-            return self.head(x) * scale
-
-    x = torch.ones(2, 3)
-    assert as_inputs(Named(), (x,), {"scale": 2.0}) == {"x": x, "scale": 2.0}
-    assert as_inputs(Named(), (), {"x": x}) == {"x": x} and as_inputs(Any_(), (x,), {}) == (x,)
-    with pytest.raises(ValueError, match=r"forward: expected Any_ .* 1 by position"):
-        as_inputs(Any_(), (x,), {"scale": 2.0})
+    torch.manual_seed(0)
+    model, x, y = Parts(), torch.randn(2, 3).double(), torch.tensor([0, 3])
+    penalty = FisherPenalty(model, 1.0, every=1, labels="true", difference="central")
+    with penalty.watching() as forward:
+        logits = model(x, x, scale=2.0)
+    (0 * logits.sum() + penalty.term(forward, y)).backward()
+    weight, bias = model.head.weight, model.head.bias
+    loss = F.cross_entropy(F.linear(x * x, weight, bias) * 2.0, y)
+    squared = sum(g.square().sum() for g in torch.autograd.grad(loss, [weight, bias], create_graph=True))
+    for found, exact in zip((weight.grad, bias.grad), torch.autograd.grad(squared, [weight, bias]), strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("every", [1, 2])

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from fastfisher.alignment import Alignments, labels_in
 from fastfisher.integrations.tracing import TraceAtSteps
-from fastfisher.model import Inputs, logits_of
-from fastfisher.regularizer import FisherPenalty, as_inputs
+from fastfisher.model import Call, logits_of
+from fastfisher.regularizer import FisherPenalty
 
 
 def _callback_class() -> Any:
@@ -60,8 +60,8 @@ def _called(name: str | None, calls: int) -> str:
 class _Targets:
     """The targets of the logits of a batch: what the user states, or those that the loss has."""
 
-    def __init__(self, stated: Callable[[Any], Tensor | None] | None) -> None:
-        self._stated, self._alignments = stated, Alignments()
+    def __init__(self, stated: Callable[[Any], Tensor | None] | None, class_dim: int | None) -> None:
+        self._stated, self._alignments = stated, Alignments(class_dim)
 
     def of(self, batch: Any, loss: Tensor, logits: Tensor) -> Tensor | None:
         if self._stated is not None:
@@ -125,7 +125,11 @@ class FisherPenaltyCallback(_Callback):  # type: ignore[misc]
         if self._state is not None:
             penalty.load_state_dict(self._state)
             self._state = None
-        self.penalty, targets, training_step = penalty, _Targets(self.targets), pl_module.training_step
+        self.penalty, targets, training_step = (
+            penalty,
+            _Targets(self.targets, penalty.class_dim),
+            pl_module.training_step,
+        )
 
         @functools.wraps(training_step)  # Lightning looks at the signature
         def penalised(batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -233,13 +237,14 @@ class FisherTraceMonitor(_Callback):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         self.data, self.network, self._trace = data, network, TraceAtSteps(every_n_steps, options)
-        self._targets, self._measured = _Targets(targets), 0
+        self._class_dim = options.get("class_dim")
+        self._targets, self._measured = _Targets(targets, self._class_dim), 0
         self._hook: Any = None
         self._begin(None)
 
     def _begin(self, batch: Any) -> None:
         self._batch, self._calls = batch, 0
-        self._inputs: Inputs | None = None
+        self._inputs: Call | None = None
         self._logits: Tensor | None = None
         self._labels: Tensor | None = None
 
@@ -260,7 +265,7 @@ class FisherTraceMonitor(_Callback):  # type: ignore[misc]
             if next(network.parameters(), None) is not own:  # a penalty's forward at other parameters
                 return
             self._calls += 1
-            self._inputs, self._logits = as_inputs(network, args, kwargs), logits_of(output)
+            self._inputs, self._logits = Call(args, kwargs, self._class_dim), logits_of(output, -1)
 
         self._hook = network.register_forward_hook(note, with_kwargs=True)
 

@@ -60,7 +60,7 @@ class FisherPenaltyMixin:
         own: Any = self
         _check_arguments(own)
         self._alpha, self._penalty_options = alpha, penalty_options or {}
-        self._alignments = Alignments()
+        self._alignments = Alignments(self._penalty_options.get("class_dim"))
         self._asked = self._asked_before = self._terms = self._reached = 0
         self.penalty = self._penalty_of(own.model)
         with self.penalty.watching():  # refuses an option now, not at the first step
