@@ -204,7 +204,8 @@ def _check_arguments(trainer: Any) -> None:
     if args.torch_compile:
         raise ValueError(
             "args.torch_compile: expected False, since compiled code hides the calls of the layers; pass "
-            "model=torch.compile(model), of which the steps that do not recompute the penalty run compiled"
+            "model=torch.compile(model) with remove_unused_columns=False: the steps that do not recompute the penalty "
+            "run compiled"
         )
 
 
