@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import fastfisher
 from fastfisher import SlowPathWarning, TraceEstimate, trace_hessian
 from fastfisher.hessian import logits_form
+from fastfisher.model import as_call
 from tests.networks import Hostile, Shared
 
 SIGNIFICANCE = 1e-4
@@ -157,7 +158,8 @@ def exact_fisher(model: nn.Module, data: Any, **options: Any) -> TraceEstimate:
         return torch.func.functional_call(model, state, (x[None],)).log_softmax(1)[0, y]
 
     total, samples = 0.0, 0
-    for inputs, _ in data:
+    for given, _ in data:
+        (inputs,) = as_call(model, given).args
         p = model(inputs).detach().softmax(1)
         for y in range(p.shape[1]):
             gradients = torch.func.vmap(torch.func.grad(log_p), (None, 0, None))(state, inputs, y)
