@@ -57,6 +57,15 @@ def as_call(model: nn.Module, inputs: Any, class_dim: int | None = None, name: s
     if isinstance(inputs, Call):
         return inputs
     if isinstance(inputs, Tensor):
+        known = known_of(model)
+        if "one argument" not in known:
+            signature = signature_of(model)
+            if signature is not None and not _binds(signature, inputs):
+                raise ValueError(
+                    f"{name}: expected the arguments of {type(model).__name__}.forward{signature}, got one tensor; the "
+                    "last of several tensors of a batch are its targets: of inputs alone make ((x, w), None)"
+                )
+            known["one argument"] = True
         return Call((inputs,), {}, class_dim)
     if isinstance(inputs, PackedSequence):
         raise TypeError(
@@ -119,7 +128,9 @@ def _by_position(model: nn.Module, inputs: tuple[Any, ...] | list[Any], class_di
     signature = signature_of(model)
     if signature is None or _binds(signature, *inputs):
         return Call(tuple(inputs), {}, class_dim)
-    if _binds(signature, inputs):
+    first = next(iter(signature.parameters.values()), None)
+    of_a_tensor = first is not None and first.annotation in (Tensor, "Tensor", "torch.Tensor")
+    if _binds(signature, inputs) and not of_a_tensor:
         return Call((inputs,), {}, class_dim)
     forward = f"{type(model).__name__}.forward{signature}"
     raise ValueError(f"{name}: expected the arguments of {forward}, got {len(inputs)} of them")
@@ -359,14 +370,13 @@ def heads_beside(model: nn.Module, output: Any, logits: Tensor) -> list[str]:
     return list(dict.fromkeys(names[i] for i in _reached(others, seen) if i in names))
 
 
-def check_heads(model: nn.Module, call: Call) -> Call:
+def check_heads(model: nn.Module, call: Call, trainable: int) -> Call:
     """The call, whose forward raises where the model returns a trainable head beside the logits: a loss of the logits
     alone would leave it untrained without a word.
 
-    Looked for once for each model and kind of call, in that forward itself: what a head depends on is read off its
-    graph.
+    Looked for once for each model, kind of call and number of ``trainable`` parameters, in that forward itself: what a
+    head depends on is read off its graph.
     """
-    trainable = sum(p.requires_grad for p in model.parameters())
     kind = "heads", len(call.args), tuple(sorted(call.kwargs)), model.training, trainable
     known = known_of(model)
     if kind in known:

@@ -794,6 +794,7 @@ def penalty(
         check_counted(targets[:1] if first_only else targets)
     if isinstance(labels, Tensor):
         labels = fit(logits, labels, class_dim=class_dim, name="labels", model=model)
+        check_counted(labels[:1] if first_only else labels, "labels")
     rows = logits[:1] if first_only else logits
     if first_only and targets is not None:
         targets = targets[:1]

@@ -376,10 +376,10 @@ class FisherPenalty:
             with failing_together(self.ranks):
                 if not (is_number(weight) and weight > 0):
                     raise ValueError(f"weight: expected a finite number > 0, got {weight!r}")
-                inputs, targets = self._batch(inputs, targets)
                 if self.ranks is not None and self.ranks.sharded:
                     reshard(self.model)  # a forward without a backward may have left gathered parameters in it
                 trainable = trainable_parameters(self.model)
+                inputs, targets = self._batch(inputs, targets, len(trainable))
                 due = self._due()
                 step = functools.partial(self._penalised if due else self._plain, scale=self._scale(weight))
                 if self._captured is None:
@@ -921,7 +921,7 @@ class FisherPenalty:
         if low is not None and self.settings.step == "auto":
             raise ValueError(f"step: expected a number with fully_shard in {low}, which the default does not know of")
 
-    def _batch(self, inputs: Inputs, targets: Any) -> tuple[Call, Any]:
+    def _batch(self, inputs: Inputs, targets: Any, trainable: int) -> tuple[Call, Any]:
         """The call of the model and the targets; the first forward of a kind looks for heads beside the logits."""
         call, targets = paired(self.model, inputs, targets, self.class_dim)
         check_examples(call)
@@ -929,7 +929,7 @@ class FisherPenalty:
             return call, targets
         if targets is None:
             raise ValueError("targets: expected those of the training loss, got None")
-        return check_heads(self.model, call), targets
+        return check_heads(self.model, call, trainable), targets
 
     def _fitting(self, logits: Tensor, targets: Any) -> tuple[Any, Tensor | None]:
         """The targets of the training loss, and those of the rows of logits, where there are any.
