@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.stateless import _reparametrize_module
 
 from fastfisher.arguments import check_model
 from fastfisher.placement import check_held
@@ -334,7 +335,18 @@ def call_copy(
 def call_with(model: nn.Module, state: dict[str, Tensor], inputs: Any) -> Tensor:
     """The logits of the model with other parameters and buffers, of which it moves those in ``state``."""
     call = as_call(model, inputs)
-    return _seen(call, torch.func.functional_call(model, state, call.args, call.kwargs))
+    return _seen(call, stateless(model, state, call.args, call.kwargs))
+
+
+def stateless(model: nn.Module, state: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the model returns with other parameters and buffers: ``torch.func.functional_call``, put back the right way.
+
+    A module that is registered under two names (the embedding of a prompt-tuned model) has its tensors taken out twice,
+    the second time those that were put in. PyTorch's function puts them back in the order in which they were taken, so
+    that the model keeps the other tensors; here the first one taken out is the last one put back.
+    """
+    with _reparametrize_module(model, state, tie_weights=True, stack_weights=True):
+        return model(*args, **kwargs)
 
 
 def _seen(call: Call, output: Any) -> Tensor:

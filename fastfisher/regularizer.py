@@ -31,6 +31,7 @@ from fastfisher.distributed import (
 from fastfisher.gates import Gates, fused_forward, record_gates
 from fastfisher.graphs import CapturedSteps, CudaCapture
 from fastfisher.labels import (
+    IGNORED,
     are_drawn,
     averaged_rows,
     check_certain,
@@ -135,7 +136,7 @@ class _Point:
 
 @dataclass
 class WatchedForward:
-    """A forward of the caller's that :meth:`FisherPenalty.watching` saw: what it was called with, and its logits."""
+    """A forward of the caller's that :meth:`FisherPenalty.watching` saw: its arguments, and its logits as they are."""
 
     inputs: Call | None = None
     logits: Tensor | None = None
@@ -445,12 +446,13 @@ class FisherPenalty:
 
         Raises:
             ValueError: an option of the penalty needs a forward of its own: ``mixed``, ``examples``, ``graphs``,
-                ``wrt="inputs"``, ``scaler``, several processes.
+                ``loss``, ``wrt="inputs"``, ``scaler``, several processes.
         """
         own = {
             "mixed": self.mixed,
             "examples": self.examples is not None and self.settings.reduction == "batch",
             "graphs": self._captured is not None,
+            "loss": self.loss is not None,
             'wrt="inputs"': self.settings.wrt == "inputs",
             "scaler": self.scaler is not None,
             "process_group": self.ranks is not None,
@@ -463,7 +465,7 @@ class FisherPenalty:
         def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             forward.calls += 1
             if forward.calls == 1:
-                forward.inputs = _as_call(args, kwargs, self.class_dim)
+                forward.inputs = Call(args, kwargs, self.class_dim)  # labels too: a decoder starts from them
                 if self._due():
                     own = self._in_full_precision()
                     forward.buffers = copy_buffers(model) if own else None
@@ -471,7 +473,7 @@ class FisherPenalty:
 
         def after(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             recording.close()
-            forward.logits = as_given(logits_of(output, self.class_dim), self.class_dim)
+            forward.logits = logits_of(output, -1)
 
         hooks = [
             self.model.register_forward_pre_hook(before, with_kwargs=True),
@@ -488,7 +490,8 @@ class FisherPenalty:
         """A term for the caller's loss: its value is 0, its gradient that of α·R. Counts as a step.
 
         The loss keeps its value, and whatever scales it (a gradient scaler, accumulation, an average over processes)
-        scales the penalty too. R's gradient is taken at once: the graph of the forward must still be there.
+        scales the penalty too. R's gradient is taken at once: the graph of the forward must still be there. Where no
+        row counts, R is of nothing, and the step has the gradient that was kept, if any.
 
         Args:
             forward: what :meth:`watching` saw.
@@ -499,7 +502,7 @@ class FisherPenalty:
         """
         if forward.calls != 1 or forward.logits is None or forward.inputs is None:
             raise ValueError(f"forward: expected one finished call of the model, saw {forward.calls}")
-        if self._due():
+        if self._due() and not _none_counts(targets):
             with undone_on_error(self.model, self.generator), self._undone_on_error():
                 self._reused = self._recomputed(forward, targets)
         self.logits = forward.logits.detach()
@@ -1012,10 +1015,9 @@ class FisherPenalty:
         return loss
 
 
-def _as_call(args: tuple[Any, ...], kwargs: dict[str, Any], class_dim: int | None) -> Call:
-    """How a module was called, without the labels that a model of Transformers takes for a loss of its own."""
-    kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "num_items_in_batch")}
-    return Call(args, kwargs, class_dim)
+def _none_counts(targets: Tensor | None) -> bool:
+    """Whether all targets are of rows that do not count: a micro-batch of prompts."""
+    return targets is not None and not targets.is_floating_point() and not bool((targets != IGNORED).any())
 
 
 def _laid_out(gradients: Gradients, trainable: dict[str, Tensor], sparse: set[int]) -> Gradients:
