@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -106,3 +107,21 @@ def _schemas(func: Callable[..., Any]) -> list[tuple[_Parameters, frozenset[str]
             (tuple(placed), frozenset(argument.name for argument in arguments if argument.kwarg_only), aliases)
         )
     return found
+
+
+_PLACES = ("torch.nn.functional", "torch.functional", "torch._tensor")
+_CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+
+
+@functools.cache
+def opened(func: Any) -> Callable[..., Any] | None:
+    """A function of torch written in Python without its own look for overrides, so that the calls inside it are seen.
+
+    None for everything else.
+    """
+    if not (isinstance(func, types.FunctionType) and func.__module__ in _PLACES):
+        return None
+    scope = {**func.__globals__, **{check: lambda *_: False for check in _CHECKS}}
+    copy = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy

@@ -21,6 +21,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fastfisher.calls import opened
+from fastfisher.checkpointing import keep_saved_tensors
+
 # ---- forwards --------------------------------------------------------------------------------------------------------
 
 
@@ -38,11 +41,13 @@ class twice_differentiable(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         formula = _FORMULAS.get(func)
         if formula is not None:
+            keep_saved_tensors()
             return formula(*args, **(kwargs or {}))
-        opened = _opened(func) if isinstance(func, _PYTHON) else None
-        if opened is not None:
+        within = _opened(func)
+        if within is not None:
             with self:
-                return opened(*args, **(kwargs or {}))
+                return within(*args, **(kwargs or {}))
+        keep_saved_tensors()
         return func(*args, **(kwargs or {}))
 
 
@@ -127,22 +132,13 @@ _FORMULAS: dict[Any, Callable[..., Tensor]] = {
     F.embedding_bag: embedding_bag,
 }
 _NAMES = frozenset(function.__name__ for function in _FORMULAS)
-_PYTHON = types.FunctionType
-_CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 
 
 @cache
-def _opened(func: types.FunctionType) -> Any:
-    """A Python function of torch that calls one of the above, without its own look for overrides: its calls are seen.
-
-    None for a function that calls none. (``multi_head_attention_forward`` is the one that there is.)
-    """
-    if not (func.__module__ or "").startswith("torch.nn.functional") or not _NAMES.intersection(func.__code__.co_names):
-        return None
-    scope = {**func.__globals__, **{check: lambda *_: False for check in _CHECKS}}
-    copy = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
-    copy.__kwdefaults__ = func.__kwdefaults__
-    return copy
+def _opened(func: Any) -> Any:
+    """A function of torch that calls one of the above, such that the call is seen; None for one that calls none."""
+    code = getattr(func, "__code__", None)
+    return opened(func) if code is not None and _NAMES.intersection(code.co_names) else None
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------

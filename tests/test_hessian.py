@@ -118,7 +118,7 @@ CURVED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "softmax": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Softmax(1)),
                 "softmax is not piecewise linear"),
     "unknown": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Mish()),
-                "torch.nn.functional.mish has no rule"),
+                "mish has no rule"),
 }  # fmt: skip
 
 
