@@ -26,14 +26,14 @@ from fastfisher.batches import Batches
 from fastfisher.distributed import Ranks, failing_together
 from fastfisher.estimate import TraceEstimate
 from fastfisher.gates import RandomState, record_gates
-from fastfisher.labels import cross_entropy
+from fastfisher.labels import count_targets, cross_entropy, fit
 from fastfisher.model import (
-    Inputs,
+    Call,
     call_copy,
     call_model,
     chosen_names,
     eval_mode,
-    map_inputs,
+    take_rows,
     trainable_parameters,
     uncompiled,
 )
@@ -76,6 +76,7 @@ def trace_hessian(
     params: Iterable[Tensor] | None = None,
     batch_size: int | None = None,
     mode: Literal["eval", "keep"] = "eval",
+    class_dim: int | None = None,
     process_group: ProcessGroup | None = None,
 ) -> TraceEstimate:
     """Tr(H) of L(θ) = mean over examples of −log softmax(model(x))[y], with its standard error.
@@ -87,8 +88,9 @@ def trace_hessian(
 
     Args:
         model: called as ``model(inputs)`` (a tuple's items by position, a dict's by name); gives logits (..., C).
-        data: inputs, where ``targets`` are given; else a pair (inputs, targets), a DataLoader, or any iterable of such
-            pairs. Targets are class indices (−100 is left out) or class probabilities.
+        data: inputs, where ``targets`` are given; else a batch (a pair (inputs, targets), a mapping with ``labels``), a
+            DataLoader, or any iterable of batches; see docs/data.md. Targets are class indices (−100 is left out) or
+            class probabilities.
         targets: the labels of ``data``.
         method: "fisher" computes Tr(F), which is Tr(H) where the network is piecewise linear in every single
             parameter; a warning says where that is not certain. "hutchinson" averages zᵀHz over probes, as the paper
@@ -113,6 +115,8 @@ def trace_hessian(
             An iterable's batches are taken as they come.
         mode: "eval" puts the model into eval mode while measuring (BatchNorm by its running statistics, no dropout);
             "keep" leaves every module in the mode it is in, and its buffers are put back.
+        class_dim: which dimension of the logits holds the classes; by default the last, but where logits have four
+            dimensions or more, or targets fit another one, it has to be said.
         process_group: the processes that each have a part of the data, as in :func:`fastfisher.trace_fisher`. The b-th
             batches of all meet the same probes, drawn with the key of rank 0, so that any number of processes gives
             the same value; 8 bytes for each probe go from each process to each.
@@ -138,7 +142,7 @@ def trace_hessian(
         stack.enter_context(failing_together(ranks))
         key, _ = draw_key(generator, torch.device("cpu"), 0, ranks)
         device = next(iter(trainable_parameters(model).values())).device
-        batches = labelled(data, targets, batch_size, device)
+        batches = labelled(model, data, targets, batch_size, device, class_dim)
         parameters = stack.enter_context(measuring(model, params, mode))
         product: str = "reduced" if method == "reduced" else hvp
         fisher = None
@@ -179,7 +183,7 @@ class LogitsForm:
     unknown: bool
 
 
-def logits_form(model: nn.Module, parameters: dict[str, Tensor], inputs: Inputs) -> LogitsForm:
+def logits_form(model: nn.Module, parameters: dict[str, Tensor], inputs: Call) -> LogitsForm:
     """Looks at the operations that a forward really runs; see :meth:`fastfisher.taylor.Tape.why_not_multilinear`."""
     tape, unknown = Tape(parameters), False
     try:
@@ -214,6 +218,7 @@ def _fisher(
         Pairs(batches.batches, counted=True),
         labels=labels,
         draws=draws,
+        class_dim=batches.batches.class_dim,
         tolerance=tolerance,
         generator=generator,
         process_group=None if ranks is None else ranks.group,
@@ -242,7 +247,7 @@ def _hutchinson(
     while True:
         sums, rows, samples = [0.0] * probes, 0, 0
         for inputs, targets in batches:
-            count = len(targets) if targets.is_floating_point() else int((targets != -100).sum())
+            count = count_targets(targets, inputs.class_dim)
             if count == 0:
                 continue
             quadratic_form = None
@@ -294,7 +299,7 @@ QuadraticForm = Callable[[Tensor], Tensor]
 def _by_taylor(
     model: nn.Module,
     parameters: dict[str, Tensor],
-    inputs: Inputs,
+    inputs: Call,
     targets: Tensor,
     distribution: str,
     terms: str = "taylor",
@@ -304,7 +309,7 @@ def _by_taylor(
     with torch.enable_grad():
         with tape:
             logits = call_model(model, inputs)
-            loss = cross_entropy(logits, targets)
+            loss = cross_entropy(logits, _fit(model, logits, inputs, targets))
         tape.finish(loss, reduced=terms != "taylor", until=logits if terms == "split" else None)
     z = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters.values()]
 
@@ -316,7 +321,7 @@ def _by_taylor(
 
 
 def _by_autograd(
-    model: nn.Module, parameters: dict[str, Tensor], inputs: Inputs, targets: Tensor, distribution: str
+    model: nn.Module, parameters: dict[str, Tensor], inputs: Call, targets: Tensor, distribution: str
 ) -> QuadraticForm:
     product = hessian_product(model, parameters, inputs, targets)
     z = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters.values()]
@@ -330,14 +335,15 @@ def _by_autograd(
 
 
 def hessian_product(
-    model: nn.Module, parameters: dict[str, Tensor], inputs: Inputs, targets: Tensor
+    model: nn.Module, parameters: dict[str, Tensor], inputs: Call, targets: Tensor
 ) -> Callable[[Sequence[Tensor]], Sequence[Tensor | None]]:
     """The function z ↦ Hz of one batch's mean loss, both by parameter, None where it is 0 whatever z is.
 
     The graph of the gradient is made once and kept for all z.
     """
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-        loss = cross_entropy(call_model(model, inputs), targets)
+        logits = call_model(model, inputs)
+        loss = cross_entropy(logits, _fit(model, logits, inputs, targets))
         found = torch.autograd.grad(loss, list(parameters.values()), create_graph=True, allow_unused=True)
     curved = [(g, i) for i, g in enumerate(found) if g is not None and g.requires_grad]
 
@@ -351,10 +357,10 @@ def hessian_product(
 
 
 def _by_difference(
-    model: nn.Module, parameters: dict[str, Tensor], inputs: Inputs, targets: Tensor, distribution: str
+    model: nn.Module, parameters: dict[str, Tensor], inputs: Call, targets: Tensor, distribution: str
 ) -> QuadraticForm:
     with torch.enable_grad(), record_gates(model) as gates:  # as in the replays: without, some modules take other paths
-        call_model(model, inputs)
+        targets = _fit(model, call_model(model, inputs), inputs, targets)
     shifted = {name: torch.empty_like(p, memory_format=torch.contiguous_format) for name, p in parameters.items()}
     coarsest = max((p.dtype for p in parameters.values()), key=lambda dtype: torch.finfo(dtype).eps)
     step = DIFFERENCE_STEP[coarsest]
@@ -381,7 +387,7 @@ class Pairs:
     def __init__(self, batches: Batches, *, counted: bool = False) -> None:
         self.batches, self.counted = batches, counted
 
-    def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Call, Tensor]]:
         for inputs, targets in self.batches:
             if targets is None:
                 raise ValueError("targets: expected labels beside the inputs, got None")
@@ -389,9 +395,9 @@ class Pairs:
             if kept is None or kept.all():
                 yield inputs, targets
             elif kept.any():
-                yield map_inputs(inputs, lambda x, kept=kept: x[kept] if x.dim() else x), targets[kept]  # type: ignore[misc]
+                yield take_rows(inputs, kept), targets[kept]
 
-    def first(self) -> tuple[Inputs, Tensor]:
+    def first(self) -> tuple[Call, Tensor]:
         """The first batch.
 
         Raises:
@@ -403,17 +409,25 @@ class Pairs:
         raise ValueError("data: expected at least one example, got none")
 
 
-def labelled(data: Any, targets: Tensor | None, batch_size: int | None, device: torch.device) -> Pairs:
+def _fit(model: nn.Module, logits: Tensor, inputs: Call, targets: Tensor) -> Tensor:
+    """The targets as a cross-entropy with the logits takes them."""
+    return fit(logits, targets, class_dim=inputs.class_dim, model=model)
+
+
+def labelled(
+    model: nn.Module,
+    data: Any,
+    targets: Tensor | None,
+    batch_size: int | None,
+    device: torch.device,
+    class_dim: int | None,
+) -> Pairs:
     """``data`` with its targets, which may come beside it, as often as they are iterated."""
     if targets is not None:
         if not isinstance(targets, Tensor):
             raise ValueError(f"targets: expected a tensor or None, got {type(targets).__name__}")
         data = (data, targets)
-    elif isinstance(data, list) and len(data) == 2 and isinstance(data[1], Tensor):
-        data = tuple(data)
-    elif isinstance(data, Iterator):  # it can be read only once
-        data = list(data)
-    return Pairs(Batches(data, device, batch_size=batch_size))
+    return Pairs(Batches(model, data, device, class_dim=class_dim, batch_size=batch_size, keep=True))
 
 
 @contextmanager

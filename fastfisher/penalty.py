@@ -28,17 +28,31 @@ from torch import Tensor, nn
 
 from fastfisher import ops
 from fastfisher.arguments import is_number
+from fastfisher.batches import paired
 from fastfisher.gates import Gates, fused_forward, record_gates
-from fastfisher.labels import are_drawn, check_labels, check_targets, cross_entropy, label_loss, new_key
+from fastfisher.labels import (
+    Signs,
+    are_drawn,
+    check_counted,
+    check_labels,
+    check_targets,
+    cross_entropy,
+    fit,
+    label_loss,
+    new_key,
+)
 from fastfisher.model import (
     Inputs,
     call_copy,
+    check_class_dim,
+    check_examples,
     chosen_names,
-    count_examples,
+    class_last,
     couples_examples,
     input_tensors,
     map_inputs,
     requiring_grad,
+    take_rows,
     trainable_parameters,
     uncompiled,
 )
@@ -214,7 +228,7 @@ class FiniteDifference:
     first_only: bool
     settings: Settings
     gates: Gates
-    labels: Tensor
+    labels: Tensor | Signs
     gradient: dict[str, Tensor]
     direction: dict[str, Tensor]
     factor: float
@@ -301,7 +315,7 @@ class FiniteDifference:
         """What the direction is multiplied by to have length ρ."""
         return torch.where(self.norm > 0, rho / self.norm, 0.0)
 
-    def shifted_inputs(self, length: Tensor) -> Inputs:
+    def shifted_inputs(self, length: Tensor) -> Any:
         """The inputs of the shifted forward."""
         if self.settings.wrt == "parameters":
             return self.inputs
@@ -492,6 +506,7 @@ def penalty(
     difference: Difference = "forward",
     generator: torch.Generator | None = None,
     params: Iterable[Tensor] | None = None,
+    class_dim: int | None = None,
 ) -> Tensor:
     """The gradient-norm penalty R as a scalar that backpropagates into the model's parameters.
 
@@ -509,9 +524,10 @@ def penalty(
         model: any module from ``inputs`` to logits (..., C), or to an object with ``.logits``. Its parameters and
             buffers are not touched: running statistics of BatchNorm do not move, whichever forward this function runs
             itself.
-        inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments), batch first.
-        targets: class indices, or class probabilities, where ``labels="true"``. Positions with the index −100 (padding)
-            have no part in R, whichever the labels.
+        inputs: a tensor, a tuple or list (positional arguments) or a mapping (keyword arguments), batch first; see
+            docs/data.md.
+        targets: class indices, or class probabilities, where ``labels="true"``; by default the ``labels`` in a mapping
+            of inputs. Positions with the index −100 (padding) have no part in R, whichever the labels.
         labels: whose gradient is penalised: ŷ drawn from the model, the targets, uniform labels, or a given tensor of
             labels. Labels are held fixed when R is differentiated, as in the paper. "rademacher" is not the paper's:
             the gradient of 2⟨√p, ε⟩ with random signs ε in place of a drawn label, whose penalty has the same
@@ -531,6 +547,8 @@ def penalty(
         difference: "forward", or "central" (one more forward and backward, an error of ρ² instead of ρ).
         generator: where the labels are drawn; torch's default generator otherwise.
         params: the parameters whose gradient's norm is penalised; all trainable ones otherwise.
+        class_dim: which dimension of the logits holds the classes; by default the last, but where logits have four
+            dimensions or more, or targets fit another one, it has to be said.
 
     Returns:
         R, a scalar. Differentiable once ("finite_difference") or as often as the model is ("double_backprop").
@@ -540,10 +558,12 @@ def penalty(
         TypeError: the model, the inputs or the data are of a type that cannot be one.
     """
     settings = Settings(labels, method, gates, wrt, reduction, step, difference)
-    check_targets(labels, targets)
+    check_class_dim(class_dim)
     trainable = trainable_parameters(model)
     chosen = chosen_names(trainable, params)
-    count_examples(inputs)
+    inputs, targets = paired(model, inputs, targets, class_dim)
+    check_targets(labels, targets)
+    check_examples(inputs)
     if logits is not None and not (isinstance(logits, Tensor) and logits.dim() > 0):
         raise ValueError("logits: expected those of a forward, (..., C)")
     finite = method == "finite_difference"
@@ -560,17 +580,25 @@ def penalty(
     if recorded is not None and logits is None:
         raise ValueError("logits: expected the logits of the forward in which gates= was recorded, got None")
     shared = logits is not None
+    if logits is not None:
+        logits = class_last(logits, class_dim)
 
     first_only = reduction == "first"
     if first_only and not shared and not couples_examples(model):
-        inputs = map_inputs(inputs, lambda x: x[:1])
-        targets = targets[:1] if targets is not None else None
+        inputs = take_rows(inputs, slice(1))
+        targets = targets[:1] if isinstance(targets, Tensor) else targets
+        labels = labels[:1] if isinstance(labels, Tensor) else labels
     if logits is None:
         if wrt == "inputs":
             inputs = requiring_grad(inputs)
         plain = nullcontext() if finite else uncompiled(model, 'method="double_backprop"')
         with plain, record_gates(model, frozen=settings.frozen and finite) as recorded, torch.enable_grad():
             logits = call_copy(model, trainable, inputs)
+    if targets is not None:
+        targets = fit(logits, targets, class_dim=class_dim, model=model)
+        check_counted(targets[:1] if first_only else targets)
+    if isinstance(labels, Tensor):
+        labels = fit(logits, labels, class_dim=class_dim, name="labels", model=model)
     rows = logits[:1] if first_only else logits
     if first_only and targets is not None:
         targets = targets[:1]

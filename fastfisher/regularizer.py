@@ -15,22 +15,41 @@ from torch import Tensor, nn
 
 from fastfisher import ops
 from fastfisher.arguments import check_flags, check_generator, is_count, is_number
+from fastfisher.batches import paired
 from fastfisher.convolution import saving_memory
 from fastfisher.distributed import TIMEOUT, Share, bare, failing_together, precision_below, ranks_of, reshard
 from fastfisher.gates import Gates, fused_forward, record_gates
 from fastfisher.graphs import CapturedSteps, CudaCapture
-from fastfisher.labels import are_drawn, averaged_rows, check_targets, counted_rows, cross_entropy, label_loss, new_key
+from fastfisher.labels import (
+    are_drawn,
+    averaged_rows,
+    check_certain,
+    check_classes,
+    check_counted,
+    check_targets,
+    counted_rows,
+    cross_entropy,
+    fit,
+    label_loss,
+    new_key,
+)
 from fastfisher.model import (
+    Call,
     Inputs,
+    as_given,
     call_copy,
     call_model,
+    check_class_dim,
+    check_examples,
+    check_heads,
     chosen_names,
+    class_last,
     count_examples,
     couples_examples,
     input_tensors,
     logits_of,
-    map_inputs,
     requiring_grad,
+    take_rows,
     trainable_parameters,
     uncompiled,
 )
@@ -137,8 +156,10 @@ class FisherPenalty:
             and ``.grad`` is left scaled, as ``scaler.scale(loss).backward()`` leaves it. Unscale, clip, step and update
             are the caller's as ever. A penalty that overflowed is not kept: ``value`` and what is reused stay as they
             were, and the step does not count, so that the next one takes the penalty again.
-        loss: the training loss as a callable of (logits, targets); mean cross-entropy otherwise. R is always taken of
-            the cross-entropy at ``labels``.
+        loss: the training loss as a callable of (logits, targets), both as they are; mean cross-entropy otherwise. R is
+            always taken of the cross-entropy at ``labels``.
+        class_dim: which dimension of the logits holds the classes; by default the last, but where logits have four
+            dimensions or more, or targets fit another one, it has to be said.
         generator: where the key of the drawn labels comes from, at the first penalty; torch's default generator
             otherwise. Each further penalty advances the key, on the device.
         scope: where several processes share a batch, which gradient is penalised: "global", that of the batch of all
@@ -188,6 +209,7 @@ class FisherPenalty:
         params: Iterable[Tensor] | None = None,
         graphs: bool = False,
         scaler: torch.amp.GradScaler | None = None,
+        class_dim: int | None = None,
         scope: Literal["global", "local"] = "global",
         process_group: ProcessGroup | None = None,
         timeout: float = TIMEOUT,
@@ -200,6 +222,7 @@ class FisherPenalty:
             raise ValueError(f"start: expected an integer >= 0, got {start!r}")
         check_generator(generator)
         check_flags(mixed=mixed, graphs=graphs)
+        check_class_dim(class_dim)
         if not (loss is None or callable(loss)):
             raise ValueError(f"loss: expected a function or None, got {type(loss).__name__}")
         if examples is not None and not is_count(examples):
@@ -245,7 +268,7 @@ class FisherPenalty:
         self._differentiate: Differentiate = autograd_gradients if self.ranks is None else self.ranks.differentiate
         self.model, self.alpha, self.every, self.start = model, float(alpha), every, start
         self.mixed, self.examples, self.generator = mixed, 1 if reduction == "first" else examples, generator
-        self.loss, self.scaler = loss, scaler
+        self.loss, self.scaler, self.class_dim = loss, scaler, class_dim
         self._few = self.examples
         if self._shared is not None and examples is not None:
             if examples < self._shared.size:
@@ -285,7 +308,7 @@ class FisherPenalty:
         )
         return self.value * self._rows if sampled and self.value is not None and self._rows is not None else None
 
-    def backward(self, inputs: Inputs, targets: Tensor, *, weight: float = 1.0) -> Tensor:
+    def backward(self, inputs: Inputs, targets: Any = None, *, weight: float = 1.0) -> Tensor:
         """One forward and the gradients: adds weight·∇(loss + α·R) to ``.grad``, as ``Tensor.backward`` would.
 
         If anything raises on the way, Ctrl-C and a lack of memory included, the step has not been: ``.grad``, the
@@ -293,8 +316,11 @@ class FisherPenalty:
         be the new one already.)
 
         Args:
-            inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments), batch first.
-            targets: as the training loss takes them; class indices or probabilities for cross-entropy.
+            inputs: a tensor, a tuple or list (positional arguments) or a mapping (keyword arguments), batch first; see
+                docs/data.md.
+            targets: as the training loss takes them; class indices or probabilities for cross-entropy. By default the
+                ``labels`` in a mapping of inputs. Where ``loss`` is given they may be anything, but for
+                ``labels="true"``; class indices of −100 for each row of logits are left out of R all the same.
             weight: what the gradient is multiplied by: 1/k for each of k micro-batches that accumulate in ``.grad``.
                 Each counts as a step, and R is that of a micro-batch of B/k examples: k times Tr(F)/B in expectation.
 
@@ -303,16 +329,16 @@ class FisherPenalty:
 
         Raises:
             ValueError: ``weight`` is not positive and finite, or not the same in each process (scope "global"), there
-                are no inputs, the targets do not fit, the loss is no scalar, or a row of logits has no softmax to draw
-                a label from.
-            TypeError: the inputs are no tensor, tuple or dict.
+                are no inputs, the targets do not fit, the loss is no scalar, a row of logits has no softmax to draw a
+                label from, or without ``loss`` the model returns another head, which would not be trained.
+            TypeError: the inputs are of a type that cannot be any.
             RankFailure: another process raised.
         """
         with undone_on_error(self.model, self.generator), self._undone_on_error():
             with failing_together(self.ranks):
                 if not (is_number(weight) and weight > 0):
                     raise ValueError(f"weight: expected a finite number > 0, got {weight!r}")
-                count_examples(inputs)
+                inputs, targets = self._batch(inputs, targets)
                 if self.ranks is not None and self.ranks.sharded:
                     reshard(self.model)  # a forward without a backward may have left gathered parameters in it
                 trainable = trainable_parameters(self.model)
@@ -332,7 +358,7 @@ class FisherPenalty:
                     torch._foreach_add_(list(found.values()), [outcome.total[name] for name in found])
         for name in outcome.total.keys() - found:
             trainable[name].grad = outcome.total[name]
-        self.logits = outcome.logits
+        self.logits = as_given(outcome.logits, self.class_dim)
         if due and self.scaler is not None and not outcome.finite:  # the scaler waits for the device in any case
             return outcome.loss
         if due:
@@ -426,6 +452,9 @@ class FisherPenalty:
         """∇R from a forward whose graph is kept; notes R."""
         trainable = trainable_parameters(self.model)
         first_only = self.settings.reduction == "first"
+        logits = class_last(logits, self.class_dim)
+        if targets is not None:
+            targets = fit(logits, targets, class_dim=self.class_dim, model=self.model)
         rows = logits[:1] if first_only else logits
         true = targets[:1] if first_only and targets is not None else targets
         check_targets(self.settings.labels, true)
@@ -536,6 +565,7 @@ class FisherPenalty:
                 logits = call_model(self.model, inputs)
             if fused is not None and not fused.met_large:
                 self._all_small.add(shapes)
+            targets, _ = self._fitting(logits, targets)
             loss = self._training_loss(logits, targets)
         weighted = loss * scale
         if self._shared is not None:
@@ -554,8 +584,9 @@ class FisherPenalty:
         with torch.enable_grad():
             logits, part, part_inputs, first_only, gates = self._forwards(inputs, trainable)
             detached = logits.detach()
+            targets, rows_targets = self._fitting(logits, targets)
             loss = self._training_loss(logits, targets)
-            true = targets[: len(part)] if isinstance(targets, Tensor) else None
+            true = None if rows_targets is None else rows_targets[: len(part)]
             check_targets(self.settings.labels, true)
             key, share = self._next_key(part.device), None
             if self._shared is not None:
@@ -571,7 +602,7 @@ class FisherPenalty:
             if share is not None:
                 alpha *= share.fraction
             elif part is not logits:
-                alpha *= rows / counted_rows(logits, targets)
+                alpha *= rows / counted_rows(logits, rows_targets)
         factor = float(examples) if self.settings.wrt == "inputs" else 1.0
         chosen = chosen_names(trainable, self.params)
         reused: Gradients | None = None
@@ -665,10 +696,7 @@ class FisherPenalty:
             with self._record_gates() as gates:
                 logits = call_model(self.model, inputs)
             return logits, logits, inputs, False, gates
-        few, rest = (
-            map_inputs(inputs, lambda x, part=part: x[part] if x.dim() else x)  # type: ignore[misc]
-            for part in (slice(None, self._few), slice(self._few, None))
-        )
+        few, rest = (take_rows(inputs, part) for part in (slice(None, self._few), slice(self._few, None)))
         if not couples_examples(self.model):
             with self._record_gates() as gates:
                 part = call_model(self.model, few)
@@ -778,10 +806,37 @@ class FisherPenalty:
         if low is not None and self.settings.step == "auto":
             raise ValueError(f"step: expected a number with fully_shard in {low}, which the default does not know of")
 
+    def _batch(self, inputs: Inputs, targets: Any) -> tuple[Call, Any]:
+        """The call of the model and the targets; the first forward of a kind looks for heads beside the logits."""
+        call, targets = paired(self.model, inputs, targets, self.class_dim)
+        check_examples(call)
+        if self.loss is not None:
+            return call, targets
+        if targets is None:
+            raise ValueError("targets: expected those of the training loss, got None")
+        return check_heads(self.model, call), targets
+
+    def _fitting(self, logits: Tensor, targets: Any) -> tuple[Any, Tensor | None]:
+        """The targets of the training loss, and those of the rows of logits, where there are any.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        if self.loss is None or self.settings.labels == "true":
+            check_targets("true", targets)
+            rows = fit(logits, targets, class_dim=self.class_dim, model=self.model, in_range=self.loss is not None)
+            if self._shared is None:
+                check_counted(rows)
+            return (rows if self.loss is None else targets), rows
+        check_classes(logits)
+        check_certain(logits, targets, self.class_dim)
+        by_row = isinstance(targets, Tensor) and targets.shape == logits.shape[:-1]
+        return targets, targets if by_row else None
+
     def _training_loss(self, logits: Tensor, targets: Any) -> Tensor:
         if self.loss is None:
             return cross_entropy(logits, targets)
-        loss = self.loss(logits, targets)
+        loss = self.loss(as_given(logits, self.class_dim), targets)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ValueError("loss: expected a scalar tensor that depends on the logits")
         return loss

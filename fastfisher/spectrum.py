@@ -6,6 +6,7 @@ the rows of A, centred, K = AᵀA/n has the non-zero eigenvalues of AAᵀ/n, whi
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -20,9 +21,9 @@ from fastfisher.arguments import is_count, is_number
 from fastfisher.batches import Batches, Pair
 from fastfisher.gates import RandomState
 from fastfisher.hessian import Pairs, hessian_product, labelled, measuring
-from fastfisher.labels import new_key, sample_cross_entropy
+from fastfisher.labels import count_targets, fit, label_loss, new_key
 from fastfisher.layers import chunks, computing
-from fastfisher.model import Inputs, call_model, count_examples, eval_mode, trainable_parameters
+from fastfisher.model import Call, call_model, count_examples, eval_mode, trainable_parameters
 from fastfisher.rollback import undoing
 from fastfisher.traces import Side, one_backward, parameter_names
 
@@ -71,6 +72,7 @@ def top_eigenvalues(
     params: Iterable[Tensor] | None = None,
     batch_size: int | None = None,
     mode: Literal["eval", "keep"] = "eval",
+    class_dim: int | None = None,
 ) -> TopEigenvalues:
     """The k largest (algebraic) eigenvalues of the Hessian of L(θ) = mean over examples of −log softmax(model(x))[y].
 
@@ -86,7 +88,7 @@ def top_eigenvalues(
         >>> float(fastfisher.top_eigenvalues(model, x, y)) < 2 / learning_rate  # else gradient descent is unstable
 
     Args:
-        model, data, targets, params, mode: as in :func:`fastfisher.trace_hessian`. All batches are kept.
+        model, data, targets, params, mode, class_dim: as in :func:`fastfisher.trace_hessian`. All batches are kept.
         k: how many eigenvalues.
         tolerance: go on until the error bound of each value is at most this fraction of it, or rounding.
         max_iterations: at most so many products with H; a warning says where they did not suffice.
@@ -111,7 +113,7 @@ def top_eigenvalues(
         raise ValueError(f'mode: expected "eval" or "keep", got {mode!r}')
     key = new_key(generator, torch.device("cpu"))
     device = next(iter(trainable_parameters(model).values())).device
-    batches = labelled(data, targets, batch_size, device)
+    batches = labelled(model, data, targets, batch_size, device, class_dim)
     with measuring(model, params, mode) as parameters:
         hessian = _Hessian(model, parameters, batches)
         values, bounds, converged, iterations = _lanczos(hessian, key, k, tolerance, max_iterations)
@@ -128,10 +130,10 @@ class _Hessian:
 
     def __init__(self, model: nn.Module, parameters: dict[str, Tensor], batches: Pairs) -> None:
         self.model, self.parameters = model, parameters
-        self.batches: list[tuple[int, Inputs, Tensor]] = []
+        self.batches: list[tuple[int, Call, Tensor]] = []
         self.samples = 0
         for inputs, targets in batches:
-            count = len(targets) if targets.is_floating_point() else int((targets != -100).sum())
+            count = count_targets(targets, inputs.class_dim)
             if count:
                 self.batches.append((count, inputs, targets))
                 self.samples += len(targets)
@@ -279,6 +281,7 @@ def gradient_covariance(
     samples: int | None = None,
     params: Iterable[Tensor] | None = None,
     generator: torch.Generator | None = None,
+    class_dim: int | None = None,
 ) -> GradientCovariance:
     """The covariance K of the gradients of single examples, or of mini-batches; eval mode meanwhile.
 
@@ -294,15 +297,16 @@ def gradient_covariance(
 
     Args:
         model: any module from inputs to logits (N, …, C).
-        data: a pair (inputs, targets), or an iterable of pairs, such as a DataLoader; its batches are kept. Targets are
-            class indices (an example with −100 has gradient 0) or class probabilities. Inputs alone where labels are
-            sampled.
+        data: a batch or an iterable of batches, as in :func:`fastfisher.trace_fisher`; its batches are kept. Targets
+            are class indices (an example with −100 has gradient 0) or class probabilities. Inputs alone where labels
+            are sampled.
         batch_size: None or 1 for the gradients of single examples; B for those of the mean loss of B examples, which
             are the batches of an iterable. What is left at the end and too few is left out.
         labels: "true" takes the targets; "sampled" draws ŷ ~ p(y|x), once for each example.
         samples: at most so many examples: a random choice of a pair's, the first of an iterable's.
         params: the parameters whose gradient is meant; all trainable ones otherwise.
         generator: where examples and labels are drawn; torch's default generator otherwise.
+        class_dim: as in :func:`fastfisher.trace_fisher`.
 
     Returns:
         Trace and eigenvalues; NaN where a gradient is not finite.
@@ -318,8 +322,10 @@ def gradient_covariance(
     names = parameter_names(model, params)
     together = batch_size if batch_size is not None and batch_size != 1 else None
     source = Batches(
+        model,
         data,
         next(model.parameters()).device,
+        class_dim=class_dim,
         samples=samples,
         batch_size=EXAMPLES_AT_ONCE if together is None else together,
         generator=generator,
@@ -354,7 +360,14 @@ def _labels(model: nn.Module, pair: Pair, labels: str, generator: torch.Generato
     inputs, targets = pair
     if labels == "sampled":
         with torch.no_grad():
-            targets = sample_cross_entropy(call_model(model, inputs), generator=generator)[1]
+            logits = call_model(model, inputs)
+            if targets is not None:  # those of -100 are left out
+                targets = fit(logits, targets, class_dim=inputs.class_dim, model=model)
+            drawn = label_loss(logits, labels, targets, new_key(generator, logits.device))[1]
+        assert isinstance(drawn, Tensor)
+        if inputs.class_dim is None:  # it was certain for these logits; the shape of drawn labels says nothing
+            inputs = dataclasses.replace(inputs, class_dim=-1)
+        targets = drawn
     elif targets is None:
         raise ValueError('data: expected targets beside the inputs with labels="true", got none')
     return inputs, targets
