@@ -180,7 +180,9 @@ CASES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "dropout": lambda h, w: seeded(lambda: F.dropout(h, 0.4)),
     "dropout2d": lambda h, w: seeded(lambda: F.dropout2d(h, 0.4)),
     "dropout off": lambda h, w: F.dropout(h, 0.4, training=False),
+    "straight through": lambda h, w: h * (h + (torch.round(4 * h) - h).detach()) * torch.sign(h) * (8 * h).floor(),
     # smooth
+    "glu": lambda h, w: F.glu(h, 1),
     "tanh": lambda h, w: h.tanh(),
     "sigmoid": lambda h, w: torch.sigmoid(h),
     "logsigmoid": lambda h, w: F.logsigmoid(h),

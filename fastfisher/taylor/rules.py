@@ -456,6 +456,18 @@ def _dropout(tape: Tape, func: Any, input: Tensor, p: float = 0.5, training: boo
     return out
 
 
+@rule_for("round floor ceil trunc sign")
+def _flat(tape: Tape, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return _outplace(func)(x.detach(), *args, **kwargs)  # type: ignore[no-any-return]
+
+
+@rule_for("glu")
+def _glu(tape: Tape, func: Any, input: Tensor, dim: int = -1) -> Tensor:
+    with tape:
+        a, b = input.chunk(2, dim)
+        return a * b.sigmoid()
+
+
 # ---- smooth functions of each element ------------------------------------------------------------------------------
 
 
