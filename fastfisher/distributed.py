@@ -309,7 +309,16 @@ class ShardedDifference(FiniteDifference):
     def _size(self, whole: bool) -> Tensor:
         return self.norm if whole else self._norm(self.gradient)
 
-    def _accumulate(self, out: Gradients, rho: Tensor, scale: Tensor) -> Tensor:
+    def add_to(self, out: Gradients, weight: float | Tensor) -> Tensor:
+        """See :meth:`FiniteDifference.add_to`; the step is as long in all processes, whatever one of them meets."""
+        rho = self.rho()
+        scale = weight * self.coefficient(rho)
+        squared = self._add(out, rho, scale)
+        if self.settings.difference == "central":
+            self._add(out, -rho, -scale)
+        return torch.where(self.norm > 0, squared.sqrt() / self.size, torch.nan)
+
+    def _add(self, out: Gradients, rho: Tensor, scale: Tensor) -> Tensor:
         found = self._gradient_there(rho)
         mine, there, here = ([_local(named[name]) for name in self.gradient] for named in (out, found, self.gradient))
         assert self.total is not None
@@ -334,9 +343,12 @@ class ShardedDifference(FiniteDifference):
         """Within, the parameters are at θ + ρd; they and the buffers are as before afterwards."""
         shifts = self.direction if self.settings.wrt == "parameters" else {}
         shards = {name: _local(self.parameters[name]) for name in shifts}
-        before = [(x, x.clone()) for x in (*shards.values(), *self.model.buffers())]
+        buffers = dict(self.model.named_buffers())
+        before = [(x, x.clone()) for x in (*shards.values(), *buffers.values())]
         try:
             with torch.no_grad():
+                for name, buffer in self.gates.buffers.items():  # as the forward at θ found them
+                    buffers[name].copy_(buffer)
                 for name, shard in shards.items():
                     shard.addcmul_(_local(shifts[name]), length.to(shard.dtype))
             yield

@@ -261,11 +261,11 @@ def _first_that_is_none(probabilities: Tensor) -> int | None:
 
 def _to_be_looked_at(targets: Tensor, logits: torch.Size, model: nn.Module | None) -> bool:
     """Whether the values of such targets were not looked at yet, or looking costs nothing."""
-    return model is None or targets.device.type == "cpu" or _kind(targets, logits) not in known_of(model)
+    return model is None or not looking_waits(targets) or _kind(targets, logits) not in known_of(model)
 
 
 def _looked_at(targets: Tensor, logits: torch.Size, model: nn.Module | None) -> None:
-    if model is not None and targets.device.type != "cpu":
+    if model is not None and looking_waits(targets):
         known_of(model)[_kind(targets, logits)] = True
 
 
@@ -281,12 +281,12 @@ def ignored(logits: Tensor, targets: Any) -> Tensor | None:
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.shape != logits.shape[:-1]:
         return None
     found = targets == IGNORED
-    return found if _some(found) else None
+    return found if looking_waits(found) or bool(found.any()) else None
 
 
-def _some(found: Tensor) -> bool:
-    """Whether any is true; on a GPU, where looking would stall the stream, yes."""
-    return found.device.type != "cpu" or bool(found.any())
+def looking_waits(x: Tensor) -> bool:
+    """Whether the host would wait for a value, as on a GPU, where that stalls the stream."""
+    return x.device.type != "cpu"
 
 
 def counted_rows(logits: Tensor, targets: Any) -> int | Tensor:
@@ -311,7 +311,7 @@ def count_targets(targets: Tensor, class_dim: int | None) -> int:
 
 def check_counted(targets: Tensor) -> None:
     """Raises ValueError where no row counts and a mean over them is NaN; on a GPU nothing waits for a look."""
-    if targets.dtype == torch.int64 and targets.device.type == "cpu" and bool((targets == IGNORED).all()):
+    if targets.dtype == torch.int64 and not looking_waits(targets) and bool((targets == IGNORED).all()):
         raise ValueError("targets: expected at least one row that counts, got -100 in all of them")
 
 

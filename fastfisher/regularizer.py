@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,6 +44,7 @@ from fastfisher.model import (
     check_heads,
     chosen_names,
     class_last,
+    copy_buffers,
     count_examples,
     couples_examples,
     input_tensors,
@@ -51,9 +52,10 @@ from fastfisher.model import (
     requiring_grad,
     take_rows,
     trainable_parameters,
-    uncompiled,
+    unhooked,
 )
 from fastfisher.penalty import (
+    IN_FULL_PRECISION,
     AdaptiveStep,
     Difference,
     Differentiate,
@@ -62,9 +64,15 @@ from fastfisher.penalty import (
     Settings,
     Step,
     autograd_gradients,
+    dense,
     gradient_at,
+    real,
+    twice_forward,
 )
+from fastfisher.repeatable import is_new_kind
 from fastfisher.rollback import undone_on_error
+from fastfisher.slow_path import warn_slow_path
+from fastfisher.twice import differentiable_gradients, second_derivatives
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -93,12 +101,28 @@ class _Outcome:
 
 
 @dataclass
+class _Point:
+    """A forward at θ that R is taken of: its logits and inputs, whether only the first row counts, and its gates."""
+
+    logits: Tensor
+    inputs: Inputs
+    first_only: bool
+    gates: Gates
+
+    @property
+    def rows(self) -> Tensor:
+        """The logits that count."""
+        return self.logits[:1] if self.first_only else self.logits
+
+
+@dataclass
 class WatchedForward:
     """A forward of the caller's that :meth:`FisherPenalty.watching` saw: what it was called with, and its logits."""
 
     inputs: Inputs | None = None
     logits: Tensor | None = None
     gates: Gates | None = None
+    buffers: dict[str, Tensor] | None = None
     calls: int = 0
 
 
@@ -168,6 +192,17 @@ class FisherPenalty:
         process_group: the processes that share a batch; by default those of ``DistributedDataParallel`` or
             ``fully_shard``, and none of any other model.
         timeout: seconds that a process waits for the others to get as far as it did.
+        verify: with finite differences, repeat the first forward of each kind of batch (shapes, dtypes, modes) with a
+            step of length 0, and refuse a model that then gives other logits: one with random numbers that are not
+            torch's, or with a state outside of its buffers. Costs a forward, once; with ``fully_shard`` it is not done.
+
+    Precision. Under autocast in bfloat16 or float16 the difference of two gradients would drown in rounding. With
+    ``step="auto"`` and frozen gates R is therefore taken by two forwards and backwards in the precision of the
+    parameters, of its own; the training loss keeps the autocast. A recomputing step then costs a plain step and two
+    thirds of three in that precision; a number as ``step`` keeps the autocast everywhere.
+
+    Hooks on parameters act as in ``Tensor.backward``: those of ``register_hook`` once, on what is added to ``.grad``;
+    those of ``register_post_accumulate_grad_hook`` when ``.grad`` is there.
 
     Several processes. All of them construct the penalty, around the model that DistributedDataParallel or
     ``fully_shard`` made, and call :meth:`backward` on their parts of the batch; ``.grad`` is then the same on each, and
@@ -213,6 +248,7 @@ class FisherPenalty:
         scope: Literal["global", "local"] = "global",
         process_group: ProcessGroup | None = None,
         timeout: float = TIMEOUT,
+        verify: bool = True,
     ) -> None:
         if not (is_number(alpha) and alpha >= 0):
             raise ValueError(f"alpha: expected a finite number >= 0, got {alpha!r}")
@@ -221,7 +257,7 @@ class FisherPenalty:
         if not is_count(start, 0):
             raise ValueError(f"start: expected an integer >= 0, got {start!r}")
         check_generator(generator)
-        check_flags(mixed=mixed, graphs=graphs)
+        check_flags(mixed=mixed, graphs=graphs, verify=verify)
         check_class_dim(class_dim)
         if not (loss is None or callable(loss)):
             raise ValueError(f"loss: expected a function or None, got {type(loss).__name__}")
@@ -268,7 +304,9 @@ class FisherPenalty:
         self._differentiate: Differentiate = autograd_gradients if self.ranks is None else self.ranks.differentiate
         self.model, self.alpha, self.every, self.start = model, float(alpha), every, start
         self.mixed, self.examples, self.generator = mixed, 1 if reduction == "first" else examples, generator
-        self.loss, self.scaler, self.class_dim = loss, scaler, class_dim
+        self.loss, self.scaler, self.class_dim, self.verify = loss, scaler, class_dim, verify
+        self._sparse: set[int] = set()  # by id: parameters whose gradient autograd makes sparse, as .grad is then too
+        self._met_autocast: torch.dtype | None = None  # within the model, where its caller need not know of it
         self._few = self.examples
         if self._shared is not None and examples is not None:
             if examples < self._shared.size:
@@ -352,12 +390,16 @@ class FisherPenalty:
                     outcome = dataclasses.replace(outcome, total=self.ranks.mean_gradients(trainable, outcome.total))
                 if self.ranks is not None and self._buffers_follow:
                     self.ranks.share_buffers(self.model)
-            found = {name: g for name in outcome.total if (g := trainable[name].grad) is not None}
+            total = _after_hooks(outcome.total, trainable)
+            found = {name: g for name in total if (g := trainable[name].grad) is not None}
             with torch.no_grad():
                 if found:  # in one call, which adds to all of them or to none
-                    torch._foreach_add_(list(found.values()), [outcome.total[name] for name in found])
-        for name in outcome.total.keys() - found:
-            trainable[name].grad = outcome.total[name]
+                    torch._foreach_add_(list(found.values()), [total[name] for name in found])
+        for name in total.keys() - found:
+            trainable[name].grad = total[name]
+        for name in total:
+            for hook in (trainable[name]._post_accumulate_grad_hooks or {}).values():
+                hook(trainable[name])
         self.logits = as_given(outcome.logits, self.class_dim)
         if due and self.scaler is not None and not outcome.finite:  # the scaler waits for the device in any case
             return outcome.loss
@@ -401,7 +443,9 @@ class FisherPenalty:
             if forward.calls == 1:
                 forward.inputs = _as_inputs(model, args, kwargs)
                 if self._due():
-                    forward.gates = recording.enter_context(self._record_gates())
+                    own = self._in_full_precision()
+                    forward.buffers = copy_buffers(model) if own else None
+                    forward.gates = None if own else recording.enter_context(self._record_gates())
 
         def after(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             recording.close()
@@ -434,9 +478,8 @@ class FisherPenalty:
         if forward.calls != 1 or forward.logits is None or forward.inputs is None:
             raise ValueError(f"forward: expected one finished call of the model, saw {forward.calls}")
         if self._due():
-            assert forward.gates is not None
             with undone_on_error(self.model, self.generator), self._undone_on_error():
-                self._reused = self._recomputed(forward.logits, forward.inputs, forward.gates, targets)
+                self._reused = self._recomputed(forward, targets)
         self.logits = forward.logits.detach()
         self.steps += 1
         trainable = trainable_parameters(self.model)
@@ -448,25 +491,36 @@ class FisherPenalty:
         parameters = [trainable[name] for name in reused]
         return _Term.apply(list(reused.values()), self.alpha, *parameters)  # type: ignore[no-any-return, no-untyped-call]
 
-    def _recomputed(self, logits: Tensor, inputs: Inputs, gates: Gates, targets: Tensor | None) -> Gradients:
+    def _recomputed(self, forward: WatchedForward, targets: Tensor | None) -> Gradients:
         """∇R from a forward whose graph is kept; notes R."""
+        assert forward.logits is not None and forward.inputs is not None
         trainable = trainable_parameters(self.model)
-        first_only = self.settings.reduction == "first"
-        logits = class_last(logits, self.class_dim)
+        logits = class_last(forward.logits, self.class_dim)
         if targets is not None:
             targets = fit(logits, targets, class_dim=self.class_dim, model=self.model)
-        rows = logits[:1] if first_only else logits
+        inputs, gates, first_only = forward.inputs, forward.gates, self.settings.reduction == "first"
+        shared = gates is not None and not self._learns_of_autocast(gates)
+        if gates is not None and shared:
+            point = _Point(logits, inputs, first_only, gates)
+        else:
+            buffers = forward.buffers if gates is None else gates.buffers
+            point = self._own_forward(trainable, inputs, first_only, buffers)
+        rows, gates = point.rows, point.gates
         true = targets[:1] if first_only and targets is not None else targets
         check_targets(self.settings.labels, true)
         chosen = chosen_names(trainable, self.params)
         with torch.enable_grad():
             loss, labels = label_loss(rows, self.settings.labels, true, self._next_key(rows.device))
         if self.settings.method == "double_backprop":
-            value, squared_norm = self._squared_norm(loss, trainable, inputs, chosen, 1.0, 1.0)
-            gradient = self._gradients(squared_norm, trainable, retain_graph=True)
+            with second_derivatives('method="finite_difference"'):
+                value, squared_norm = self._squared_norm(loss, trainable, inputs, chosen, 1.0, 1.0)
+                gradient = self._gradients(squared_norm, trainable, retain_graph=True)
         else:
-            at, direction = gradient_at(loss, trainable, inputs, self.settings, chosen, retain_graph=True)
+            with gates.arithmetic():
+                at, direction = gradient_at(loss, trainable, inputs, self.settings, chosen, retain_graph=shared)
             shift = FiniteDifference(self.model, inputs, first_only, self.settings, gates, labels, at, direction, 1.0)
+            shift.expected = point.logits.detach()
+            self._verify(shift, inputs)
             gradient = {name: torch.zeros_like(g) for name, g in at.items()}
             self._judge(shift, shift.add_to(gradient, 1.0))
             value = shift.value
@@ -573,8 +627,9 @@ class FisherPenalty:
         total = self._gradients(weighted, trainable)
         if self._shared is not None:
             (total,) = self._shared.sum_gradients(trainable, total)
-        _add(total, self._reused or {}, self.alpha * scale)
-        return _Outcome(loss.detach(), logits.detach(), _laid_out(total, trainable))
+        reused = {name: g for name, g in (self._reused or {}).items() if name in trainable}
+        _add(total, reused, self.alpha * scale)
+        return _Outcome(loss.detach(), logits.detach(), _laid_out(total, trainable, self._sparse))
 
     def _penalised(self, inputs: Inputs, targets: Any, scale: float | Tensor = 1.0) -> _Outcome:
         """The gradient of scale·(loss + α·R), with R, and its gradient for reuse, both without the scale."""
@@ -582,8 +637,10 @@ class FisherPenalty:
         if self.settings.wrt == "inputs":
             inputs = requiring_grad(inputs)
         with torch.enable_grad():
-            logits, part, part_inputs, first_only, gates = self._forwards(inputs, trainable)
-            detached = logits.detach()
+            logits, point = self._forwards(inputs, trainable)
+            part, part_inputs, first_only, gates = point.rows, point.inputs, point.first_only, point.gates
+            expected, detached = point.logits.detach(), logits.detach()
+            del point
             targets, rows_targets = self._fitting(logits, targets)
             loss = self._training_loss(logits, targets)
             true = None if rows_targets is None else rows_targets[: len(part)]
@@ -612,21 +669,22 @@ class FisherPenalty:
         summed: Gradients = {}
 
         if self.settings.method == "double_backprop":
-            value, squared_norm = self._squared_norm(penalised, trainable, part_inputs, chosen, factor, scale)
-            if not apart:
-                total = self._gradients((loss + alpha * squared_norm) * scale, trainable)
-            else:
-                reused = self._gradients(squared_norm * scale, trainable, retain_graph=True)
-                for g in reused.values():
-                    g.div_(scale)
-                total = self._gradients(loss * scale, trainable)
+            with second_derivatives('method="finite_difference"'):
+                value, squared_norm = self._squared_norm(penalised, trainable, part_inputs, chosen, factor, scale)
+                if not apart:
+                    total = self._gradients((loss + alpha * squared_norm) * scale, trainable)
+                else:
+                    reused = self._gradients(squared_norm * scale, trainable, retain_graph=True)
+                    for g in reused.values():
+                        g.div_(scale)
+                    total = self._gradients(loss * scale, trainable)
         else:
             # With true labels the training gradient is the one that is penalised: one backward serves both.
             same = self.settings.labels == "true" and self.loss is None and part is logits
             same = same and (share is None or share.loss == share.penalised)
             keep = not (same or self.mixed)
             # All activations are kept over this backward: the peak of the whole step.
-            with saving_memory() if keep else nullcontext():
+            with saving_memory() if keep else nullcontext(), gates.arithmetic():
                 gradient, direction = gradient_at(
                     penalised * scale,
                     trainable,
@@ -634,7 +692,7 @@ class FisherPenalty:
                     self.settings,
                     chosen,
                     retain_graph=keep,
-                    differentiate=self._differentiate,
+                    differentiate=self._derivatives,
                 )
             total = gradient if same and not self.mixed else self._gradients(loss * scale, trainable) if keep else {}
             del logits, loss, part, penalised  # the first graph is not needed while the second one is built
@@ -651,6 +709,8 @@ class FisherPenalty:
                 parts = self._shared.sharded or not by_parameters
                 add_parts = self._shared.total if parts else None
                 shift = self._shared.difference(*arguments, direction, factor, scale, share.penalised, add_parts)
+            shift.expected = expected
+            self._verify(shift, part_inputs)
             value = shift.value
             if self.mixed:
 
@@ -686,42 +746,87 @@ class FisherPenalty:
                 for name, g in self._reused.items():
                     g.copy_(reused[name])
                 reused = None
-        return _Outcome(own, detached, _laid_out(total, trainable), value, rows, reused if self.every > 1 else None)
+        return _Outcome(
+            own, detached, _laid_out(total, trainable, self._sparse), value, rows, reused if self.every > 1 else None
+        )
 
-    def _forwards(self, inputs: Inputs, trainable: dict[str, Tensor]) -> tuple[Tensor, Tensor, Inputs, bool, Gates]:
-        """The forward at θ: the logits of the batch; those that R is taken of; and to repeat the latter, their inputs,
-        whether only the first row counts, and the gates."""
+    def _forwards(self, inputs: Inputs, trainable: dict[str, Tensor]) -> tuple[Tensor, _Point]:
+        """The forward at θ: the logits of the batch, and what R is taken of."""
         batch = count_examples(inputs)
-        if self._few is None or self._few >= batch:
-            with self._record_gates() as gates:
+        few = inputs
+        if self._few is not None and self._few < batch:
+            few, rest = (take_rows(inputs, part) for part in (slice(None, self._few), slice(self._few, None)))
+        coupled = few is not inputs and couples_examples(self.model)
+        if coupled and self.ranks is not None and self.ranks.sharded:
+            raise ValueError("examples: expected None with fully_shard and a BatchNorm in train mode")
+        # With reduction="first", the first example is as the batch's statistics make it.
+        first_only = coupled and self.settings.reduction == "first"
+        penalised = inputs if first_only else few
+        full = self._in_full_precision()
+        if (full and not self.mixed) or (coupled and not first_only):
+            buffers = copy_buffers(self.model) if full else None
+            with fused_forward(self.model):
                 logits = call_model(self.model, inputs)
-            return logits, logits, inputs, False, gates
-        few, rest = (take_rows(inputs, part) for part in (slice(None, self._few), slice(self._few, None)))
-        if not couples_examples(self.model):
-            with self._record_gates() as gates:
-                part = call_model(self.model, few)
+            return logits, self._own_forward(trainable, penalised, first_only, buffers)
+        with self._record_gates(full_precision=full) as gates:
+            part = call_model(self.model, penalised)
+        logits = part
+        if penalised is not inputs:
             with fused_forward(self.model):
                 logits = torch.cat([part, call_model(self.model, rest)])
-            return logits, part, few, False, gates
-        if self.ranks is not None and self.ranks.sharded:
-            raise ValueError("examples: expected None with fully_shard and a BatchNorm in train mode")
-        if self.settings.reduction == "first":  # the first example as the batch's statistics make it
-            with self._record_gates() as gates:
-                logits = call_model(self.model, inputs)
-            return logits, logits[:1], inputs, True, gates
-        with fused_forward(self.model):
-            logits = call_model(self.model, inputs)
-        with self._record_gates() as gates:
-            part = call_copy(self.model, trainable, few)
-        return logits, part, few, False, gates
+        if self._learns_of_autocast(gates):
+            return logits, self._own_forward(trainable, penalised, first_only, gates.buffers)
+        return logits, _Point(part, penalised, first_only, gates)
+
+    def _own_forward(
+        self, trainable: dict[str, Tensor], inputs: Inputs, first_only: bool, buffers: dict[str, Tensor] | None
+    ) -> _Point:
+        """A forward that R alone is taken of, from ``buffers``, or from the model's own where None."""
+        with torch.enable_grad(), self._record_gates(buffers, full_precision=self._in_full_precision()) as gates:
+            logits = call_copy(self.model, trainable, inputs, buffers)
+        return _Point(logits, inputs, first_only, gates)
+
+    def _in_full_precision(self) -> bool:
+        """Whether R's gradients are to be taken without the autocast that is on, or that the model switches on."""
+        settings = self.settings
+        if settings.method != "finite_difference" or settings.step != "auto" or not settings.frozen:
+            return False
+        parameter = next(self.model.parameters())
+        met = self._met_autocast
+        if torch.is_autocast_enabled(parameter.device.type):
+            met = torch.get_autocast_dtype(parameter.device.type)
+        if met is None or torch.finfo(met).eps <= torch.finfo(parameter.dtype).eps:
+            return False
+        warn_slow_path(IN_FULL_PRECISION.format(met))
+        return True
+
+    def _learns_of_autocast(self, gates: Gates) -> bool:
+        """Whether a forward met an autocast within the model, so that R needs another one."""
+        if gates.full_precision or gates.autocast is None:
+            return False
+        self._met_autocast = gates.autocast
+        return self._in_full_precision()
+
+    def _verify(self, shift: FiniteDifference, inputs: Inputs) -> None:
+        """Refuses a model whose forward cannot be repeated, when it first meets such inputs."""
+        if not self.verify or (self.ranks is not None and self.ranks.sharded):  # of which others would have to know
+            return
+        if is_new_kind(self.model, inputs, self.settings.frozen, shift.gates.full_precision):
+            shift.check_repeatable()
 
     @contextmanager
-    def _record_gates(self) -> Iterator[Gates]:
+    def _record_gates(
+        self, buffers: dict[str, Tensor] | None = None, *, full_precision: bool = False
+    ) -> Iterator[Gates]:
         if self.settings.method == "double_backprop":  # there is no second forward
-            with uncompiled(self.model, 'method="double_backprop"'), fused_forward(self.model):
+            with twice_forward(self.model):
                 yield Gates(None, frozen=False)
             return
-        with record_gates(self.model, frozen=self.settings.frozen, rewind=self._captured is None) as gates:
+        frozen, rewind = self.settings.frozen, self._captured is None
+        recording = record_gates(
+            self.model, frozen=frozen, rewind=rewind, buffers=buffers, full_precision=full_precision
+        )
+        with recording as gates:
             yield gates
 
     def _next_key(self, device: torch.device) -> Tensor | None:
@@ -781,20 +886,28 @@ class FisherPenalty:
         sources = {name: p for name, p in trainable.items() if name in chosen}
         if self.settings.wrt == "inputs":
             sources = {str(i): x for i, x in enumerate(input_tensors(inputs)) if x.requires_grad}
-        found = torch.autograd.grad(penalised * scale, list(sources.values()), create_graph=True, allow_unused=True)
-        own = {name: g / scale for name, g in zip(sources, found, strict=True) if g is not None}
+        with unhooked(sources.values()):
+            found = differentiable_gradients(penalised * scale, list(sources.values()))
+        own = {name: real(g) / scale for name, g in zip(sources, found, strict=True) if g is not None}
         if self._shared is None or self.settings.wrt == "inputs":
             squared_norm = factor * torch.stack([g.square().sum() for g in own.values()]).sum()
             value = squared_norm.detach().double()
             return value if self._shared is None else self._shared.total(value), squared_norm
-        (summed,) = self._shared.sum_gradients(trainable, {name: g.detach() for name, g in own.items()})
+        of_real = {name: real(p) for name, p in trainable.items()}
+        (summed,) = self._shared.sum_gradients(of_real, {name: g.detach() for name, g in own.items()})
         value = torch.stack([g.double().square().sum() for g in summed.values()]).sum()
         return value, 2 * torch.stack([(g * summed[name]).sum() for name, g in own.items()]).sum()
 
     def _gradients(self, loss: Tensor, trainable: dict[str, Tensor], *, retain_graph: bool = False) -> Gradients:
         """∇_θ loss by name; a parameter that is not used is absent."""
-        found = self._differentiate(loss, list(trainable.values()), retain_graph)
+        found = self._derivatives(loss, list(trainable.values()), retain_graph)
         return {name: g for name, g in zip(trainable, found, strict=True) if g is not None}
+
+    def _derivatives(self, loss: Tensor, sources: Sequence[Tensor], retain_graph: bool) -> Sequence[Tensor | None]:
+        """∂loss/∂source, dense; None where a source is not used. Notes whose gradient autograd makes sparse."""
+        found = self._differentiate(loss, sources, retain_graph)
+        self._sparse |= {id(x) for x, g in zip(sources, found, strict=True) if g is not None and g.is_sparse}
+        return dense(found)
 
     def _check_sharded(self, model: nn.Module) -> None:
         """Raises ValueError where an option needs what ``fully_shard`` does not have."""
@@ -850,13 +963,26 @@ def _as_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return dict(inspect.signature(model.forward).bind_partial(*args).arguments) | kwargs
 
 
-def _laid_out(gradients: Gradients, trainable: dict[str, Tensor]) -> Gradients:
-    """The gradients, each in memory as its parameter is: ``Tensor.backward`` leaves them so, and fused optimisers read
-    element by element without a look at strides."""
-    return {
-        name: g if g.is_sparse or g.stride() == trainable[name].stride() else torch.empty_like(trainable[name]).copy_(g)
-        for name, g in gradients.items()
-    }
+def _laid_out(gradients: Gradients, trainable: dict[str, Tensor], sparse: set[int]) -> Gradients:
+    """The gradients, each in memory as ``Tensor.backward`` leaves it: as its parameter is, because fused optimisers
+    read element by element without a look at strides; or the rows that are not 0, where it is sparse."""
+
+    def laid_out(g: Tensor, parameter: Tensor) -> Tensor:
+        if id(parameter) in sparse:
+            return g.to_sparse(1)
+        return g if g.stride() == parameter.stride() else torch.empty_like(parameter).copy_(g)
+
+    return {name: laid_out(g, trainable[name]) for name, g in gradients.items()}
+
+
+def _after_hooks(gradients: Gradients, trainable: dict[str, Tensor]) -> Gradients:
+    """The gradients as the hooks on their parameters (``Tensor.register_hook``) make them."""
+    found = dict(gradients)
+    for name in found:
+        for hook in (trainable[name]._backward_hooks or {}).values():
+            changed = hook(found[name])
+            found[name] = found[name] if changed is None else changed
+    return found
 
 
 def _add(total: Gradients, gradients: Gradients, weight: float | Tensor) -> None:

@@ -158,8 +158,8 @@ def exact_fisher(model: nn.Module, data: Any, **options: Any) -> TraceEstimate:
         return torch.func.functional_call(model, state, (x[None],)).log_softmax(1)[0, y]
 
     total, samples = 0.0, 0
-    for batch, _ in data:
-        (inputs,) = as_call(model, batch).args
+    for given, _ in data:
+        (inputs,) = as_call(model, given).args
         p = model(inputs).detach().softmax(1)
         for y in range(p.shape[1]):
             gradients = torch.func.vmap(torch.func.grad(log_p), (None, 0, None))(state, inputs, y)

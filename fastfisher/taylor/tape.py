@@ -145,7 +145,7 @@ class Tape(TorchFunctionMode):
             return self._unfollowed(func, args, kwargs, tensors)
         found = RULES.get(func)
         if found is None:
-            inside = opened(func)
+            inside = opened(func, methods=True)
             if inside is not None:
                 with self:
                     return inside(*args, **kwargs)
