@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastfisher import ops
 from fastfisher.arguments import is_count, is_number
@@ -32,6 +33,7 @@ from fastfisher.model import (
     chosen_names,
     count_examples,
     eval_mode,
+    map_inputs,
     take_rows,
     trainable_parameters,
     uncompiled,
@@ -192,14 +194,11 @@ def logits_form(model: nn.Module, parameters: dict[str, Tensor], inputs: Call) -
     """Looks at the operations that a forward really runs; see :meth:`fastfisher.taylor.Tape.why_not_multilinear`."""
     tape, unknown = Tape(parameters), False
     try:
-        with torch.enable_grad(), tape:
-            logits = _forward(model, inputs)
+        logits = _forward(model, inputs, tape)
         curved = tape.why_not_multilinear(logits)
-        logits = tape.current(logits)
     except NoRule as error:
         curved, unknown = str(error), True
-        with torch.enable_grad():  # models may go another way without
-            logits = _forward(model, inputs)
+        logits = _forward(model, inputs)
     coupled = None
     if logits.dim() != 2:
         coupled = f"the model gives logits of shape {tuple(logits.shape)}, not one row for each example"
@@ -210,17 +209,34 @@ def logits_form(model: nn.Module, parameters: dict[str, Tensor], inputs: Call) -
     return LogitsForm(logits.shape[-1], curved, coupled, unknown)
 
 
-def _forward(model: nn.Module, inputs: Call) -> Tensor:
-    """The logits. Buffers start from what they are in the model, which keeps them, however many forwards there are.
+def _forward(model: nn.Module, inputs: Call, watch: TorchFunctionMode | None = None) -> Tensor:
+    """The logits with their graph, of a forward that ``watch`` sees.
+
+    Buffers start from what they are in the model, which keeps them, however many forwards there are.
+
+    Raises:
+        ValueError, NotImplementedError: as :func:`_checked` says.
+    """
+    before = _writes(model)
+    with torch.enable_grad(), watch or nullcontext():
+        logits = call_copy(model, {}, inputs)
+    return _checked(model, watch.current(logits) if isinstance(watch, Tape) else logits, before)
+
+
+def _writes(model: nn.Module) -> list[int]:
+    """How often each parameter has been written to."""
+    return [p._version for p in model.parameters()]
+
+
+def _checked(model: nn.Module, logits: Tensor, before: list[int]) -> Tensor:
+    """The logits of a forward before which the parameters had been written to so often.
 
     Raises:
         ValueError: logits are NaN or +inf (−inf is a class that is ruled out).
         NotImplementedError: the forward changes a parameter.
     """
-    before = {name: p._version for name, p in model.named_parameters()}
-    logits = call_copy(model, {}, inputs)
-    for name, parameter in model.named_parameters():
-        if parameter._version != before[name]:
+    for (name, parameter), writes in zip(model.named_parameters(), before, strict=True):
+        if parameter._version != writes:
             raise NotImplementedError(
                 f"model: expected a forward that leaves the parameters as they are, got one that changes {name} in "
                 "place (as max_norm of an embedding does); constrain it after the optimiser's step instead"
@@ -248,7 +264,7 @@ def _same_alone(model: nn.Module, inputs: Call, logits: Tensor) -> bool:
     first = torch.zeros(len(logits), dtype=torch.bool)
     first[0] = True
     try:
-        with torch.enable_grad():
+        with torch.enable_grad():  # models may go another way without
             alone = call_copy(model, {}, take_rows(inputs, first)).detach()
     except torch.OutOfMemoryError:
         raise
@@ -366,10 +382,11 @@ def _by_taylor(
 ) -> QuadraticForm:
     """All of zᵀHz ("taylor"), without what has mean 0 ("reduced"), and without the Gauss-Newton term too ("split")."""
     tape = Tape(parameters)
+    logits = _forward(model, inputs, tape)
+    targets = _fit(model, logits.detach(), inputs, targets)
     with torch.enable_grad():
         with tape:
-            logits = _forward(model, inputs)
-            loss = cross_entropy(logits, _fit(model, logits, inputs, targets))
+            loss = cross_entropy(logits, targets)
         tape.finish(loss, reduced=terms != "taylor", until=logits if terms == "split" else None)
     z = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters.values()]
 
@@ -405,9 +422,8 @@ def hessian_product(
         NotImplementedError: something has no second derivative; ``way_out`` is what the message recommends.
     """
     with torch.enable_grad(), second_derivatives(way_out):
-        with twice_differentiable():
-            logits = _forward(model, inputs)
-            loss = cross_entropy(logits, _fit(model, logits, inputs, targets))
+        logits = _forward(model, inputs, twice_differentiable())
+        loss = cross_entropy(logits, _fit(model, logits, inputs, targets))
         found = differentiable_gradients(loss, list(parameters.values()), way_out=way_out)
     curved = [(g, i) for i, g in enumerate(found) if g is not None and g.requires_grad]
 
@@ -425,8 +441,10 @@ def hessian_product(
 def _by_difference(
     model: nn.Module, parameters: dict[str, Tensor], inputs: Call, targets: Tensor, distribution: str
 ) -> QuadraticForm:
+    before = _writes(model)
     with torch.enable_grad(), record_gates(model) as gates:  # as in the replays: without, some modules take other paths
-        targets = _fit(model, _forward(model, inputs), inputs, targets)
+        logits = call_copy(model, {}, inputs)
+    targets = _fit(model, _checked(model, logits, before), inputs, targets)
     shifted = {name: torch.empty_like(p, memory_format=torch.contiguous_format) for name, p in parameters.items()}
     coarsest = max((p.dtype for p in parameters.values()), key=lambda dtype: torch.finfo(dtype).eps)
     step = DIFFERENCE_STEP[coarsest]
@@ -457,6 +475,7 @@ class Pairs:
         for inputs, targets in self.batches:
             if targets is None:
                 raise ValueError("targets: expected labels beside the inputs, got None")
+            inputs, targets = map_inputs(inputs, _savable), _savable(targets)
             kept = targets != -100 if self.counted and targets.dim() == 1 else None
             if kept is None or kept.all():
                 yield inputs, targets
@@ -473,6 +492,11 @@ class Pairs:
             if len(batch[1]):
                 return batch
         raise ValueError("data: expected at least one example, got none")
+
+
+def _savable(x: Tensor) -> Tensor:
+    """The tensor, or a copy that autograd may save, where it was made in inference mode."""
+    return x.clone() if x.is_inference() else x
 
 
 def _fit(model: nn.Module, logits: Tensor, inputs: Call, targets: Tensor) -> Tensor:
