@@ -17,10 +17,12 @@ and batch normalisation through our own Functions, which take less time and memo
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -367,6 +369,9 @@ class _Repeatable(TorchFunctionMode):
         if isinstance(out, Tensor) and out.requires_grad and written is None:
             self.after(known, func, args, kwargs, out)
             return out
+        if not torch.is_grad_enabled() and _is_floating(out) and _in_a_custom_function():
+            self.after(known, func, args, kwargs, out)
+            return out
         if written is not None:
             return self._after_writing(known, func, args, kwargs, out, written, moves)
         if not any(x.requires_grad for x in _tensors_in(args, kwargs)):
@@ -523,6 +528,23 @@ def _shape(out: Any) -> torch.Size | None:
 
 def _name(func: Any) -> str:
     return str(resolve_name(func) or getattr(func, "__name__", func))
+
+
+def _is_floating(out: Any) -> bool:
+    return out.is_floating_point() if isinstance(out, Tensor) else False
+
+
+def _in_a_custom_function() -> bool:
+    """Whether the caller is in the forward of a custom ``autograd.Function``: there, values that move have no graph."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _APPLY:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> Tensor | None:
