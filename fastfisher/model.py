@@ -14,8 +14,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.stateless import _reparametrize_module
 
 from fastfisher.arguments import check_model
+from fastfisher.placement import check_held
 from fastfisher.slow_path import warn_slow_path
 
 See = Callable[[Any, Tensor], None]
@@ -333,7 +335,18 @@ def call_copy(
 def call_with(model: nn.Module, state: dict[str, Tensor], inputs: Any) -> Tensor:
     """The logits of the model with other parameters and buffers, of which it moves those in ``state``."""
     call = as_call(model, inputs)
-    return _seen(call, torch.func.functional_call(model, state, call.args, call.kwargs))
+    return _seen(call, stateless(model, state, call.args, call.kwargs))
+
+
+def stateless(model: nn.Module, state: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the model returns with other parameters and buffers: ``torch.func.functional_call``, put back the right way.
+
+    A module that is registered under two names (the embedding of a prompt-tuned model) has its tensors taken out twice,
+    the second time those that were put in. PyTorch's function puts them back in the order in which they were taken, so
+    that the model keeps the other tensors; here the first one taken out is the last one put back.
+    """
+    with _reparametrize_module(model, state, tie_weights=True, stack_weights=True):
+        return model(*args, **kwargs)
 
 
 def _seen(call: Call, output: Any) -> Tensor:
@@ -436,12 +449,21 @@ def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def chosen_names(trainable: dict[str, Tensor], params: Iterable[Tensor] | None) -> frozenset[str]:
+def chosen_names(
+    trainable: dict[str, Tensor], params: Iterable[Tensor] | None, *, sharded: bool = False
+) -> frozenset[str]:
     """The names of the parameters that a penalty or a measurement is about: all, or those in ``params``.
 
+    Args:
+        trainable: as :func:`trainable_parameters` has them.
+        params: the parameters that are meant; None for all.
+        sharded: whether the caller knows what to do with parameters that are spread over processes.
+
     Raises:
-        ValueError: ``params`` is empty or holds a tensor that is no trainable parameter of the model.
+        ValueError: ``params`` is empty or holds a tensor that is no trainable parameter of the model, or a parameter is
+            spread over processes and the caller has not said that it can handle it.
     """
+    check_held(trainable, sharded)
     if params is None:
         return frozenset(trainable)
     if not isinstance(params, Iterable) or (isinstance(params, Tensor) and params.dim() == 0):
