@@ -24,7 +24,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastfisher.layers import Layer, Layout, bind, depends, tensors_in
-from fastfisher.model import Inputs, call_model, count_examples, input_tensors, map_inputs, take_rows, uncompiled
+from fastfisher.model import (
+    Inputs,
+    call_model,
+    call_with_tensors,
+    count_examples,
+    input_tensors,
+    map_inputs,
+    take_rows,
+    uncompiled,
+)
 
 Receive = Callable[[Layer, Tensor], None]
 
@@ -72,7 +81,7 @@ class Capture:
         self._retain = True
         mode = _Watch(self, model, inputs)
         with torch.enable_grad(), uncompiled(model, "the measurement"):
-            self.logits = torch.func.functional_call(
+            self.logits = call_with_tensors(
                 _Caller(model), {f"model.{k}": v for k, v in (buffers | others | self.parameters).items()}, (mode,)
             )
         self.direct, self.joint = self._plan(mode)

@@ -323,7 +323,25 @@ def call_copy(
 def call_with(model: nn.Module, state: dict[str, Tensor], inputs: Any) -> Tensor:
     """The logits of the model with other parameters and buffers, of which it moves those in ``state``."""
     call = as_call(model, inputs)
-    return _seen(call, torch.func.functional_call(model, state, call.args, call.kwargs))
+    return _seen(call, call_with_tensors(model, state, call.args, call.kwargs))
+
+
+def call_with_tensors(
+    model: nn.Module, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> Any:
+    """What a model returns with ``tensors`` in the places of its own parameters and buffers of these names.
+
+    A tensor with several places is replaced in all of them. ``torch.func.functional_call`` does that too, but puts one
+    into a module with two names twice, and what it had put there first is what it puts back: the model would keep it.
+    """
+    own: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    replaced = {id(own[name]): x for name, x in tensors.items()}
+    places = {}
+    for path, module in model.named_modules():  # each module once
+        for name, x in (*module._parameters.items(), *module._buffers.items()):
+            if id(x) in replaced:
+                places[f"{path}.{name}" if path else name] = replaced[id(x)]
+    return torch.func.functional_call(model, places, args, kwargs, tie_weights=False)
 
 
 def _seen(call: Call, output: Any) -> Tensor:
