@@ -531,3 +531,41 @@ def test_complex_parameters_count_by_their_absolute_value() -> None:
         assert not value.is_complex() and float(value) == pytest.approx(float(squared))
         for g, h in zip(torch.autograd.grad(value, list(model.parameters())), exact, strict=True):
             assert float((g - h).abs().max()) < 1e-6 * float(h.abs().max())
+def test_a_module_with_two_names_keeps_its_parameters() -> None:
+    """As a wrapper has it that holds a module beside what it made of it; with the values of one name."""
+
+    class TwoNames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 4)).double()
+            self.second = self.first
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.second(x)
+            return out
+
+    x, y = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), torch.arange(6) % 4
+    model, plain = TwoNames(), TwoNames().first
+    parameters, buffers = list(model.parameters()), list(model.buffers())
+    for each in (model, plain):
+        fastfisher.FisherPenalty(each, 0.3, every=1, labels="true").backward(x, y)
+        fastfisher.penalty(each, x, y, labels="true", method="finite_difference").backward()
+    for mine, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert mine.grad is not None and other.grad is not None
+        torch.testing.assert_close(mine.grad, other.grad)
+    for options in (
+        {},
+        {"loss": lambda logits, targets: nn.functional.cross_entropy(logits, targets, reduction="none")},
+    ):
+        norms = [fastfisher.per_example_grad_norms(each, x, y, labels="true", **options) for each in (model, plain)]
+        torch.testing.assert_close(*norms)
+    traces = [
+        fastfisher.trace_hessian(
+            each, x, y, method="hutchinson", hvp="finite_difference", generator=torch.Generator().manual_seed(0)
+        ).value
+        for each in (model, plain)
+    ]
+    assert traces[0] == pytest.approx(traces[1], rel=1e-12)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert all(a is b for a, b in zip(model.buffers(), buffers, strict=True))
