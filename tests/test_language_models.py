@@ -222,7 +222,7 @@ def test_watching_refuses_what_it_cannot_share() -> None:
 def test_the_second_forward_is_called_as_the_first(kind: str, method: Any) -> None:
     """A decoder starts from the labels: without them BART's would start from nothing and T5's not at all."""
     batch, model, expected = batch_of(kind), model_of(kind), model_of(kind)
-    penalty = FisherPenalty(model, 0.3, every=1, method=method, **seeded())
+    penalty = FisherPenalty(model, 0.3, every=1, method=method, difference="central", **seeded())
     with penalty.watching() as forward:
         output = model(**batch)
     targets = targets_of(kind, batch["labels"])
@@ -236,8 +236,8 @@ def test_the_second_forward_is_called_as_the_first(kind: str, method: Any) -> No
     found, exact = (
         flat([torch.zeros_like(p) if p.grad is None else p.grad for p in m.parameters()]) for m in (model, expected)
     )
-    difference = 1e-2 if kind in ("llama", "t5") else 1e-3  # their norms are in float32
-    assert relative_error(found, exact) < (1e-6 if method == "double_backprop" else difference)
+    # Norms, attention or the loss are in float32 in most of them, so the step is that of float32.
+    assert relative_error(found, exact) < (1e-6 if method == "double_backprop" else 1e-2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
