@@ -110,16 +110,19 @@ def _schemas(func: Callable[..., Any]) -> list[tuple[_Parameters, frozenset[str]
 
 
 _CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+_FUNCTIONS = ("torch.nn.functional", "torch.functional")
 
 
 @functools.cache
-def opened(func: Callable[..., Any]) -> Callable[..., Any] | None:
+def opened(func: Callable[..., Any], methods: bool = False) -> Callable[..., Any] | None:
     """A function of ``torch.nn.functional`` written in Python, without its own look for overrides.
 
     A mode sees a call of such a function as one, and what it calls not at all. Called as this copy within the mode, the
-    calls inside are seen one by one. None for everything that is not written in Python.
+    calls inside are seen one by one. None for everything that is not written in Python. With ``methods``, those of
+    tensors are opened too.
     """
-    if not (isinstance(func, types.FunctionType) and func.__module__ in ("torch.nn.functional", "torch.functional")):
+    places = (*_FUNCTIONS, "torch._tensor") if methods else _FUNCTIONS
+    if not (isinstance(func, types.FunctionType) and func.__module__ in places):
         return None
     scope = {**func.__globals__, **{check: lambda *_: False for check in _CHECKS}}
     copy = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.nn.utils.stateless import _reparametrize_module
 
 from fastfisher.arguments import check_model
+from fastfisher.placement import check_held
 from fastfisher.slow_path import warn_slow_path
 
 See = Callable[[Any, Tensor], None]
@@ -448,12 +449,21 @@ def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def chosen_names(trainable: dict[str, Tensor], params: Iterable[Tensor] | None) -> frozenset[str]:
+def chosen_names(
+    trainable: dict[str, Tensor], params: Iterable[Tensor] | None, *, sharded: bool = False
+) -> frozenset[str]:
     """The names of the parameters that a penalty or a measurement is about: all, or those in ``params``.
 
+    Args:
+        trainable: as :func:`trainable_parameters` has them.
+        params: the parameters that are meant; None for all.
+        sharded: whether the caller knows what to do with parameters that are spread over processes.
+
     Raises:
-        ValueError: ``params`` is empty or holds a tensor that is no trainable parameter of the model.
+        ValueError: ``params`` is empty or holds a tensor that is no trainable parameter of the model, or a parameter is
+            spread over processes and the caller has not said that it can handle it.
     """
+    check_held(trainable, sharded)
     if params is None:
         return frozenset(trainable)
     if not isinstance(params, Iterable) or (isinstance(params, Tensor) and params.dim() == 0):

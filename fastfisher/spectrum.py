@@ -24,6 +24,7 @@ from fastfisher.hessian import Pairs, hessian_product, labelled, measuring
 from fastfisher.labels import count_targets, fit, label_loss, new_key
 from fastfisher.layers import chunks, computing
 from fastfisher.model import Call, call_model, count_examples, eval_mode, trainable_parameters
+from fastfisher.placement import whole
 from fastfisher.rollback import undoing
 from fastfisher.traces import Side, one_backward, parameter_names
 
@@ -99,8 +100,11 @@ def top_eigenvalues(
         The eigenvalues with their error bounds; NaN where products with H are not finite.
 
     Raises:
-        ValueError: an unknown option, no examples, targets that do not fit, or a parameter that is not the model's.
+        ValueError: an unknown option, no examples, targets that do not fit, a parameter that is not the model's, or
+            logits that are NaN or +inf.
         TypeError: the model, the inputs or the data are of a type that cannot be one.
+        NotImplementedError: a parameter is complex, the forward changes parameters, or something has no second
+            derivative, as for ``hvp="autograd"`` in :func:`fastfisher.trace_hessian`.
 
     The model is as before afterwards, also after an exception.
     """
@@ -111,6 +115,7 @@ def top_eigenvalues(
         raise ValueError(f"tolerance: expected a positive number, got {tolerance!r}")
     if not (isinstance(mode, str) and mode in ("eval", "keep")):
         raise ValueError(f'mode: expected "eval" or "keep", got {mode!r}')
+    model = whole(model, "the eigenvalues of the Hessian")
     key = new_key(generator, torch.device("cpu"))
     device = next(iter(trainable_parameters(model).values())).device
     batches = labelled(model, data, targets, batch_size, device, class_dim)
@@ -145,7 +150,11 @@ class _Hessian:
         double = any(p.dtype == torch.float64 for p in leaves)
         self.vector = torch.empty(0, dtype=torch.float64 if double else torch.float32, device=leaves[0].device)
         self.random = RandomState.current(frozenset(p.device.index for p in leaves if p.device.type == "cuda"))
-        self.only = hessian_product(model, parameters, *self.batches[0][1:]) if len(self.batches) == 1 else None
+        self.only = self._product(*self.batches[0][1:]) if len(self.batches) == 1 else None
+
+    def _product(self, inputs: Call, targets: Tensor) -> Callable[[Sequence[Tensor]], Sequence[Tensor | None]]:
+        way_out = "params= with the parameters of the layers after it"
+        return hessian_product(self.model, self.parameters, inputs, targets, way_out=way_out)
 
     def __call__(self, z: Tensor) -> Tensor:
         """Hz."""
@@ -154,7 +163,7 @@ class _Hessian:
         total = torch.zeros_like(z)
         self.random.restore()
         for count, inputs, targets in self.batches:
-            product = self.only or hessian_product(self.model, self.parameters, inputs, targets)
+            product = self.only or self._product(inputs, targets)
             for part, image in zip(torch.split(total, self.sizes), product(direction), strict=True):
                 if image is not None:
                     part.add_(image.reshape(-1), alpha=count / self.rows)
@@ -319,6 +328,7 @@ def gradient_covariance(
         raise ValueError(f'labels: expected "true" or "sampled", got {labels!r}')
     if not (batch_size is None or is_count(batch_size)):
         raise ValueError(f"batch_size: expected an integer >= 1 or None, got {batch_size!r}")
+    model = whole(model, "the covariance of gradients")
     names = parameter_names(model, params)
     together = batch_size if batch_size is not None and batch_size != 1 else None
     source = Batches(

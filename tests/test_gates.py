@@ -246,3 +246,54 @@ def test_relu_gates_take_a_bit_each() -> None:
         x.relu()
     bits = gates.entries[0].saved.bits
     assert bits.numel() * bits.element_size() * 8 == x.numel()
+
+
+class _Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        y = x.clone()
+        y.mul_(x).mul_(x)
+        ctx.save_for_backward(x)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * ctx.saved_tensors[0] ** 2 * g
+
+
+class _Masked(torch.autograd.Function):
+    """A ReLU by a mask, which is discrete and has to be replayed; without a context in its forward."""
+
+    @staticmethod
+    def forward(x):
+        mask = x > 0
+        return x * mask, mask
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx, g, _):
+        return g * ctx.saved_tensors[0]
+
+
+@pytest.mark.parametrize("function", ["cube", "mask"])
+def test_what_a_custom_function_computes_moves_and_its_masks_are_replayed(function):
+    call = _Cube.apply if function == "cube" else lambda z: _Masked.apply(z)[0]
+    torch.manual_seed(0)
+    first, second, x = nn.Linear(5, 16).double(), nn.Linear(16, 4).double(), torch.randn(8, 5).double()
+    run = lambda z: second(call(first(z)))  # noqa: E731
+    with record_gates() as gates:
+        run(x)
+    slope = torch.randn_like(x)
+    moved = x + 0.3 * slope
+    with gates.replay():
+        found = run(moved)
+    if function == "cube":
+        expected = second(first(moved) ** 3)
+    else:
+        expected = second(first(moved) * (first(x) > 0))
+        assert not torch.equal(first(moved) > 0, first(x) > 0), "no gate changes: the test shows nothing"
+    torch.testing.assert_close(found, expected)
