@@ -312,6 +312,30 @@ def test_lightning_steps_that_are_left_out_and_optimisers_that_call_again(tmp_pa
         fit(module, [FisherPenaltyCallback(0.5, network="model")], tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore::fastfisher.SlowPathWarning")
+@pytest.mark.parametrize("what", ["compiled", "bf16-mixed"])
+def test_lightning_with_a_compiled_network_and_in_bfloat16(what: str, tmp_path: Path) -> None:
+    from fastfisher.integrations.lightning import FisherPenaltyCallback
+
+    low = what == "bf16-mixed"
+    made = [network().float() if low else network() for _ in range(3)]
+    found = made[0] if low else torch.compile(made[0], backend="eager")
+    callback = FisherPenaltyCallback(0.5, network="model", every=1, labels="true", method="double_backprop")
+    x = X.float() if low else X
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, Y), batch_size=4)
+    precision = {"precision": "bf16-mixed"} if low else {}
+    fit(lightning_module(found), [callback], tmp_path, loader=loader, **precision)
+    penalty, optimizer = FisherPenalty(made[1], 0.5, every=1, labels="true"), torch.optim.SGD(made[1].parameters(), 0.3)
+    for inputs, targets in zip(x.split(4), Y.split(4), strict=True):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            penalty.backward(inputs, targets)
+        optimizer.step()
+    start = flat(list(made[2].parameters()))
+    moved = [flat(list(m.parameters())) - start for m in made[:2]]
+    assert relative_error(*moved) < (0.05 if low else 1e-5)
+
+
 def test_lightning_one_callback_after_another(tmp_path: Path) -> None:
     """Twice in one trainer is refused by Lightning; in one trainer after the other each training is its own."""
     from fastfisher.integrations.lightning import FisherPenaltyCallback
