@@ -22,26 +22,21 @@ A list is one where a tensor is among its items, as in ``next(iter(loader))``.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import Dataset, IterableDataset
 
+from fastfisher.alignment import labels_in, targets_within
 from fastfisher.arguments import is_count
-from fastfisher.gates import RandomState
-from fastfisher.labels import IGNORED
 from fastfisher.model import (
     Call,
     as_call,
-    call_copy,
     check_class_dim,
     count_examples,
-    known_of,
     map_inputs,
     signature_of,
     take_rows,
@@ -195,81 +190,18 @@ def paired(
     """
     if not (isinstance(inputs, Mapping) and "labels" in inputs):
         return as_call(model, inputs, class_dim, name), targets
-    labels = inputs["labels"]
+    batch = inputs
     signature = signature_of(model)
     if signature is not None and not (takes(signature, "labels") or takes_any_name(signature)):
         rest = {key: value for key, value in inputs.items() if key != "labels"}
         if any(takes(signature, str(key)) for key in rest):
             inputs = rest
     call = as_call(model, inputs, class_dim, name)
-    if targets is None and isinstance(labels, Tensor):
-        targets = labels
-        if "labels" in call.kwargs and not labels.is_floating_point() and _shifts(model, call, labels):
-            targets = next_labels(labels)
+    labels = labels_in(batch) if targets is None else None
+    if labels is not None:
+        asked = "labels" in call.kwargs and not labels.is_floating_point()
+        targets = targets_within(model, call, labels) if asked else labels
     return call, targets
-
-
-# ---- labels within a batch -------------------------------------------------------------------------------------------
-
-
-def next_labels(labels: Tensor) -> Tensor:
-    """The targets of a model that predicts the next token: at each position the label of the one after it."""
-    return F.pad(labels[..., 1:], (0, 1), value=IGNORED)
-
-
-def predicts_next(loss: Tensor | float, logits: Tensor, labels: Tensor) -> bool:
-    """Whether a model's own loss is the mean cross-entropy of its logits (N, …, C) at the labels of the next position.
-
-    Raises:
-        ValueError: it is neither that nor the one at the labels themselves, or both are the same.
-    """
-    mean = float(loss)
-    rows = logits.detach().double().flatten(0, -2)
-    here, there = (float(F.cross_entropy(rows, given.long().flatten())) for given in (labels, next_labels(labels)))
-    near = [math.isclose(mean, value, rel_tol=1e-3, abs_tol=1e-6) for value in (here, there)]
-    if near == [True, True] and here != there:  # the logits hardly tell tokens apart yet
-        near = [abs(mean - here) < abs(mean - there), abs(mean - here) > abs(mean - there)]
-    if sum(near) != 1:
-        raise ValueError(
-            f"labels: expected the model's own loss, {mean:.6g}, to be the mean cross-entropy of its logits at the "
-            f"labels, {here:.6g}, or at those of the next position, {there:.6g}; give the targets of the logits "
-            "beside the inputs"
-        )
-    return near[1]
-
-
-def _shifts(model: nn.Module, call: Call, labels: Tensor) -> bool:
-    """Whether the targets are the labels of the next position, by the loss that a forward returns beside its logits.
-
-    Found out once for each model, by a forward that leaves buffers and random generators as they were.
-    """
-    if labels.dim() < 2:  # one for each example
-        return False
-    kind = "labels", tuple(sorted(call.kwargs))
-    known = known_of(model)
-    if kind not in known:
-        own: list[Any] = []
-
-        def see(output: Any, logits: Tensor) -> None:
-            own.append(output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None))
-
-        devices = frozenset(p.device.index for p in model.parameters() if p.device.type == "cuda")
-        random = RandomState.current(devices)
-        device = next(model.parameters()).device
-        there = map_inputs(dataclasses.replace(call, see=see), lambda x: x.to(device))
-        try:
-            with torch.no_grad():
-                logits = call_copy(model, {}, there)
-        except IndexError as error:
-            raise ValueError(f"labels: expected class indices, or -100 where a row does not count: {error}") from error
-        finally:
-            random.restore()
-        if not isinstance(own[0], Tensor) or labels.shape != logits.shape[:-1]:
-            return False
-        if not bool((labels != IGNORED).any()):
-            return False  # of nothing there is nothing to tell
-        known[kind] = predicts_next(own[0], logits, labels.to(device))
-    return bool(known[kind])
 
 
 # ---- lengths ---------------------------------------------------------------------------------------------------------

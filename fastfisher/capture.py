@@ -24,7 +24,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastfisher.layers import Layer, Layout, bind, depends, tensors_in
-from fastfisher.model import Inputs, call_model, count_examples, input_tensors, map_inputs, take_rows, uncompiled
+from fastfisher.model import (
+    Inputs,
+    call_model,
+    count_examples,
+    input_tensors,
+    map_inputs,
+    stateless,
+    take_rows,
+    uncompiled,
+)
 
 Receive = Callable[[Layer, Tensor], None]
 
@@ -72,9 +81,8 @@ class Capture:
         self._retain = True
         mode = _Watch(self, model, inputs)
         with torch.enable_grad(), uncompiled(model, "the measurement"):
-            self.logits = torch.func.functional_call(
-                _Caller(model), {f"model.{k}": v for k, v in (buffers | others | self.parameters).items()}, (mode,)
-            )
+            state = {f"model.{k}": v for k, v in (buffers | others | self.parameters).items()}
+            self.logits = stateless(_Caller(model), state, (mode,), {})
         self.direct, self.joint = self._plan(mode)
 
     def backward(self, cotangent: Tensor, receive: Receive, *, retain_graph: bool = False) -> None:

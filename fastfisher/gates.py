@@ -362,15 +362,16 @@ class _Repeatable(TorchFunctionMode):
             if inner is not None:
                 with self:
                     return inner(*args, **kwargs)
-        self.before(func, args, kwargs)
+        self.before(known, func, args, kwargs)
         out = _ungated(func, args, kwargs)
+        if known is None and any(True for _ in _tensors_in(out)):
+            self.unknown()
         if isinstance(out, Tensor) and out.requires_grad and written is None:
             self.after(known, func, args, kwargs, out)
             return out
         if not torch.is_grad_enabled() and _is_floating(out) and _in_a_custom_function():
             self.after(known, func, args, kwargs, out)
             return out
-        self.after(known, func, args, kwargs, None)
         if written is not None:
             return self._after_writing(known, func, args, kwargs, out, written, moves)
         if not any(x.requires_grad for x in _tensors_in(args, kwargs)):
@@ -424,10 +425,13 @@ class _Repeatable(TorchFunctionMode):
         """The value that autograd holds fixed; ``copy`` where its memory is written again and again."""
         raise NotImplementedError
 
-    def before(self, func: Any, args: Any, kwargs: Any) -> None:
+    def before(self, known: Known | None, func: Any, args: Any, kwargs: Any) -> None:
         """Called before a call without gates."""
 
-    def after(self, known: Known | None, func: Any, args: Any, kwargs: Any, moving: Tensor | None) -> None:
+    def unknown(self) -> None:
+        """Called after one of which nothing is known and that gave a tensor."""
+
+    def after(self, known: Known | None, func: Any, args: Any, kwargs: Any, moving: Tensor) -> None:
         """Called after it, with an output that moves, if there is one."""
 
 
@@ -454,14 +458,15 @@ class _Record(_Repeatable):
         self.entries.append(_Entry(_name(func), _shape(value), held if copy else self.share(held)))
         return value
 
-    def before(self, func: Any, args: Any, kwargs: Any) -> None:
+    def before(self, known: Known | None, func: Any, args: Any, kwargs: Any) -> None:
         if self.keep_random:
             refuse_random(func, args, kwargs)
+        self.may_have_drawn |= known is not None and known.draws
 
-    def after(self, known: Known | None, func: Any, args: Any, kwargs: Any, moving: Tensor | None) -> None:
-        self.may_have_drawn |= known is None or known.draws
-        if moving is None:
-            return
+    def unknown(self) -> None:
+        self.may_have_drawn = True
+
+    def after(self, known: Known | None, func: Any, args: Any, kwargs: Any, moving: Tensor) -> None:
         self._note(moving)
         if known is not None and known.smooth is always:
             return

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from fastfisher import ops
 from fastfisher.arguments import is_count, is_number
 from fastfisher.batches import Batches
-from fastfisher.distributed import Ranks, failing_together
+from fastfisher.distributed import Ranks, digest, measuring_together
 from fastfisher.estimate import TraceEstimate
 from fastfisher.gates import RandomState, record_gates
 from fastfisher.labels import count_targets, cross_entropy, fit
@@ -146,9 +146,14 @@ def trace_hessian(
     _check_options(method, probes, distribution, hvp, tolerance, batch_size, mode)
     ranks, model = whole_model(model, process_group)
     with ExitStack() as stack:
-        stack.enter_context(failing_together(ranks))
+        told = {"method": method, "probes": probes, "distribution": distribution, "hvp": hvp, "tolerance": tolerance}
+        trainable = trainable_parameters(model)
+        chosen = digest(sorted(chosen_names(trainable, params)))
+        stack.enter_context(
+            measuring_together(ranks, "trace_hessian", model, trainable, mode=mode, params=chosen, **told)
+        )
         key, _ = draw_key(generator, torch.device("cpu"), 0, ranks)
-        device = next(iter(trainable_parameters(model).values())).device
+        device = next(iter(trainable.values())).device
         batches = labelled(model, data, targets, batch_size, device, class_dim)
         parameters = stack.enter_context(measuring(model, params, mode))
         product: str = "reduced" if method == "reduced" else hvp

@@ -567,6 +567,17 @@ register_hook __deepcopy__ alias _pack_padded_sequence _pad_packed_sequence valu
 expand_copy alias_copy detach_copy __reversed__ unsafe_split_with_sizes lstm_cell gru_cell rnn_tanh_cell
 """
 
+_WITHOUT_DERIVATIVE = """
+eq ne lt le gt ge equal not_equal less less_equal greater greater_equal __eq__ __ne__ __lt__ __le__ __gt__ __ge__
+__and__ __or__ __xor__ __rand__ __ror__ __rxor__ __invert__ logical_and logical_or logical_not logical_xor bitwise_and
+bitwise_or bitwise_not bitwise_xor isnan isinf isfinite isclose isposinf isneginf isreal signbit isin any all
+count_nonzero argmax argmin argsort argwhere nonzero bucketize searchsorted one_hot unique unique_consecutive bincount
+tril_indices triu_indices detach detach_ zeros ones full empty arange eye tensor as_tensor from_numpy range empty_strided
+zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_tensor int long short bool byte char
+allclose is_nonzero item tolist numpy cumulative_trapezoid result_type
+"""
+"""Functions that give what autograd holds fixed, or that depend on nothing; they draw no random numbers."""
+
 _SMOOTH_THAT_DRAW = """
 lstm gru rnn_tanh scaled_dot_product_attention dropout dropout1d dropout2d dropout3d
 alpha_dropout feature_dropout feature_alpha_dropout
@@ -689,10 +700,11 @@ def _rules() -> list[tuple[str, Rule, str]]:
 
 def _table() -> dict[Function, Known]:
     table = dict.fromkeys(TAYLOR_RULES, _SMOOTH_CALL)
-    for names, known in ((_SMOOTH, _SMOOTH_CALL), (_SMOOTH_THAT_DRAW, _DRAWING_CALL), (_DRAWN, _DRAWING_CALL)):
+    undrawn = _SMOOTH + _WITHOUT_DERIVATIVE
+    for names, known in ((undrawn, _SMOOTH_CALL), (_SMOOTH_THAT_DRAW, _DRAWING_CALL), (_DRAWN, _DRAWING_CALL)):
         for name in names.split():
             table |= dict.fromkeys(_names_of(name) + _names_of(f"{name}_"), known)
-    for attribute in ("T", "mT", "H", "mH", "real", "imag"):
+    for attribute in ("T", "mT", "H", "mH", "real", "imag", "data", "grad"):
         table[getattr(Tensor, attribute).__get__] = _SMOOTH_CALL
     rules = _rules()
     served = {name for _, _, functions in rules for name in functions.split()}

@@ -153,7 +153,7 @@ def fit(
     if targets.dtype == torch.bool or targets.is_complex():
         raise ValueError(
             f"{name}: expected class indices or class probabilities, got {targets.dtype}; of two classes give "
-            "targets.long(); several labels at once have a loss of their own, to be given as loss="
+            f"{name}.long(); several labels at once have a loss of their own, to be given as loss="
         )
     check_certain(logits, targets, class_dim, name)
     if targets.shape != logits.shape[:-1]:
@@ -198,14 +198,19 @@ def _misfit(logits: Tensor, targets: Tensor, class_dim: int | None, name: str) -
     rows, shape = tuple(logits.shape[:-1]), tuple(targets.shape)
     given = tuple(as_given(logits, class_dim).shape)
     hint = ""
-    if shape == (*rows, 1):
-        hint = "; give targets.squeeze(-1)"
+    if targets.is_floating_point():
+        hint = (
+            f"; class indices are integers, {name}.long(); numbers to regress have a loss of their own, to be given as "
+            "loss=; of inputs alone that are several tensors make ((x, w), None)"
+        )
+    elif shape == (*rows, 1):
+        hint = f"; give {name}.squeeze(-1)"
     elif shape == given:
-        hint = "; of one-hot integers give targets.argmax over the classes"
-    elif math.prod(shape) == math.prod(rows) and len(shape) == 1:
-        hint = f"; give targets.view{rows}"
-    elif shape == rows[::-1] != rows:
-        hint = "; give targets.T"
+        hint = f"; of one-hot integers give {name}.argmax over the classes"
+    elif shape == (math.prod(rows),):
+        hint = f"; give {name}.view{rows}"
+    elif shape == rows[::-1]:
+        hint = f"; give {name}.T"
     return (
         f"{name}: expected class indices (int64) of shape {rows} or class probabilities of shape {given}, got "
         f"{targets.dtype} of shape {shape}{hint}"
@@ -219,7 +224,7 @@ def _check_range(targets: Tensor, classes: int, name: str) -> None:
         found = int(targets[wrong][0])
         raise ValueError(
             f"{name}: expected class indices 0 to {classes - 1}, or -100 where a row does not count, got {found}; if "
-            f"{found} stands for no class, give targets.masked_fill(targets == {found}, -100)"
+            f"{found} stands for no class, give {name}.masked_fill({name} == {found}, -100)"
         )
 
 
@@ -309,10 +314,10 @@ def count_targets(targets: Tensor, class_dim: int | None) -> int:
     return int((targets != IGNORED).sum())
 
 
-def check_counted(targets: Tensor) -> None:
+def check_counted(targets: Tensor, name: str = "targets") -> None:
     """Raises ValueError where no row counts and a mean over them is NaN; on a GPU nothing waits for a look."""
     if targets.dtype == torch.int64 and not looking_waits(targets) and bool((targets == IGNORED).all()):
-        raise ValueError("targets: expected at least one row that counts, got -100 in all of them")
+        raise ValueError(f"{name}: expected at least one row that counts, got -100 in all of them")
 
 
 def check_labels(labels: str | Tensor) -> None:

@@ -14,8 +14,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.stateless import _reparametrize_module
 
 from fastfisher.arguments import check_model
+from fastfisher.placement import check_held
 from fastfisher.slow_path import warn_slow_path
 
 See = Callable[[Any, Tensor], None]
@@ -56,6 +58,15 @@ def as_call(model: nn.Module, inputs: Any, class_dim: int | None = None, name: s
     if isinstance(inputs, Call):
         return inputs
     if isinstance(inputs, Tensor):
+        known = known_of(model)
+        if "one argument" not in known:
+            signature = signature_of(model)
+            if signature is not None and not _binds(signature, inputs):
+                raise ValueError(
+                    f"{name}: expected the arguments of {type(model).__name__}.forward{signature}, got one tensor; the "
+                    "last of several tensors of a batch are its targets: of inputs alone make ((x, w), None)"
+                )
+            known["one argument"] = True
         return Call((inputs,), {}, class_dim)
     if isinstance(inputs, PackedSequence):
         raise TypeError(
@@ -118,7 +129,9 @@ def _by_position(model: nn.Module, inputs: tuple[Any, ...] | list[Any], class_di
     signature = signature_of(model)
     if signature is None or _binds(signature, *inputs):
         return Call(tuple(inputs), {}, class_dim)
-    if _binds(signature, inputs):
+    first = next(iter(signature.parameters.values()), None)
+    of_a_tensor = first is not None and first.annotation in (Tensor, "Tensor", "torch.Tensor")
+    if _binds(signature, inputs) and not of_a_tensor:
         return Call((inputs,), {}, class_dim)
     forward = f"{type(model).__name__}.forward{signature}"
     raise ValueError(f"{name}: expected the arguments of {forward}, got {len(inputs)} of them")
@@ -322,7 +335,18 @@ def call_copy(
 def call_with(model: nn.Module, state: dict[str, Tensor], inputs: Any) -> Tensor:
     """The logits of the model with other parameters and buffers, of which it moves those in ``state``."""
     call = as_call(model, inputs)
-    return _seen(call, torch.func.functional_call(model, state, call.args, call.kwargs))
+    return _seen(call, stateless(model, state, call.args, call.kwargs))
+
+
+def stateless(model: nn.Module, state: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the model returns with other parameters and buffers: ``torch.func.functional_call``, put back the right way.
+
+    A module that is registered under two names (the embedding of a prompt-tuned model) has its tensors taken out twice,
+    the second time those that were put in. PyTorch's function puts them back in the order in which they were taken, so
+    that the model keeps the other tensors; here the first one taken out is the last one put back.
+    """
+    with _reparametrize_module(model, state, tie_weights=True, stack_weights=True):
+        return model(*args, **kwargs)
 
 
 def _seen(call: Call, output: Any) -> Tensor:
@@ -347,14 +371,13 @@ def heads_beside(model: nn.Module, output: Any, logits: Tensor) -> list[str]:
     return list(dict.fromkeys(names[i] for i in _reached(others, seen) if i in names))
 
 
-def check_heads(model: nn.Module, call: Call) -> Call:
+def check_heads(model: nn.Module, call: Call, trainable: int) -> Call:
     """The call, whose forward raises where the model returns a trainable head beside the logits: a loss of the logits
     alone would leave it untrained without a word.
 
-    Looked for once for each model and kind of call, in that forward itself: what a head depends on is read off its
-    graph.
+    Looked for once for each model, kind of call and number of ``trainable`` parameters, in that forward itself: what a
+    head depends on is read off its graph.
     """
-    trainable = sum(p.requires_grad for p in model.parameters())
     kind = "heads", len(call.args), tuple(sorted(call.kwargs)), model.training, trainable
     known = known_of(model)
     if kind in known:
@@ -426,12 +449,21 @@ def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def chosen_names(trainable: dict[str, Tensor], params: Iterable[Tensor] | None) -> frozenset[str]:
+def chosen_names(
+    trainable: dict[str, Tensor], params: Iterable[Tensor] | None, *, sharded: bool = False
+) -> frozenset[str]:
     """The names of the parameters that a penalty or a measurement is about: all, or those in ``params``.
 
+    Args:
+        trainable: as :func:`trainable_parameters` has them.
+        params: the parameters that are meant; None for all.
+        sharded: whether the caller knows what to do with parameters that are spread over processes.
+
     Raises:
-        ValueError: ``params`` is empty or holds a tensor that is no trainable parameter of the model.
+        ValueError: ``params`` is empty or holds a tensor that is no trainable parameter of the model, or a parameter is
+            spread over processes and the caller has not said that it can handle it.
     """
+    check_held(trainable, sharded)
     if params is None:
         return frozenset(trainable)
     if not isinstance(params, Iterable) or (isinstance(params, Tensor) and params.dim() == 0):

@@ -57,6 +57,7 @@ from fastfisher.model import (
     uncompiled,
     unhooked,
 )
+from fastfisher.placement import whole
 from fastfisher.repeatable import check_repeatable, is_new_kind
 from fastfisher.rollback import undoing
 from fastfisher.slow_path import warn_slow_path
@@ -360,7 +361,7 @@ class FiniteDifference:
         """scale·(∇L(θ + ρd) + weight·∇R), one backward for both; ``loss`` is L as a function of the logits."""
         found = self._at_finite_loss(lambda rho: weight * self.coefficient(rho), loss)
         if found is None:
-            combined, leaves = self.shifted_loss(torch.zeros_like(self.norm), torch.zeros_like(self.norm), loss)
+            combined, leaves = self.shifted_loss(None, torch.zeros_like(self.norm), loss)
         else:
             rho, combined, leaves = found
         with self.gates.arithmetic():
@@ -391,13 +392,16 @@ class FiniteDifference:
         return torch.full((), self.shorter * float(step), dtype=torch.float64, device=self.device)
 
     def shifted_loss(
-        self, rho: Tensor, weight: Tensor | None = None, loss: Callable[[Tensor], Tensor] | None = None
+        self, rho: Tensor | None, weight: Tensor | None = None, loss: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """scale·(weight·(mean loss at the labels) + loss(logits)) at θ + ρd (or shifted inputs); its leaves by name."""
-        length = self.length(rho)
+        """scale·(weight·(mean loss at the labels) + loss(logits)) at θ + ρd (or shifted inputs); its leaves by name.
+
+        At θ itself where ``rho`` is None.
+        """
+        length = None if rho is None else self.length(rho)
         inputs = self.shifted_inputs(length)
         parameters = {name: p.detach() for name, p in self.parameters.items()}
-        if self.settings.wrt == "parameters":
+        if self.settings.wrt == "parameters" and length is not None:
             for name, direction in self.direction.items():
                 parameters[name] = _shifted(parameters[name], direction, length)
         # What required a gradient at θ does here: that is how the gates tell what moves.
@@ -410,7 +414,7 @@ class FiniteDifference:
         """What the direction is multiplied by to have length ρ."""
         return torch.where(self.norm > 0, rho / self.norm, 0.0)
 
-    def shifted_inputs(self, length: Tensor) -> Any:
+    def shifted_inputs(self, length: Tensor | None) -> Any:
         """The inputs of the shifted forward."""
         if self.settings.wrt == "parameters":
             return self.inputs
@@ -418,7 +422,7 @@ class FiniteDifference:
 
         def shift(x: Tensor) -> Tensor:
             direction = self.direction.get(str(next(position)))
-            x = x.detach() if direction is None else _shifted(x, direction, length)
+            x = x.detach() if direction is None or length is None else _shifted(x, direction, length)
             return x.requires_grad_(x.is_floating_point())
 
         return map_inputs(self.inputs, shift)
@@ -550,7 +554,6 @@ class FiniteDifference:
         Raises:
             ValueError: it does not; the module that differs first is named.
         """
-        zero = torch.zeros_like(self.norm)
 
         def again() -> Tensor:
             found: list[Tensor] = []
@@ -559,7 +562,7 @@ class FiniteDifference:
                 found.append(logits.detach())
                 return logits.sum()
 
-            self.shifted_loss(zero, None, keep)
+            self.shifted_loss(None, None, keep)
             return found[0]
 
         assert self.expected is not None
@@ -744,6 +747,7 @@ def penalty(
         TypeError: the model, the inputs or the data are of a type that cannot be one.
     """
     settings = Settings(labels, method, gates, wrt, reduction, step, difference)
+    model = whole(model, "R (FisherPenalty has that of the batch of all)")
     check_flags(verify=verify)
     check_class_dim(class_dim)
     trainable = trainable_parameters(model)
@@ -794,6 +798,7 @@ def penalty(
         check_counted(targets[:1] if first_only else targets)
     if isinstance(labels, Tensor):
         labels = fit(logits, labels, class_dim=class_dim, name="labels", model=model)
+        check_counted(labels[:1] if first_only else labels, "labels")
     rows = logits[:1] if first_only else logits
     if first_only and targets is not None:
         targets = targets[:1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,10 +16,22 @@ from fastfisher import ops
 from fastfisher.arguments import check_flags, check_generator, is_count, is_number
 from fastfisher.batches import paired
 from fastfisher.convolution import saving_memory
-from fastfisher.distributed import TIMEOUT, Share, bare, failing_together, precision_below, ranks_of, reshard
+from fastfisher.distributed import (
+    TIMEOUT,
+    Doing,
+    Share,
+    check_alone,
+    digest,
+    failing_together,
+    local_part,
+    placed_like,
+    precision_below,
+    shared_by,
+)
 from fastfisher.gates import Gates, fused_forward, record_gates
 from fastfisher.graphs import CapturedSteps, CudaCapture
 from fastfisher.labels import (
+    IGNORED,
     are_drawn,
     averaged_rows,
     check_certain,
@@ -79,6 +90,10 @@ if TYPE_CHECKING:
 
 Gradients = dict[str, Tensor]
 
+_NO_KEY = [0, -1]
+_NO_ROWS = -1
+"""What a state holds before the first penalty: of the same types as later, for torch.distributed.checkpoint."""
+
 
 @dataclass
 class _Outcome:
@@ -94,9 +109,13 @@ class _Outcome:
 
     @property
     def finite(self) -> bool:
-        """Whether R and the gradient for reuse are; the host waits for them."""
+        """Whether R and the gradients are: that for the optimiser, and that for reuse. The host waits for them."""
         kept = [] if self.value is None else [self.value]
-        kept += [] if not self.reused else [ops.sum_squares(list(self.reused.values()))]
+        kept += [
+            ops.sum_squares([real(g.coalesce().values() if g.is_sparse else g) for g in gradients.values()])
+            for gradients in (self.total, self.reused)
+            if gradients
+        ]
         return all(bool(x.isfinite()) for x in kept)
 
 
@@ -117,9 +136,9 @@ class _Point:
 
 @dataclass
 class WatchedForward:
-    """A forward of the caller's that :meth:`FisherPenalty.watching` saw: what it was called with, and its logits."""
+    """A forward of the caller's that :meth:`FisherPenalty.watching` saw: its arguments, and its logits as they are."""
 
-    inputs: Inputs | None = None
+    inputs: Call | None = None
     logits: Tensor | None = None
     gates: Gates | None = None
     buffers: dict[str, Tensor] | None = None
@@ -178,8 +197,8 @@ class FisherPenalty:
             overwritten by the next step. Dropout repeats its masks; of other random functions none may be met.
         scaler: the ``torch.amp.GradScaler`` of the loop, for autocast in float16: gradients are taken of scaled losses,
             and ``.grad`` is left scaled, as ``scaler.scale(loss).backward()`` leaves it. Unscale, clip, step and update
-            are the caller's as ever. A penalty that overflowed is not kept: ``value`` and what is reused stay as they
-            were, and the step does not count, so that the next one takes the penalty again.
+            are the caller's as ever. A recomputing step that overflowed is not kept: ``value`` and what is reused stay
+            as they were, and the step does not count, so that the next one takes the penalty again.
         loss: the training loss as a callable of (logits, targets), both as they are; mean cross-entropy otherwise. R is
             always taken of the cross-entropy at ``labels``.
         class_dim: which dimension of the logits holds the classes; by default the last, but where logits have four
@@ -288,9 +307,8 @@ class FisherPenalty:
         self.settings = Settings(labels, method, gates, wrt, reduction, step, difference)
         if scope not in ("global", "local"):
             raise ValueError(f'scope: expected "global" or "local", got {scope!r}')
-        self.scope, self.ranks = scope, ranks_of(model, process_group, timeout)
-        self._buffers_follow = getattr(model, "broadcast_buffers", False)
-        model = bare(model)
+        shared = shared_by(model, process_group, timeout)
+        self.scope, self.ranks, model, self._buffers_follow = scope, shared.ranks, shared.module, shared.buffers_follow
         if self.ranks is not None and self.ranks.sharded:
             self._check_sharded(model)
         if self.ranks is not None and scaler is not None:
@@ -315,7 +333,10 @@ class FisherPenalty:
                 )
             self._few = examples // self._shared.size + (self._shared.rank < examples % self._shared.size)
         self.params = list(params) if isinstance(params, Iterator | list) else params
-        chosen_names(trainable_parameters(model), self.params)  # a wrong list is refused now, not at the first step
+        sharded = self.ranks is not None and self.ranks.sharded
+        chosen_names(
+            trainable_parameters(model), self.params, sharded=sharded
+        )  # a wrong list is refused now, not at the first step
         self.value: Tensor | None = None
         self.logits: Tensor | None = None
         self.steps = 0
@@ -373,13 +394,15 @@ class FisherPenalty:
             RankFailure: another process raised.
         """
         with undone_on_error(self.model, self.generator), self._undone_on_error():
-            with failing_together(self.ranks):
+            with failing_together(self.ranks, lambda: self._doing(weight)):
                 if not (is_number(weight) and weight > 0):
                     raise ValueError(f"weight: expected a finite number > 0, got {weight!r}")
-                inputs, targets = self._batch(inputs, targets)
-                if self.ranks is not None and self.ranks.sharded:
-                    reshard(self.model)  # a forward without a backward may have left gathered parameters in it
+                if self.ranks is None:
+                    check_alone(self.model)  # it may have got into one since
+                else:
+                    self.ranks.begin(self.model)
                 trainable = trainable_parameters(self.model)
+                inputs, targets = self._batch(inputs, targets, len(trainable))
                 due = self._due()
                 step = functools.partial(self._penalised if due else self._plain, scale=self._scale(weight))
                 if self._captured is None:
@@ -423,12 +446,13 @@ class FisherPenalty:
 
         Raises:
             ValueError: an option of the penalty needs a forward of its own: ``mixed``, ``examples``, ``graphs``,
-                ``wrt="inputs"``, ``scaler``, several processes.
+                ``loss``, ``wrt="inputs"``, ``scaler``, several processes.
         """
         own = {
             "mixed": self.mixed,
             "examples": self.examples is not None and self.settings.reduction == "batch",
             "graphs": self._captured is not None,
+            "loss": self.loss is not None,
             'wrt="inputs"': self.settings.wrt == "inputs",
             "scaler": self.scaler is not None,
             "process_group": self.ranks is not None,
@@ -441,7 +465,7 @@ class FisherPenalty:
         def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             forward.calls += 1
             if forward.calls == 1:
-                forward.inputs = _as_inputs(model, args, kwargs)
+                forward.inputs = Call(args, kwargs, self.class_dim)  # labels too: a decoder starts from them
                 if self._due():
                     own = self._in_full_precision()
                     forward.buffers = copy_buffers(model) if own else None
@@ -449,7 +473,7 @@ class FisherPenalty:
 
         def after(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             recording.close()
-            forward.logits = logits_of(output)
+            forward.logits = logits_of(output, -1)
 
         hooks = [
             self.model.register_forward_pre_hook(before, with_kwargs=True),
@@ -466,7 +490,8 @@ class FisherPenalty:
         """A term for the caller's loss: its value is 0, its gradient that of α·R. Counts as a step.
 
         The loss keeps its value, and whatever scales it (a gradient scaler, accumulation, an average over processes)
-        scales the penalty too. R's gradient is taken at once: the graph of the forward must still be there.
+        scales the penalty too. R's gradient is taken at once: the graph of the forward must still be there. Where no
+        row counts, R is of nothing, and the step has the gradient that was kept, if any.
 
         Args:
             forward: what :meth:`watching` saw.
@@ -477,7 +502,7 @@ class FisherPenalty:
         """
         if forward.calls != 1 or forward.logits is None or forward.inputs is None:
             raise ValueError(f"forward: expected one finished call of the model, saw {forward.calls}")
-        if self._due():
+        if self._due() and not _none_counts(targets):
             with undone_on_error(self.model, self.generator), self._undone_on_error():
                 self._reused = self._recomputed(forward, targets)
         self.logits = forward.logits.detach()
@@ -537,12 +562,18 @@ class FisherPenalty:
         The step count, the key of the labels, the reused gradient, and the adaptive step.
         """
         step = self.settings.step
+        trainable = trainable_parameters(self.model)
+        value = self.value if self.value is not None else torch.zeros((), dtype=torch.float64)
+        reused = None
+        if self.every > 1:  # all of them, also before there is one: a fresh process has where to load them
+            found = self._reused or {}
+            reused = {n: found[n].clone() if n in found else torch.zeros_like(p.detach()) for n, p in trainable.items()}
         return {
-            "key": None if self._key is None else self._key.clone(),
+            "key": torch.tensor(_NO_KEY) if self._key is None else self._key.clone(),
             "steps": self.steps,
-            "value": self.value,
-            "rows": self._rows,
-            "reused": None if self._reused is None else {n: g.clone() for n, g in self._reused.items()},
+            "value": value.clone(),
+            "rows": _NO_ROWS if self._rows is None else int(self._rows),
+            "reused": reused,
             "rho": step.rho if isinstance(step, AdaptiveStep) else None,
         }
 
@@ -560,10 +591,14 @@ class FisherPenalty:
             if name not in trainable or trainable[name].shape != gradient.shape:
                 raise ValueError(f"state: the reused gradient of {name!r} does not fit a parameter of the model")
         device = next(iter(trainable.values())).device
-        self._key = None if state["key"] is None else state["key"].to(device, copy=True)
-        self.steps, self.value, self._rows = state["steps"], state["value"], state["rows"]
-        reused = state["reused"]
-        self._reused = None if reused is None else {n: g.to(trainable[n], copy=True) for n, g in reused.items()}
+        drawn = state["key"] is not None and state["key"].tolist() != _NO_KEY
+        self._key = state["key"].to(device, copy=True) if drawn else None
+        taken = state["rows"] is not None and int(state["rows"]) != _NO_ROWS
+        self.steps, self._rows = state["steps"], state["rows"] if taken else None
+        self.value = state["value"].to(device, copy=True) if taken else None
+        # A gradient of 0 stands for that of a parameter that is not used, too: such a one keeps its .grad of None.
+        reused = {n: placed_like(g, trainable[n]) for n, g in (state["reused"] or {}).items() if taken}
+        self._reused = {n: g for n, g in reused.items() if bool(local_part(g).any())} or None
         if isinstance(self.settings.step, AdaptiveStep):
             self.settings.step.rho = state["rho"]
 
@@ -623,7 +658,7 @@ class FisherPenalty:
             loss = self._training_loss(logits, targets)
         weighted = loss * scale
         if self._shared is not None:
-            weighted = weighted * self._shared.loss_weight(self._counted(logits, targets), float(scale))
+            weighted = weighted * self._shared.loss_weight(self._counted(logits, targets))
         total = self._gradients(weighted, trainable)
         if self._shared is not None:
             (total,) = self._shared.sum_gradients(trainable, total)
@@ -647,7 +682,7 @@ class FisherPenalty:
             check_targets(self.settings.labels, true)
             key, share = self._next_key(part.device), None
             if self._shared is not None:
-                share = self._share(logits, targets, part, true, key, float(scale))
+                share = self._share(logits, targets, part, true, key)
             first = 0 if share is None else share.first
             penalised, labels = label_loss(part, self.settings.labels, true, key, first)
             own, rows, examples = loss.detach(), counted_rows(part, true), len(part)
@@ -661,7 +696,7 @@ class FisherPenalty:
             elif part is not logits:
                 alpha *= rows / counted_rows(logits, rows_targets)
         factor = float(examples) if self.settings.wrt == "inputs" else 1.0
-        chosen = chosen_names(trainable, self.params)
+        chosen = chosen_names(trainable, self.params, sharded=self.ranks is not None and self.ranks.sharded)
         reused: Gradients | None = None
         # An adaptive step follows the change of the gradient of all processes, which is known once it is summed.
         adaptive = share is not None and isinstance(self.settings.step, AdaptiveStep)
@@ -846,9 +881,7 @@ class FisherPenalty:
         if change.device.type == "cpu" or self.value is None:
             shift.judge(change)
 
-    def _share(
-        self, logits: Tensor, targets: Any, part: Tensor, true: Tensor | None, key: Tensor | None, weight: float
-    ) -> Share:
+    def _share(self, logits: Tensor, targets: Any, part: Tensor, true: Tensor | None, key: Tensor | None) -> Share:
         """What this process has of the batch; its key becomes that of all."""
         assert self._shared is not None
         has = self.settings.reduction == "batch" or self._shared.rank == 0
@@ -860,7 +893,6 @@ class FisherPenalty:
             examples=len(part) if has else 0,
             batch=len(logits),
             key=[0, 0] if key is None else key.tolist(),
-            weight=weight,
         )
         if key is not None:
             key.copy_(torch.tensor(share.key))
@@ -903,6 +935,34 @@ class FisherPenalty:
         found = self._derivatives(loss, list(trainable.values()), retain_graph)
         return {name: g for name, g in zip(trainable, found, strict=True) if g is not None}
 
+    def _doing(self, weight: float) -> Doing:
+        """What this step is, which has to be the same in each process."""
+        due, trainable = self._due(), trainable_parameters(self.model)
+        sharded = self.ranks is not None and self.ranks.sharded
+        settings = {field.name: getattr(self.settings, field.name) for field in dataclasses.fields(self.settings)}
+        if isinstance(step := self.settings.step, AdaptiveStep):  # at scope "local" each process adapts its own
+            settings["step"] = step.target, step.rho if due and self._shared is not None else None
+        return Doing.of(
+            trainable,
+            sharded,
+            compared=due,  # when the host waits for the device in any case
+            call="FisherPenalty.backward",
+            steps=self.steps,
+            alpha=self.alpha,
+            every=self.every,
+            start=self.start,
+            scope=self.scope,
+            mixed=self.mixed,
+            examples=self.examples,
+            loss=self.loss is not None,
+            weight=weight if self._shared is not None else None,
+            params=digest(sorted(chosen_names(trainable, self.params, sharded=sharded))),
+            reused=self._reused is not None,
+            training=digest(name for name, module in self.model.named_modules() if module.training),
+            autocast=[torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")],
+            **settings,
+        )
+
     def _derivatives(self, loss: Tensor, sources: Sequence[Tensor], retain_graph: bool) -> Sequence[Tensor | None]:
         """∂loss/∂source, dense; None where a source is not used. Notes whose gradient autograd makes sparse."""
         found = self._differentiate(loss, sources, retain_graph)
@@ -919,7 +979,7 @@ class FisherPenalty:
         if low is not None and self.settings.step == "auto":
             raise ValueError(f"step: expected a number with fully_shard in {low}, which the default does not know of")
 
-    def _batch(self, inputs: Inputs, targets: Any) -> tuple[Call, Any]:
+    def _batch(self, inputs: Inputs, targets: Any, trainable: int) -> tuple[Call, Any]:
         """The call of the model and the targets; the first forward of a kind looks for heads beside the logits."""
         call, targets = paired(self.model, inputs, targets, self.class_dim)
         check_examples(call)
@@ -927,7 +987,7 @@ class FisherPenalty:
             return call, targets
         if targets is None:
             raise ValueError("targets: expected those of the training loss, got None")
-        return check_heads(self.model, call), targets
+        return check_heads(self.model, call, trainable), targets
 
     def _fitting(self, logits: Tensor, targets: Any) -> tuple[Any, Tensor | None]:
         """The targets of the training loss, and those of the rows of logits, where there are any.
@@ -955,12 +1015,9 @@ class FisherPenalty:
         return loss
 
 
-def _as_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-    """What a module was called with, without the labels that a model of Transformers takes for a loss of its own."""
-    kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "num_items_in_batch")}
-    if not kwargs:
-        return args
-    return dict(inspect.signature(model.forward).bind_partial(*args).arguments) | kwargs
+def _none_counts(targets: Tensor | None) -> bool:
+    """Whether all targets are of rows that do not count: a micro-batch of prompts."""
+    return targets is not None and not targets.is_floating_point() and not bool((targets != IGNORED).any())
 
 
 def _laid_out(gradients: Gradients, trainable: dict[str, Tensor], sparse: set[int]) -> Gradients:

@@ -24,6 +24,7 @@ from fastfisher.hessian import Pairs, hessian_product, labelled, measuring
 from fastfisher.labels import count_targets, fit, label_loss, new_key
 from fastfisher.layers import chunks, computing
 from fastfisher.model import Call, call_model, count_examples, eval_mode, trainable_parameters
+from fastfisher.placement import whole
 from fastfisher.rollback import undoing
 from fastfisher.traces import Side, one_backward, parameter_names
 
@@ -114,6 +115,7 @@ def top_eigenvalues(
         raise ValueError(f"tolerance: expected a positive number, got {tolerance!r}")
     if not (isinstance(mode, str) and mode in ("eval", "keep")):
         raise ValueError(f'mode: expected "eval" or "keep", got {mode!r}')
+    model = whole(model, "the eigenvalues of the Hessian")
     key = new_key(generator, torch.device("cpu"))
     device = next(iter(trainable_parameters(model).values())).device
     batches = labelled(model, data, targets, batch_size, device, class_dim)
@@ -326,6 +328,7 @@ def gradient_covariance(
         raise ValueError(f'labels: expected "true" or "sampled", got {labels!r}')
     if not (batch_size is None or is_count(batch_size)):
         raise ValueError(f"batch_size: expected an integer >= 1 or None, got {batch_size!r}")
+    model = whole(model, "the covariance of gradients")
     names = parameter_names(model, params)
     together = batch_size if batch_size is not None and batch_size != 1 else None
     source = Batches(

@@ -18,7 +18,7 @@ from fastfisher import ops
 from fastfisher.arguments import check_flags, is_count, is_number
 from fastfisher.batches import Batches, paired, split
 from fastfisher.capture import Capture, Part
-from fastfisher.distributed import Ranks, bare, failing_together, ranks_of
+from fastfisher.distributed import Ranks, digest, measuring_together, shared_by
 from fastfisher.estimate import TraceEstimate
 from fastfisher.labels import IGNORED, check_classes, cross_entropy, fit, ignored, new_key
 from fastfisher.layers import Layer, chunks, squares
@@ -36,6 +36,7 @@ from fastfisher.model import (
     trainable_parameters,
     uncompiled,
 )
+from fastfisher.placement import placement_of, whole
 from fastfisher.rollback import undoing
 from fastfisher.slow_path import warn_slow_path
 
@@ -101,6 +102,7 @@ def per_example_grad_norms(
     """
     check_flags(squared=squared)
     check_class_dim(class_dim)
+    model = placement_of(model).module  # the norms of this process's examples are right in any case
     names = parameter_names(model, params)
     with eval_mode(model):
         inputs, targets = paired(model, inputs, targets, of_loss(class_dim, loss))
@@ -194,7 +196,8 @@ def trace_fisher(
     sums = _Sums(names)
     rounds = max(2, draws) if tolerance is not None and drawn else draws if drawn else 1
     device = next(model.parameters()).device
-    with failing_together(ranks), eval_mode(model):
+    told = {"labels": labels, "draws": draws, "tolerance": tolerance, "params": digest(names)}
+    with measuring_together(ranks, "trace_fisher", model, trainable_parameters(model), **told), eval_mode(model):
         batches = Batches(
             model, data, device, class_dim=class_dim, samples=samples, batch_size=batch_size, generator=generator
         )
@@ -282,6 +285,7 @@ def grad_inner_products(
     check_class_dim(class_dim)
     if isinstance(labels, str) and labels == "exact":
         raise ValueError('labels: expected "true", "sampled" or "rademacher", got "exact"')
+    model = whole(model, "the inner product of mean gradients")
     names = parameter_names(model, params)
     sides = []
     with eval_mode(model):
@@ -359,10 +363,10 @@ def whole_model(model: nn.Module, process_group: ProcessGroup | None) -> tuple[R
     Raises:
         ValueError: a process has only a part of the parameters.
     """
-    ranks = ranks_of(model, process_group)
-    if ranks is not None and ranks.sharded:
+    shared = shared_by(model, process_group)
+    if shared.ranks is not None and shared.ranks.sharded:
         raise ValueError("model: expected all parameters in each process, got a model sharded by fully_shard")
-    return ranks, bare(model)
+    return shared.ranks, shared.module
 
 
 def _fraction_of_all(ranks: Ranks, examples: int, fraction: float, device: torch.device) -> float:
