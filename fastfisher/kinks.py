@@ -212,8 +212,8 @@ def _keep_sides(x: Tensor, low: Any = None, high: Any = None) -> Tensor:
     sides = torch.zeros_like(x, dtype=torch.int8)
     if low is not None:
         sides = sides - (x < low).to(torch.int8)
-    if high is not None:
-        sides = torch.where(x > high, 1, sides)
+    if high is not None:  # which wins where the lower bound is above it
+        sides = torch.where((x if low is None else x.clamp(min=low)) > high, 1, sides)
     return sides.to(torch.int8)
 
 
