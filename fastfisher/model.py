@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastfisher.arguments import check_model
 from fastfisher.slow_path import warn_slow_path
+
+Result = TypeVar("Result")
 
 Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
 """What a model is called with: a tensor, positional arguments or keyword arguments, batch first."""
@@ -71,6 +73,7 @@ def logits_of(output: Any) -> Tensor:
 
 def call_model(model: nn.Module, inputs: Inputs) -> Tensor:
     """The logits: the model called with a tensor, with a tuple's items, or with a dict's items by name."""
+    inputs = map_inputs(inputs, differentiable)
     if isinstance(inputs, tuple):
         return logits_of(model(*inputs))
     if isinstance(inputs, dict):
@@ -80,10 +83,29 @@ def call_model(model: nn.Module, inputs: Inputs) -> Tensor:
 
 def call_copy(model: nn.Module, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
     """The logits with other parameters and with copies of the buffers: the model itself stays as it is."""
+    inputs = map_inputs(inputs, differentiable)
     state = {name: buffer.clone() for name, buffer in model.named_buffers()} | parameters
     args: tuple[Any, ...] = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
     kwargs = inputs if isinstance(inputs, dict) else None
     return logits_of(torch.func.functional_call(model, state, args, kwargs))
+
+
+class _Within(nn.Module):
+    """Calls a function as a part of a model, so that ``functional_call`` puts other tensors in the model's places."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+def call_within(model: nn.Module, state: dict[str, Tensor], function: Callable[[], Result]) -> Result:
+    """``function()``, while the model has the tensors of ``state`` in the places of its own parameters and buffers."""
+    named = {f"model.{name}": value for name, value in state.items()}
+    result: Result = torch.func.functional_call(_Within(model), named, (function,))
+    return result
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -127,13 +149,39 @@ def couples_examples(model: nn.Module) -> bool:
     return any(m.training and isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
 
+def check_differentiable(model: nn.Module) -> None:
+    """Raises ValueError where a parameter was made in inference mode, and can never have a gradient; it is named."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ValueError(
+                f"model: expected parameters that can have a gradient, got {name}, which was made within "
+                "torch.inference_mode(); make or load the model outside of it"
+            )
+
+
+def differentiable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy that autograd may save, where it was made in inference mode and that has been left."""
+    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
+
+
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts the model in eval mode and, on leaving, every module back in the mode it was in."""
+    """Puts the model in eval mode and, on leaving, every module back in the mode it was in.
+
+    The flags are set one by one: ``model.eval()`` would call the modules' own ``train``, and some of those change the
+    model, such as adapters that are merged into their weights. Within, gradients can be taken whatever the caller's
+    mode: ``torch.inference_mode`` is left.
+
+    Raises:
+        ValueError: a parameter was made in inference mode; it is named.
+    """
+    check_differentiable(model)
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        yield
+        for module, _ in modes:
+            module.training = False
+        with torch.inference_mode(False):
+            yield
     finally:
         for module, training in modes:
             module.training = training

@@ -21,7 +21,7 @@ from fastfisher.batches import Batches, Pair
 from fastfisher.gates import RandomState
 from fastfisher.hessian import Pairs, hessian_product, labelled, measuring
 from fastfisher.labels import new_key, sample_cross_entropy
-from fastfisher.layers import chunks, computing
+from fastfisher.layers import chunks, computing, flat_rows
 from fastfisher.model import Inputs, call_model, count_examples, eval_mode, trainable_parameters
 from fastfisher.rollback import undoing
 from fastfisher.traces import Side, one_backward, parameter_names
@@ -338,7 +338,7 @@ def gradient_covariance(
             return side
 
         if together is None:
-            gram = _gram(batches, seen, lambda x, y: torch.stack([x.gram(name, y) for name in names]).sum(0))
+            gram = _gram(batches, seen, Side.gram)
         else:
             found = dict(model.named_parameters())
             elements = sum(found[name].numel() for name in names)
@@ -375,8 +375,8 @@ def _complete(batches: list[Pair], size: int) -> list[Pair]:
 
 def _mean(side: Side, names: Iterable[str]) -> Tensor:
     """The gradient of the mean loss of a batch, flat, at least float32."""
-    pieces = [piece for name in names for piece in side.totals(name)]
-    return torch.cat([computing(piece).reshape(-1) / side.capture.examples for piece in pieces])
+    totals = side.totals()
+    return torch.cat([flat_rows(computing(totals[name])[None])[0] / side.capture.examples for name in names])
 
 
 def _products(x: Tensor, y: Tensor) -> Tensor:

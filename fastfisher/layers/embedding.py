@@ -11,6 +11,8 @@ from fastfisher.layers.base import Layer, computing, gram_of_positions, squares
 class Embedding(Layer):
     """torch.embedding, with repeated tokens added up before they are squared."""
 
+    by_rows = True
+
     def __init__(self, weight: Tensor, indices: Tensor, tensors: dict[str, Tensor], padding_idx: int) -> None:
         super().__init__(indices, indices.dim(), tensors)
         self.weight, self.padding_idx = weight.detach(), padding_idx
@@ -27,6 +29,9 @@ class Embedding(Layer):
         n = self.layout.examples
         tokens, d = tokens.reshape(n, -1), computing(d.reshape(n, -1, d.shape[-1]))
         return tokens, d * (tokens != self.padding_idx)[..., None] if self.padding_idx >= 0 else d
+
+    def joins(self, other: Layer) -> bool:
+        return isinstance(other, Embedding)
 
     def gradients(self, slot: str, a: Tensor, d: Tensor) -> Tensor:
         out = d.new_zeros(len(d), *self.weight.shape)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfisher.calls import positional
 from fastfisher.layers.base import Layer, depends, tensors_in
 from fastfisher.layers.conv import Conv
 from fastfisher.layers.embedding import Embedding
@@ -21,11 +22,15 @@ Binder = Callable[..., Layer | None]
 
 def bind(func: Any, args: Any, kwargs: Any, tracked: Tracked) -> Layer | None:
     """The formula for a call of ``func``, or None. ``tracked`` tells the parameters from what depends on examples."""
-    if func in _BINDERS:
-        return _BINDERS[func](tracked, *args, **kwargs)
     if func in _BROADCASTING:
         return _expand(tracked, args, kwargs)
-    return None
+    if func not in _BINDERS or any(t.is_complex() for t in tensors_in([*args, *kwargs.values()])):
+        return None
+    args, kwargs = positional(func, args, kwargs)
+    try:
+        return _BINDERS[func](tracked, *args, **kwargs)
+    except TypeError:  # arguments that the formula does not know of
+        return None
 
 
 def _slots(tracked: Tracked, **tensors: Tensor | None) -> dict[str, Tensor]:
