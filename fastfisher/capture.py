@@ -105,7 +105,7 @@ class Capture:
         random: whether the forward drew random numbers from torch's generators.
 
     Args:
-        scattered: which of the ``layers`` have their examples in another order than the batch, as :func:`misplaced`
+        scattered: which of the ``layers`` have their examples in another order than the batch, as :meth:`misplaced`
             found in an earlier capture.
 
     Raises:
@@ -163,13 +163,6 @@ class Capture:
         finally:
             self.receiver.function = None
 
-    def random_cotangent(self) -> Tensor:
-        """A cotangent without zeros, always the same."""
-        generator = torch.Generator().manual_seed(0)
-        values = 0.5 + torch.rand(self.logits.shape, generator=generator)
-        signs = torch.randint(2, self.logits.shape, generator=generator) * 2 - 1
-        return (values * signs).to(self.logits)
-
     def misplaced(self) -> frozenset[int]:
         """Which of the layers have gradients in the places of examples whose logits get none.
 
@@ -179,7 +172,7 @@ class Capture:
             return frozenset()
         generator = torch.Generator().manual_seed(1)
         order = torch.randperm(self.examples, generator=generator)
-        cotangent = self.random_cotangent()
+        cotangent = random_cotangent(self.logits)
         out = order[: self.examples // 2].to(cotangent.device)
         cotangent[out] = 0
         found: set[int] = set()
@@ -187,7 +180,7 @@ class Capture:
 
         def look(layer: Layer, grad: Tensor) -> None:
             _, d = layer.seen(grad)
-            largest = d.detach().abs().flatten(1).max(1).values if d.numel() else d.new_zeros(len(d))
+            largest = d.detach().abs().reshape(len(d), -1).max(1).values if d.numel() else d.new_zeros(len(d))
             if not bool((largest[out] <= 1e-6 * largest.max()).all()):
                 found.add(numbers[id(layer)])
 
@@ -222,7 +215,7 @@ class Capture:
         rows come i + 1 times as large; for many examples, digit by digit.
         """
         base = 8 if torch.finfo(self.logits.dtype).eps > 1e-4 else 256
-        cotangent = self.random_cotangent()
+        cotangent = random_cotangent(self.logits)
         plain = self._rows(cotangent)
         norms = {key: d.square().sum(1) for key, d in plain.items()}
         owners = {key: torch.zeros(len(d), dtype=torch.int64, device=d.device) for key, d in plain.items()}
@@ -240,16 +233,14 @@ class Capture:
             step *= base
         for layer in self.unplaced:
             key = id(layer)
-            if key not in plain:  # it does not lead to the logits
-                layer.layout = Rows.of(torch.empty(0, dtype=torch.int64), self.examples, layer.leading)
-            elif bool((certain[key] & (owners[key] < self.examples)).all()):
+            owner = torch.empty(0, dtype=torch.int64)  # where it does not lead to the logits
+            if key in plain and bool((certain[key] & (owners[key] < self.examples)).all()):
                 owner = owners[key].masked_fill(norms[key] == 0, -1)
-                layer.layout = Rows.of(owner, self.examples, layer.leading)
-            else:
-                for name, parts in self.parts.items():
-                    if any(part.layer is layer for part in parts):
-                        reason = f"rows of a {type(layer).__name__} belong to several examples"
-                        self.fallbacks.setdefault(name, reason)
+            elif key in plain:
+                reason = f"rows of a {type(layer).__name__} belong to several examples"
+                names = [name for name, parts in self.parts.items() if any(part.layer is layer for part in parts)]
+                self.fallbacks.update(dict.fromkeys(names, reason))
+            layer.layout = Rows.of(owner, self.examples, layer.leading)
 
     def _rows(self, cotangent: Tensor) -> dict[int, Tensor]:
         """What the outputs of the ``unplaced`` layers get, float64[rows, features]."""
@@ -421,8 +412,9 @@ class _Watch(TorchFunctionMode):
 
     def _find(self, layer: Layer, index: int) -> bool:
         """Finds the examples in what a layer works on; False where they cannot be told apart."""
-        scattered = _level(layer.operand) == _SCATTERED or len(self.capture.layers) in self.capture.scattered
-        if not (scattered and layer.by_rows):
+        misplaced = len(self.capture.layers) in self.capture.scattered
+        scattered = misplaced or _level(layer.operand) == _SCATTERED
+        if not (scattered and layer.by_rows) and not misplaced:
             layout = self._layout(index, layer.operand, layer.leading, scattered)
             if layout is not None and layer.accepts(layout):
                 layer.layout = layout
@@ -456,7 +448,8 @@ class _Watch(TorchFunctionMode):
         index = self._count(func, tracked, call.operand)
         if self.probing is not None:
             return func(*_replace(args, self._detached), **_replace(kwargs, self._detached))
-        scattered = call.packed or _level(call.operand) == _SCATTERED or index in self.capture.scattered
+        here = range(len(self.capture.layers), len(self.capture.layers) + call.products)
+        scattered = call.packed or _level(call.operand) == _SCATTERED or any(i in self.capture.scattered for i in here)
         layout = None if scattered else self._layout(index, call.operand, 2, False)
         if layout is not None:
             layout = call.layout(layout)
@@ -517,7 +510,7 @@ class _Watch(TorchFunctionMode):
         seen = self.probed[index] if index < len(self.probed) else None
         if seen is None or seen.operand is None or seen.operand.dim() != operand.dim():
             return None
-        return Layout.between(operand, seen.operand, examples, few, leading)
+        return Layout.between(operand, seen.operand, examples, few, leading, compared=scattered)
 
 
 @dataclass
@@ -530,6 +523,14 @@ class _Seen:
 
 
 # ---- small things ----------------------------------------------------------------------------------------------------
+
+
+def random_cotangent(logits: Tensor) -> Tensor:
+    """Numbers shaped as the logits, none near 0, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    values = 0.5 + torch.rand(logits.shape, generator=generator)
+    signs = torch.randint(2, logits.shape, generator=generator) * 2 - 1
+    return (values * signs).to(logits.device, logits.dtype)
 
 
 def same_state(one: RandomState, two: RandomState) -> bool:

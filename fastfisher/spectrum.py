@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher import ops
-from fastfisher.arguments import is_count, is_number
+from fastfisher.arguments import check_flags, is_count, is_number
 from fastfisher.batches import Batches, Pair
 from fastfisher.gates import RandomState
 from fastfisher.hessian import Pairs, hessian_product, labelled, measuring
@@ -279,6 +279,7 @@ def gradient_covariance(
     samples: int | None = None,
     params: Iterable[Tensor] | None = None,
     generator: torch.Generator | None = None,
+    verify: bool = True,
 ) -> GradientCovariance:
     """The covariance K of the gradients of single examples, or of mini-batches; eval mode meanwhile.
 
@@ -303,6 +304,7 @@ def gradient_covariance(
         samples: at most so many examples: a random choice of a pair's, the first of an iterable's.
         params: the parameters whose gradient is meant; all trainable ones otherwise.
         generator: where examples and labels are drawn; torch's default generator otherwise.
+        verify: as in :func:`fastfisher.per_example_grad_norms`.
 
     Returns:
         Trace and eigenvalues; NaN where a gradient is not finite.
@@ -315,6 +317,7 @@ def gradient_covariance(
         raise ValueError(f'labels: expected "true" or "sampled", got {labels!r}')
     if not (batch_size is None or is_count(batch_size)):
         raise ValueError(f"batch_size: expected an integer >= 1 or None, got {batch_size!r}")
+    check_flags(verify=verify)
     names = parameter_names(model, params)
     together = batch_size if batch_size is not None and batch_size != 1 else None
     source = Batches(
@@ -333,7 +336,7 @@ def gradient_covariance(
             raise ValueError("data: expected at least one example, got none")
 
         def seen(pair: Pair) -> Side:
-            side = one_backward(model, pair[0], names, "true", pair[1])
+            side = one_backward(model, pair[0], names, "true", pair[1], verify=verify)
             fallbacks.update(side.capture.fallbacks)
             return side
 

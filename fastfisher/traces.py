@@ -18,6 +18,7 @@ from fastfisher import ops
 from fastfisher.arguments import check_flags, is_count, is_number
 from fastfisher.batches import Batches, Pair
 from fastfisher.capture import Capture, Part
+from fastfisher.completeness import verified_capture
 from fastfisher.distributed import Ranks, bare, failing_together, ranks_of
 from fastfisher.estimate import TraceEstimate
 from fastfisher.labels import cross_entropy, ignored, new_key
@@ -52,6 +53,7 @@ def per_example_grad_norms(
     params: Iterable[Tensor] | None = None,
     loss: Loss | None = None,
     generator: torch.Generator | None = None,
+    verify: bool = True,
 ) -> Tensor:
     """‖∇_θ ℓ(x_i, ŷ_i)‖² for each example i, with ℓ = −log p(ŷ_i | x_i) summed over the positions of an example.
 
@@ -75,19 +77,23 @@ def per_example_grad_norms(
         loss: instead of the cross-entropy, a function of (logits, targets) that returns one loss per example (N,).
             Goes with ``labels="true"``.
         generator: where labels are drawn; torch's default generator otherwise.
+        verify: compare the first capture of a model and kind of batch with its ordinary gradient: a forward and about
+            three backwards, once.
 
     Returns:
         float64 (N,), or (draws, N) for more than one draw.
 
     Raises:
-        ValueError: an argument is none of the above; it is named.
+        ValueError: an argument is none of the above, or the per-example gradients do not add up to the ordinary one; it
+            is named.
+        NotImplementedError: the model recomputes layers with reentrant checkpointing.
         TypeError: the model, the inputs or the data are of a type that cannot be one.
     """
     _check(labels, draws, loss, targets)
-    check_flags(squared=squared)
+    check_flags(squared=squared, verify=verify)
     names = parameter_names(model, params)
     with eval_mode(model):
-        capture = _capture(model, inputs, names)
+        capture = _capture(model, inputs, names, verify)
         cotangents = _Cotangents(capture.logits.detach(), labels, targets, loss, generator)
         found = [sum(n.values()) for n in _draws(model, inputs, capture, cotangents, draws)]
     norms = torch.stack([n if isinstance(n, Tensor) else _zeros(capture) for n in found])
@@ -120,6 +126,7 @@ def trace_fisher(
     params: Iterable[Tensor] | None = None,
     generator: torch.Generator | None = None,
     process_group: ProcessGroup | None = None,
+    verify: bool = True,
 ) -> FisherTrace:
     """Tr(F) = E_x E_ŷ ‖∇_θ ℓ(x, ŷ)‖², ŷ ~ p(y|x): the trace of the Fisher Information Matrix (eq. 2 of the paper).
 
@@ -151,6 +158,7 @@ def trace_fisher(
             with its key, any number of processes draw the same labels for it. Each batch takes a message of 72 bytes
             per process, and one for each draw; at the end 16 bytes of each example go to each process. ``samples`` and
             ``batch_size`` are each process's own; ``minibatch`` needs a single one.
+        verify: as in :func:`per_example_grad_norms`.
 
     Returns:
         The estimate over the data of all processes, split by parameter, with the parameters that took a slower way.
@@ -163,7 +171,7 @@ def trace_fisher(
     if isinstance(labels, Tensor):
         raise ValueError(f"labels: expected one of {', '.join(LABELS)}, got a tensor")
     _check(labels, draws, None, None, data_has_targets=True)
-    check_flags(minibatch=minibatch)
+    check_flags(minibatch=minibatch, verify=verify)
     if tolerance is not None and not (is_number(tolerance) and tolerance > 0):
         raise ValueError(f"tolerance: expected a number > 0, got {tolerance!r}")
     ranks, model = whole_model(model, process_group)
@@ -184,7 +192,7 @@ def trace_fisher(
                         draw_key(generator, device, 0, ranks)
                     continue
                 inputs, targets = batch
-                capture = _capture(model, inputs, names)
+                capture = _capture(model, inputs, names, verify)
                 sums.fallbacks.update(capture.fallbacks)
                 cotangents = _Cotangents(capture.logits.detach(), labels, targets, None, generator, ranks)
                 sums.add(_draws(model, inputs, capture, cotangents, rounds, sums.means if minibatch else None))
@@ -241,6 +249,7 @@ def grad_inner_products(
     params: Iterable[Tensor] | None = None,
     loss: Loss | None = None,
     generator: torch.Generator | None = None,
+    verify: bool = True,
 ) -> GradInnerProducts:
     """Inner products of the gradients of two batches, such as clean and mislabelled examples (figure 12).
 
@@ -250,10 +259,12 @@ def grad_inner_products(
         model: as in :func:`per_example_grad_norms`; in eval mode meanwhile.
         first, second: pairs (inputs, targets).
         labels: "true", or "sampled" or "rademacher" for drawn ones (the targets may then be None).
-        params, loss, generator: as in :func:`per_example_grad_norms`.
+        params, loss, generator, verify: as in :func:`per_example_grad_norms`.
 
     Raises:
-        ValueError: an argument is none of the above; it is named.
+        ValueError: an argument is none of the above, or the per-example gradients do not add up to the ordinary one; it
+            is named.
+        NotImplementedError: the model recomputes layers with reentrant checkpointing.
         TypeError: the model, the inputs or the data are of a type that cannot be one.
     """
     for name, pair in (("first", first), ("second", second)):
@@ -261,12 +272,13 @@ def grad_inner_products(
             raise ValueError(f"{name}: expected a pair (inputs, targets), got {type(pair).__name__}")
     if isinstance(labels, str) and labels == "exact":
         raise ValueError('labels: expected "true", "sampled" or "rademacher", got "exact"')
+    check_flags(verify=verify)
     names = parameter_names(model, params)
     sides = []
     with eval_mode(model):
         for inputs, targets in (first, second):
             _check(labels, 1, loss, targets)
-            sides.append(one_backward(model, inputs, names, labels, targets, loss, generator))
+            sides.append(one_backward(model, inputs, names, labels, targets, loss, generator, verify))
         one, two = sides
         pairs = one.capture.examples == two.capture.examples
         per_example = one.inner_products(two) if pairs else None
@@ -307,8 +319,13 @@ def parameter_names(model: nn.Module, params: Iterable[Tensor] | None) -> list[s
     return [name for name in trainable if name in chosen]
 
 
-def _capture(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> Capture:
-    capture = Capture(model, inputs, names)
+def _capture(model: nn.Module, inputs: Inputs, names: Iterable[str], verify: bool) -> Capture:
+    capture = (verified_capture if verify else Capture)(model, inputs, names)
+    if capture.random and capture.fallbacks:
+        raise ValueError(
+            f"model: expected a forward without random numbers, as {', '.join(capture.fallbacks)} have no formula and "
+            "take a forward for each example, which would draw others; got one that draws (dropout in eval mode?)"
+        )
     for reason in dict.fromkeys(capture.fallbacks.values()):
         slow = ", ".join(name for name, why in capture.fallbacks.items() if why == reason)
         warn_slow_path(f"per-example gradients of {slow} take a backward for each example: {reason}")
@@ -370,6 +387,9 @@ class _Cotangents:
         self.logits, self.labels, self.targets, self.loss = logits, labels, targets, loss
         self.generator, self.ranks = generator, ranks
         self.name = "targets"
+        drawn = isinstance(labels, str) and labels in ("rademacher", "sampled", "exact")
+        if drawn and (logits.isnan() | (logits == math.inf)).any():
+            raise ValueError("model: expected logits of which labels can be drawn, got NaN or +inf among them")
         if isinstance(labels, Tensor):
             self.labels, self.targets, self.name = "true", labels, "labels"
         if self.labels == "true" and loss is None and self.targets is None:
@@ -536,9 +556,10 @@ def one_backward(
     targets: Tensor | None,
     loss: Loss | None = None,
     generator: torch.Generator | None = None,
+    verify: bool = True,
 ) -> Side:
     """A capture, one backward of it, and what its layers saw there; the model is in eval mode."""
-    capture = _capture(model, inputs, names)
+    capture = _capture(model, inputs, names, verify)
     (cotangent,) = _Cotangents(capture.logits.detach(), labels, targets, loss, generator).draw()
     kept: Seen = {}
 

@@ -39,8 +39,14 @@ class Layout:
         return _unflatten(x, self.dim, self.examples, self.repeat).movedim(self.dim, 0)
 
     @staticmethod
-    def between(full: Tensor, part: Tensor, examples: int, few: int, leading: int) -> Layout | None:
-        """The layout of ``full``, given the same tensor ``part`` for the first ``few`` examples alone; or None."""
+    def between(
+        full: Tensor, part: Tensor, examples: int, few: int, leading: int, *, compared: bool = False
+    ) -> Layout | None:
+        """The layout of ``full``, given the same tensor ``part`` for the first ``few`` examples alone; or None.
+
+        Shapes tell which dimension it is, and values which index is the fast one; they are also ``compared`` where
+        shapes may agree by chance.
+        """
         changed = [d for d in range(full.dim()) if full.shape[d] != part.shape[d]]
         if len(changed) != 1 or changed[0] >= leading:
             return None
@@ -48,7 +54,7 @@ class Layout:
         repeat = full.shape[dim] // examples
         if full.shape[dim] != repeat * examples or part.shape[dim] != repeat * few:
             return None
-        if repeat == 1:
+        if repeat == 1 and not compared:
             return Layout(examples, dim)
         full, part = full.detach(), part.detach()
         if few > examples:  # the probe repeated an example
@@ -66,6 +72,8 @@ class Layout:
             difference = (rows.double() - expected.double()).abs().max()
             if difference <= 1e-3 * expected.double().abs().max():
                 matches.append(is_inner)
+        if repeat == 1:
+            return Layout(examples, dim) if matches else None
         return Layout(examples, dim, repeat, matches[0]) if len(matches) == 1 else None
 
 
@@ -89,7 +97,7 @@ class Rows(Layout):
         """The layout of rows of which row r belongs to example ``owner[r]``, or to none where that is −1."""
         order = owner.argsort(stable=True)
         counts = torch.bincount(owner[owner >= 0], minlength=examples)
-        most = max(1, int(counts.max()))
+        most = int(counts.max())
         index = torch.full((examples, most), len(owner), dtype=torch.int64, device=owner.device)
         order = order[len(owner) - int(counts.sum()) :]
         starts = counts.cumsum(0) - counts

@@ -241,6 +241,11 @@ class Unrolled:
     cell: bool
     tracked: Tracked
 
+    @property
+    def products(self) -> int:
+        """How many linear layers it consists of."""
+        return sum(weight.dim() == 2 for weight in self.weights)
+
     def layout(self, layout: Layout) -> Layout | None:
         """That of the rows, [steps, sequences, features], given that of the operand."""
         dim = 0 if self.batch_first or self.cell else 1
