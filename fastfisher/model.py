@@ -187,6 +187,26 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def unhooked(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Within, the hooks of ``Tensor.register_hook`` on parameters do not run; on leaving they are back.
+
+    ``torch.autograd.grad`` runs them too. A hook that masks, scales or counts gradients is meant for the gradient that
+    the optimiser gets: it would distort a derivative that is only measured, or act on part of a gradient.
+    """
+    hooked = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
+    for parameter, _ in hooked:
+        parameter._backward_hooks = None
+    try:
+        yield
+    finally:
+        for parameter, hooks in hooked:
+            if parameter._backward_hooks is not None:  # registered meanwhile
+                hooks.update(parameter._backward_hooks)
+                parameter._backward_hooks = None
+            parameter._backward_hooks = hooks
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether ``torch.compile`` or ``module.compile()`` compiled it."""
     return type(module).__name__ == "OptimizedModule" or bool(getattr(module, "_compiled_call_impl", None))
