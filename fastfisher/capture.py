@@ -343,6 +343,8 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _LOOKS:
+            return func(*args, **kwargs)
         keep_saved_tensors()
         tracked, level = [], 0
         for tensor in itertools.chain(tensors_in(args), tensors_in(kwargs.values())):
@@ -357,7 +359,7 @@ class _Watch(TorchFunctionMode):
         elif not level:
             out = func(*args, **kwargs)
             self._follow([out, *_written(func, args)])
-        elif (opened := _open(func) or DECOMPOSED.get(func)) is not None:
+        elif (opened := _open(func)) is not None:
             with self:
                 return opened(*args, **kwargs)
         elif (written := _written(func, args)) and id(written[0]) in self.followed:
@@ -390,8 +392,11 @@ class _Watch(TorchFunctionMode):
             return self._recurrent(func, args, kwargs, recurrent, tracked)
         layer = bind(func, args, kwargs, lambda t: id(t) in self.followed)
         others = [t for t in tensors_in([*args, *kwargs.values()]) if id(t) not in self.followed and depends(t)]
-        if layer is not None and not layer.replaces and len(others) != 1:
+        if layer is not None and not (layer.replaces or layer.several) and len(others) != 1:
             layer = None  # the formulas know of one argument that depends on the examples
+        if layer is None and func in DECOMPOSED:
+            with self:
+                return DECOMPOSED[func](*args, **kwargs)
         index = self._count(func, tracked, layer.operand if layer is not None else None)
         if self.probing is None:
             if layer is None:
@@ -548,6 +553,12 @@ def _replace(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
         return {key: _replace(item, function) for key, item in value.items()}
     return value
 
+
+_LOOKS = frozenset(
+    [Tensor.dim, Tensor.size, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__]
+    + [getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_nested")]
+)
+"""Functions that give no tensor."""
 
 _DEPENDS, _SCATTERED = 1, 2
 

@@ -120,11 +120,13 @@ class Layer:
         pulls_back: whether the layer knows the gradient of its input itself (:meth:`pull_back`), cheaper than autograd.
         by_rows: whether the formula only needs to know which example each row (the ``leading`` dimensions, flattened)
             belongs to, which the backward can tell; see :class:`Rows`.
+        several: whether further arguments may depend on the examples.
         replaces: whether the call is made as it is on one copy of the parameter per example (see expand.py).
         layout: where the examples are; set by the capture.
     """
 
     by_rows = False
+    several = False
     replaces = False
     pulls_back = False
     tensors: dict[str, Tensor]
@@ -148,7 +150,7 @@ class Layer:
         """With ``pulls_back``: the gradient of the input."""
         raise NotImplementedError
 
-    def finish(self, out: Tensor) -> Tensor:
+    def finish(self, out: Tensor) -> Any:
         """The output in the shape that the caller expects."""
         return out
 

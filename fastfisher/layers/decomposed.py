@@ -19,14 +19,14 @@ def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | Non
 def _embedding_bag(
     weight: Tensor, indices: Tensor, offsets: Tensor, scale_grad_by_freq: bool = False, mode: int = 0,
     sparse: bool = False, per_sample_weights: Tensor | None = None, include_last_offset: bool = False,
-    padding_idx: int = -1,
+    padding_idx: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Rows looked up one by one, and added bag by bag."""
     bags = len(offsets) - 1 if include_last_offset else len(offsets)
     places = torch.arange(len(indices), device=indices.device)
     bag = torch.searchsorted(offsets[:bags].contiguous(), places.to(offsets.dtype), right=True) - 1
     rows = F.embedding(indices, weight, scale_grad_by_freq=scale_grad_by_freq)
-    counted = (indices != padding_idx).to(rows.dtype)
+    counted = indices.ne(-1 if padding_idx is None else padding_idx).to(rows.dtype)
     out = rows.new_zeros(bags, weight.shape[1])
     if mode == 2:  # of each element the row that PyTorch chose; where a bag has it more than once, a part of each
         with torch.no_grad():

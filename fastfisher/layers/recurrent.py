@@ -9,7 +9,7 @@ first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,31 +30,27 @@ class Recurrence:
         layers: the linear layers that it consists of: on its inputs, on its states, and the projection of an LSTM.
     """
 
-    gates = 1
-
     def __init__(
-        self, rows: Tensor, weights: Sequence[Tensor], biases: bool, sizes: Sequence[int], reverse: bool,
-        tracked: Tracked,
-    ) -> None:  # fmt: skip
+        self, rows: Tensor, weights: Sequence[Tensor], biases: bool, sizes: list[int], reverse: bool, tracked: Tracked
+    ) -> None:
         names = ["input", "hidden", *(["input_bias", "hidden_bias"] if biases else []), "projection"]
         found = dict(zip(names, weights, strict=False))
         detached = {name: weight.detach() for name, weight in found.items()}
         self.w_input, self.w_hidden = detached["input"], detached["hidden"]
         self.b_input, self.b_hidden = detached.get("input_bias"), detached.get("hidden_bias")
         self.projection = detached.get("projection")
-        ends = torch.tensor(sizes).cumsum(0).tolist()
-        self.steps = [(end - size, end, size) for end, size in zip(ends, sizes, strict=True)]
-        self.order = self.steps[::-1] if reverse else self.steps
+        self.sizes, self.reverse = sizes, reverse
+        self.shape = rows.shape
+        rows = rows.detach()
 
         def linear(weight: str, bias: str) -> Linear:
             slots = {slot: found[n] for slot, n in (("weight", weight), ("bias", bias)) if n in found}
             slots = {slot: t for slot, t in slots.items() if tracked(t)}
-            return Linear(rows.detach(), found[weight], found.get(bias), slots)
+            return Linear(rows, found[weight], found.get(bias), slots)
 
         self.layers = [linear("input", "input_bias"), linear("hidden", "hidden_bias")]
         if self.projection is not None:
             self.layers.append(linear("projection", "none"))
-        self.shape = rows.shape
 
     def forward(self, rows: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, ...]:
         """The states of all steps, [rows, features], and the last one of each sequence (with the cells of an LSTM)."""
@@ -64,22 +60,57 @@ class Recurrence:
         """The gradients of the outputs of :attr:`layers`, first that of the inputs, and those of the initial states."""
         raise NotImplementedError
 
-    def keep(self, layer: int, rows: Tensor) -> None:
-        """Notes the inputs of a linear layer, in the shape in which the rows of this recurrence came."""
-        operand = rows.view(*self.shape[:-1], rows.shape[-1])
-        self.layers[layer].operand, self.layers[layer]._version = operand, operand._version
-
-    def gates_of(self, rows: Tensor, bias: Tensor | None) -> Tensor:
-        """What the inputs of all steps add to the gates."""
-        return F.linear(rows.reshape(-1, rows.shape[-1]), self.w_input, bias)
-
     def inputs(self, gates: Tensor) -> Tensor:
         """The gradient of the inputs of all steps."""
         return (gates @ self.w_input).view(self.shape)
 
-    def bias(self) -> Tensor | None:
+    def _steps(self, *tensors: Tensor, backward: bool = False) -> Iterator[tuple[Tensor, ...]]:
+        """The rows of one step after the other, as views."""
+        steps = list(zip(*(torch.split(x, self.sizes) for x in tensors), strict=True))
+        return iter(steps if self.reverse == backward else steps[::-1])
+
+    def _keep(self, layer: int, rows: Tensor) -> None:
+        """Notes the inputs of a linear layer, in the shape in which the rows of this recurrence came."""
+        operand = rows.view(*self.shape[:-1], rows.shape[-1])
+        self.layers[layer].operand, self.layers[layer]._version = operand, operand._version
+
+    def _gates(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+        """What the inputs of all steps add to the gates."""
+        return F.linear(rows.reshape(-1, rows.shape[-1]), self.w_input, bias)
+
+    def _bias(self) -> Tensor | None:
         """Both biases together, where they are added."""
         return None if self.b_input is None or self.b_hidden is None else self.b_input + self.b_hidden
+
+
+class _State:
+    """The states of the sequences from step to step: those that have ended, or not yet begun, keep theirs."""
+
+    def __init__(self, initial: Tensor, sizes: list[int]) -> None:
+        self.uniform = len(set(sizes)) == 1
+        self.now = initial if self.uniform else initial.clone()
+        self.seen: list[Tensor] = []
+
+    def before(self, rows: Tensor) -> Tensor:
+        """The states of the sequences that have a row in this step."""
+        state = self.now if self.uniform else self.now[: len(rows)].clone()
+        self.seen.append(state)
+        return state
+
+    def after(self, state: Tensor) -> None:
+        """Takes the new ones."""
+        if self.uniform:
+            self.now = state
+        else:
+            self.now[: len(state)] = state
+
+    def all_before(self, reverse: bool) -> Tensor:
+        """What :meth:`before` gave, in the order of the rows."""
+        return torch.cat(self.seen[::-1] if reverse else self.seen)
+
+    def last(self) -> Tensor:
+        """The last state of each sequence."""
+        return self.now.clone() if self.uniform else self.now
 
 
 class Elman(Recurrence):
@@ -90,26 +121,24 @@ class Elman(Recurrence):
         self.relu = relu
 
     def forward(self, rows: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, ...]:
-        a, h = self.gates_of(rows, self.bias()), h.clone()
-        before, w = a.new_empty(len(a), h.shape[1]), self.w_hidden.mT
-        for start, end, size in self.order:
-            before[start:end] = h[:size]
-            a[start:end].addmm_(h[:size], w)
-            (torch.relu_ if self.relu else torch.tanh_)(a[start:end])
-            h[:size] = a[start:end]
-        self.states = a
-        self.keep(1, before)
-        return a.clone(), h
+        gates, state = self._gates(rows, self._bias()), _State(h, self.sizes)
+        w = self.w_hidden.mT
+        function = torch.relu_ if self.relu else torch.tanh_
+        for (a,) in self._steps(gates):
+            state.after(function(a.addmm_(state.before(a), w)))
+        self.states = gates
+        self._keep(1, state.all_before(self.reverse))
+        return gates.clone(), state.last()
 
     def backward(self, *grads: Tensor) -> tuple[list[tuple[Layer, Tensor]], list[Tensor | None]]:
         out, dh = grads[0], grads[1].clone()
         slope = (self.states > 0).to(out.dtype) if self.relu else 1 - self.states.square()
-        d = torch.empty_like(slope)
-        for start, end, size in reversed(self.order):
-            torch.add(dh[:size], out[start:end], out=d[start:end])
-            d[start:end] *= slope[start:end]
-            torch.mm(d[start:end], self.w_hidden, out=dh[:size])
-        return [(layer, d) for layer in self.layers], [dh, None]
+        gates = torch.empty_like(slope)
+        for d, o, s in self._steps(gates, out, slope, backward=True):
+            state = dh[: len(d)]
+            torch.mul(state.add_(o), s, out=d)
+            torch.mm(d, self.w_hidden, out=state)
+        return [(layer, gates) for layer in self.layers], [dh, None]
 
 
 class Lstm(Recurrence):
@@ -117,31 +146,30 @@ class Lstm(Recurrence):
 
     def forward(self, rows: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, ...]:
         assert c is not None
-        a, h, c = self.gates_of(rows, self.bias()), h.clone(), c.clone()
+        gates, state, cell = self._gates(rows, self._bias()), _State(h, self.sizes), _State(c, self.sizes)
         width, w = c.shape[1], self.w_hidden.mT
-        before, cells = a.new_empty(len(a), h.shape[1]), a.new_empty(len(a), width)
+        cells = gates.new_empty(len(gates), width)
         tanhs, states = torch.empty_like(cells), torch.empty_like(cells)
-        outputs = states if self.projection is None else a.new_empty(len(a), h.shape[1])
-        for start, end, size in self.order:
-            gates = a[start:end]
-            before[start:end] = h[:size]
-            gates.addmm_(h[:size], w)
-            gates[:, : 2 * width].sigmoid_()
-            gates[:, 2 * width : 3 * width].tanh_()
-            gates[:, 3 * width :].sigmoid_()
-            i, f, g, o = gates.chunk(4, 1)
-            cells[start:end] = c[:size]  # those before this step
-            c[:size].mul_(f).addcmul_(i, g)
-            torch.tanh(c[:size], out=tanhs[start:end])
-            torch.mul(o, tanhs[start:end], out=states[start:end])
+        outputs = states if self.projection is None else gates.new_empty(len(gates), h.shape[1])
+        i, f, g, o = gates.chunk(4, 1)
+        for a, k, t, s, u, i_f, it, ft, gt, ot in self._steps(
+            gates, cells, tanhs, states, outputs, gates[:, : 2 * width], i, f, g, o
+        ):
+            a.addmm_(state.before(a), w)
+            i_f.sigmoid_()
+            gt.tanh_()
+            ot.sigmoid_()
+            torch.mul(cell.before(k), ft, out=k).addcmul_(it, gt)
+            torch.mul(ot, torch.tanh(k, out=t), out=s)
             if self.projection is not None:
-                torch.mm(states[start:end], self.projection.mT, out=outputs[start:end])
-            h[:size] = outputs[start:end]
-        self.activations, self.cells, self.tanhs = a, cells, tanhs
-        self.keep(1, before)
+                torch.mm(s, self.projection.mT, out=u)
+            state.after(u)
+            cell.after(k)
+        self.activations, self.cells, self.tanhs = gates, cell.all_before(self.reverse), tanhs
+        self._keep(1, state.all_before(self.reverse))
         if self.projection is not None:
-            self.keep(2, states)
-        return outputs, h, c
+            self._keep(2, states)
+        return outputs, state.last(), cell.last()
 
     def backward(self, *grads: Tensor) -> tuple[list[tuple[Layer, Tensor]], list[Tensor | None]]:
         out, dh, dc = grads[0], grads[1].clone(), grads[2].clone()
@@ -150,23 +178,27 @@ class Lstm(Recurrence):
         # The gradient of each gate is that of the cell, or of the state, times a factor known beforehand.
         factors = torch.cat([g * i * (1 - i), self.cells * f * (1 - f), i * (1 - g * g), self.tanhs * o * (1 - o)], 1)
         to_cell = o * (1 - self.tanhs.square())
-        d = torch.empty_like(factors)
-        projected = torch.empty_like(out) if self.projection is not None else None
-        for start, end, size in reversed(self.order):
-            state = dh[:size] + out[start:end]
-            if self.projection is not None and projected is not None:
-                projected[start:end] = state
-                state = state @ self.projection
-            cell = dc[:size].addcmul_(state, to_cell[start:end])
-            rows, known = d[start:end], factors[start:end]
-            torch.mul(
-                known[:, : 3 * width].view(size, 3, width), cell[:, None], out=rows[:, : 3 * width].view(size, 3, width)
-            )
-            torch.mul(known[:, 3 * width :], state, out=rows[:, 3 * width :])
-            cell.mul_(f[start:end])
-            torch.mm(rows, self.w_hidden, out=dh[:size])
-        found: list[tuple[Layer, Tensor]] = [(self.layers[0], d), (self.layers[1], d)]
-        if projected is not None:
+        gates = torch.empty_like(factors)
+        parts = [x[:, : 3 * width].view(len(x), 3, width) for x in (gates, factors)]
+        rest = [x[:, 3 * width :] for x in (gates, factors)]
+        projected = torch.empty_like(out) if self.projection is not None else out
+        for d, u, p, tc, ft, dcell, fcell, dstate, fstate in self._steps(
+            gates, out, projected, to_cell, f, *parts, *rest, backward=True
+        ):
+            total, cell = dh[: len(d)], dc[: len(d)]
+            total.add_(u)
+            if self.projection is not None:
+                p.copy_(total)
+                state = p @ self.projection
+            else:
+                state = total
+            cell.addcmul_(state, tc)
+            torch.mul(fcell, cell[:, None], out=dcell)
+            torch.mul(fstate, state, out=dstate)
+            cell.mul_(ft)
+            torch.mm(d, self.w_hidden, out=total)
+        found: list[tuple[Layer, Tensor]] = [(self.layers[0], gates), (self.layers[1], gates)]
+        if self.projection is not None:
             found.append((self.layers[2], projected))
         return found, [dh, dc]
 
@@ -175,23 +207,21 @@ class Gru(Recurrence):
     """Gates r, z, n: n = tanh(W x + b + σ(r) (U h + c)), h' = (1 − σ(z)) n + σ(z) h."""
 
     def forward(self, rows: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, ...]:
-        a, h = self.gates_of(rows, self.b_input), h.clone()
+        gates, state = self._gates(rows, self.b_input), _State(h, self.sizes)
         width, w = h.shape[1], self.w_hidden.mT
-        before, candidates = a.new_empty(len(a), width), a.new_empty(len(a), width)
-        outputs = torch.empty_like(before)
-        for start, end, size in self.order:
-            gates = a[start:end]
-            before[start:end] = h[:size]
-            hidden = h[:size] @ w if self.b_hidden is None else torch.addmm(self.b_hidden, h[:size], w)
-            gates[:, : 2 * width].add_(hidden[:, : 2 * width]).sigmoid_()
-            r, z, n = gates.chunk(3, 1)
-            candidates[start:end] = hidden[:, 2 * width :]
-            n.addcmul_(r, candidates[start:end]).tanh_()
-            torch.lerp(n, h[:size], z, out=outputs[start:end])
-            h[:size] = outputs[start:end]
-        self.activations, self.candidates, self.before = a, candidates, before
-        self.keep(1, before)
-        return outputs, h
+        candidates = gates.new_empty(len(gates), width)
+        outputs = torch.empty_like(candidates)
+        r, z, n = gates.chunk(3, 1)
+        for k, u, r_z, rt, zt, nt in self._steps(candidates, outputs, gates[:, : 2 * width], r, z, n):
+            before = state.before(k)
+            hidden = before @ w if self.b_hidden is None else torch.addmm(self.b_hidden, before, w)
+            r_z.add_(hidden[:, : 2 * width]).sigmoid_()
+            k.copy_(hidden[:, 2 * width :])
+            nt.addcmul_(rt, k).tanh_()
+            state.after(torch.lerp(nt, before, zt, out=u))
+        self.activations, self.candidates, self.before = gates, candidates, state.all_before(self.reverse)
+        self._keep(1, self.before)
+        return outputs, state.last()
 
     def backward(self, *grads: Tensor) -> tuple[list[tuple[Layer, Tensor]], list[Tensor | None]]:
         out, dh = grads[0], grads[1].clone()
@@ -202,14 +232,14 @@ class Gru(Recurrence):
         factors = torch.cat([to_n * self.candidates * r * (1 - r), (self.before - n) * z * (1 - z), to_n * r], 1)
         hidden = torch.empty_like(factors)
         states = torch.empty_like(self.before)
-        for start, end, size in reversed(self.order):
-            state = torch.add(dh[:size], out[start:end], out=states[start:end])
-            torch.mul(
-                factors[start:end].view(size, 3, width), state[:, None], out=hidden[start:end].view(size, 3, width)
-            )
-            torch.addmm(state * z[start:end], hidden[start:end], self.w_hidden, out=dh[:size])
-        d = torch.cat([hidden[:, : 2 * width], to_n * states], 1)
-        return [(self.layers[0], d), (self.layers[1], hidden)], [dh, None]
+        parts, known = hidden.view(len(hidden), 3, width), factors.view(len(factors), 3, width)
+        for d, u, s, zt, p, k in self._steps(hidden, out, states, z, parts, known, backward=True):
+            total = dh[: len(d)]
+            torch.add(total, u, out=s)
+            torch.mul(k, s[:, None], out=p)
+            torch.mul(s, zt, out=total).addmm_(d, self.w_hidden)
+        gates = torch.cat([hidden[:, : 2 * width], to_n * states], 1)
+        return [(self.layers[0], gates), (self.layers[1], hidden)], [dh, None]
 
 
 # ---- calls -----------------------------------------------------------------------------------------------------------
