@@ -2,7 +2,7 @@
 
 from fastfisher.distributed import RankFailure
 from fastfisher.estimate import TraceEstimate
-from fastfisher.gates import Gates, record_gates
+from fastfisher.gates import AccuracyWarning, Gates, record_gates
 from fastfisher.head import linear_sample_cross_entropy
 from fastfisher.hessian import trace_hessian
 from fastfisher.labels import sample_cross_entropy
@@ -13,6 +13,7 @@ from fastfisher.spectrum import GradientCovariance, TopEigenvalues, gradient_cov
 from fastfisher.traces import FisherTrace, GradInnerProducts, grad_inner_products, per_example_grad_norms, trace_fisher
 
 __all__ = [
+    "AccuracyWarning",
     "AdaptiveStep",
     "FisherPenalty",
     "FisherTrace",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -106,3 +107,24 @@ def _schemas(func: Callable[..., Any]) -> list[tuple[_Parameters, frozenset[str]
             (tuple(placed), frozenset(argument.name for argument in arguments if argument.kwarg_only), aliases)
         )
     return found
+
+
+_CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+_FUNCTIONS = ("torch.nn.functional", "torch.functional")
+
+
+@functools.cache
+def opened(func: Callable[..., Any], methods: bool = False) -> Callable[..., Any] | None:
+    """A function of ``torch.nn.functional`` written in Python, without its own look for overrides.
+
+    A mode sees a call of such a function as one, and what it calls not at all. Called as this copy within the mode, the
+    calls inside are seen one by one. None for everything that is not written in Python. With ``methods``, those of
+    tensors are opened too.
+    """
+    places = (*_FUNCTIONS, "torch._tensor") if methods else _FUNCTIONS
+    if not (isinstance(func, types.FunctionType) and func.__module__ in places):
+        return None
+    scope = {**func.__globals__, **{check: lambda *_: False for check in _CHECKS}}
+    copy = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy

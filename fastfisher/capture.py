@@ -45,6 +45,7 @@ from fastfisher.model import (
     differentiable,
     input_tensors,
     map_inputs,
+    take_rows,
     uncompiled,
 )
 
@@ -249,7 +250,8 @@ class Capture:
 
         def keep(layer: Layer, grad: Tensor) -> None:
             if id(layer) in wanted:
-                found[id(layer)] = grad.reshape(layer.operand.shape[: layer.leading].numel(), -1).double()
+                rows = layer.operand.shape[: layer.leading].numel()
+                found[id(layer)] = grad.reshape(rows, grad.numel() // max(1, rows)).double()
 
         self.backward(cotangent, keep, retain_graph=True)
         return found
@@ -322,7 +324,14 @@ class _Watch(TorchFunctionMode):
     def __init__(self, capture: Capture, model: nn.Module, inputs: Inputs, probe: list[_Seen] | None = None) -> None:
         super().__init__()
         self.capture, self.model = capture, model
-        self.inputs = map_inputs(inputs, lambda x: _mark(differentiable(x.detach())))
+        examples = count_examples(inputs)
+
+        def mark(x: Tensor) -> Tensor:
+            shared = examples > 1 and (x.dim() == 0 or len(x) == 1)
+            x = differentiable(x.detach())
+            return x if shared else _mark(x)
+
+        self.inputs = map_inputs(inputs, mark)
         self.names = {id(p): name for name, p in capture.parameters.items()}
         self.followed: dict[int, Tensor] = {id(p): p for p in capture.parameters.values()}
         self.calls = 0
@@ -500,8 +509,7 @@ class _Watch(TorchFunctionMode):
         few = 2 if examples > 2 else 3
         if self.probed is None:
             self.probed = []
-            index_few = torch.arange(few) % examples
-            inputs = map_inputs(self.inputs, lambda x: x[index_few.to(x.device)] if x.dim() else x)
+            inputs = take_rows(self.inputs, torch.arange(few) % examples)
             probe = _Watch(self.capture, self.model, inputs, self.probed)
             random = RandomState.current(self.capture.devices)
             try:

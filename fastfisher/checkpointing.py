@@ -25,14 +25,19 @@ def keep_saved_tensors() -> None:
     saved are a stack, and a checkpoint puts its own on top while its function runs. They are replaced by ones that do
     nothing, and the checkpoint takes those away when it ends. Other hooks, such as ``save_on_cpu``, stay.
     """
-    hooks = _autograd._top_saved_tensors_default_hooks(False)
-    if hooks is None:
-        return
-    pack = hooks[0]
-    # Not the hooks of a recomputation, which come from the same module: a gradient taken in the forward needs them.
-    if getattr(pack, "__module__", "") == _MODULE and pack.__qualname__.startswith("_checkpoint_hook."):
+    if in_checkpoint():
         _autograd._pop_saved_tensors_default_hooks()
         _autograd._push_saved_tensors_default_hooks(_same, _same)
+
+
+def in_checkpoint() -> bool:
+    """Whether the function of a checkpoint runs now, for the first time."""
+    hooks = _autograd._top_saved_tensors_default_hooks(False)
+    if hooks is None:
+        return False
+    pack = hooks[0]
+    # Not the hooks of a recomputation, which come from the same module: a gradient taken in the forward needs them.
+    return getattr(pack, "__module__", "") == _MODULE and pack.__qualname__.startswith("_checkpoint_hook.")
 
 
 def _same(tensor: Tensor) -> Tensor:

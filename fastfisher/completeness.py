@@ -8,9 +8,7 @@ by parameter, and whether what belongs to an example stays with it.
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +17,11 @@ from fastfisher.capture import Capture, random_cotangent
 from fastfisher.checkpointing import graph_nodes, refuse_reentrant
 from fastfisher.gates import RandomState
 from fastfisher.layers import Layer, flat_rows
-from fastfisher.model import Inputs, call_model, call_within, input_tensors, uncompiled
+from fastfisher.model import Inputs, call_model, call_within, input_tensors, known_of, uncompiled
 from fastfisher.one_by_one import gradients_of_each
 
 SHAPES = 8
 """How many sizes of batches of the same kind are looked at: more would make batches of any length slow."""
-
-_verified: weakref.WeakKeyDictionary[nn.Module, dict[Any, dict[Any, frozenset[int]]]] = weakref.WeakKeyDictionary()
 
 
 def verified_capture(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> Capture:
@@ -41,9 +37,9 @@ def verified_capture(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> 
     device = tensors[0].device.type
     autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     precisions = tuple(p.dtype for p in model.parameters())
-    kind = tuple(names), precisions, autocast, tuple((x.dim(), x.dtype, x.device) for x in tensors)
+    kind = "capture", tuple(names), precisions, autocast, tuple((x.dim(), x.dtype, x.device) for x in tensors)
     sizes = tuple(x.shape for x in tensors)
-    seen = _verified.setdefault(model, {}).setdefault(kind, {})
+    seen: dict[tuple[torch.Size, ...], frozenset[int]] = known_of(model).setdefault(kind, {})
     if sizes in seen or len(seen) >= SHAPES:
         known = seen.get(sizes, frozenset[int]().union(*seen.values()))
         return Capture(model, inputs, names, known)

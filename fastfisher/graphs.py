@@ -73,7 +73,8 @@ class CapturedSteps(Generic[Result]):
         tensors = _tensors(inputs, targets)
         device = tensors[0].device.type
         autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        kind = kind, autocast, tuple((x.shape, x.stride(), x.dtype) for x in tensors)
+        rest = repr(map_inputs(inputs, lambda x: None))  # what is no tensor is fixed in what is captured
+        kind = kind, autocast, tuple((x.shape, x.stride(), x.dtype) for x in tensors), rest
         captured = self.captured.get(kind)
         if captured is None:
             self.seen[kind] = self.seen.get(kind, 0) + 1

@@ -18,29 +18,32 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from fastfisher import ops
 from fastfisher.arguments import is_count, is_number
 from fastfisher.batches import Batches
-from fastfisher.distributed import Ranks, failing_together
+from fastfisher.distributed import Ranks, digest, measuring_together
 from fastfisher.estimate import TraceEstimate
 from fastfisher.gates import RandomState, record_gates
-from fastfisher.labels import cross_entropy
+from fastfisher.labels import count_targets, cross_entropy, fit
 from fastfisher.model import (
-    Inputs,
+    Call,
     call_copy,
-    call_model,
     chosen_names,
+    count_examples,
     eval_mode,
     map_inputs,
+    take_rows,
     trainable_parameters,
     uncompiled,
+    unhooked,
 )
 from fastfisher.rollback import undoing
 from fastfisher.slow_path import warn_slow_path
 from fastfisher.taylor import NoRule, Tape
 from fastfisher.traces import draw_key, trace_fisher, whole_model
+from fastfisher.twice import differentiable_gradients, second_derivatives, twice_differentiable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -76,6 +79,7 @@ def trace_hessian(
     params: Iterable[Tensor] | None = None,
     batch_size: int | None = None,
     mode: Literal["eval", "keep"] = "eval",
+    class_dim: int | None = None,
     process_group: ProcessGroup | None = None,
 ) -> TraceEstimate:
     """Tr(H) of L(θ) = mean over examples of −log softmax(model(x))[y], with its standard error.
@@ -87,8 +91,9 @@ def trace_hessian(
 
     Args:
         model: called as ``model(inputs)`` (a tuple's items by position, a dict's by name); gives logits (..., C).
-        data: inputs, where ``targets`` are given; else a pair (inputs, targets), a DataLoader, or any iterable of such
-            pairs. Targets are class indices (−100 is left out) or class probabilities.
+        data: inputs, where ``targets`` are given; else a batch (a pair (inputs, targets), a mapping with ``labels``), a
+            DataLoader, or any iterable of batches; see docs/data.md. Targets are class indices (−100 is left out) or
+            class probabilities.
         targets: the labels of ``data``.
         method: "fisher" computes Tr(F), which is Tr(H) where the network is piecewise linear in every single
             parameter; a warning says where that is not certain. "hutchinson" averages zᵀHz over probes, as the paper
@@ -113,6 +118,8 @@ def trace_hessian(
             An iterable's batches are taken as they come.
         mode: "eval" puts the model into eval mode while measuring (BatchNorm by its running statistics, no dropout);
             "keep" leaves every module in the mode it is in, and its buffers are put back.
+        class_dim: which dimension of the logits holds the classes; by default the last, but where logits have four
+            dimensions or more, or targets fit another one, it has to be said.
         process_group: the processes that each have a part of the data, as in :func:`fastfisher.trace_fisher`. The b-th
             batches of all meet the same probes, drawn with the key of rank 0, so that any number of processes gives
             the same value; 8 bytes for each probe go from each process to each.
@@ -122,8 +129,12 @@ def trace_hessian(
         for a single one), for the data given.
 
     Raises:
-        ValueError: an unknown option, no examples, targets that do not fit, or a parameter that is not the model's.
+        ValueError: an unknown option, no examples, targets that do not fit, a parameter that is not the model's, or
+            logits that are NaN or +inf.
         TypeError: the model, the inputs or the data are of a type that cannot be one.
+        NotImplementedError: a parameter is complex, the forward changes parameters, or, where autograd serves, there is
+            no second derivative: of a custom ``autograd.Function`` whose backward is ``once_differentiable``, of a
+            checkpoint with ``use_reentrant=True``. ``hvp="finite_difference"`` needs none.
         RankFailure: another process raised.
 
     The same key gives the same bits; another number of threads may change the last ones in float32, where PyTorch's
@@ -135,10 +146,15 @@ def trace_hessian(
     _check_options(method, probes, distribution, hvp, tolerance, batch_size, mode)
     ranks, model = whole_model(model, process_group)
     with ExitStack() as stack:
-        stack.enter_context(failing_together(ranks))
+        told = {"method": method, "probes": probes, "distribution": distribution, "hvp": hvp, "tolerance": tolerance}
+        trainable = trainable_parameters(model)
+        chosen = digest(sorted(chosen_names(trainable, params)))
+        stack.enter_context(
+            measuring_together(ranks, "trace_hessian", model, trainable, mode=mode, params=chosen, **told)
+        )
         key, _ = draw_key(generator, torch.device("cpu"), 0, ranks)
-        device = next(iter(trainable_parameters(model).values())).device
-        batches = labelled(data, targets, batch_size, device)
+        device = next(iter(trainable.values())).device
+        batches = labelled(model, data, targets, batch_size, device, class_dim)
         parameters = stack.enter_context(measuring(model, params, mode))
         product: str = "reduced" if method == "reduced" else hvp
         fisher = None
@@ -168,8 +184,8 @@ class LogitsForm:
     Attributes:
         classes: how many classes there are.
         curved: why they may not be piecewise linear in every single parameter; None where they are.
-        coupled: why the trace of the Gauss-Newton part may not be Tr(F), as it is for one row of logits an example, in
-            eval mode; None where it is.
+        coupled: why the trace of the Gauss-Newton part may not be Tr(F), as it is for one row of logits an example that
+            depends on this example alone, in eval mode; None where it is.
         unknown: whether an operation has no rule in :mod:`fastfisher.taylor`.
     """
 
@@ -179,23 +195,92 @@ class LogitsForm:
     unknown: bool
 
 
-def logits_form(model: nn.Module, parameters: dict[str, Tensor], inputs: Inputs) -> LogitsForm:
+def logits_form(model: nn.Module, parameters: dict[str, Tensor], inputs: Call) -> LogitsForm:
     """Looks at the operations that a forward really runs; see :meth:`fastfisher.taylor.Tape.why_not_multilinear`."""
     tape, unknown = Tape(parameters), False
     try:
-        with torch.enable_grad(), tape:
-            logits = call_model(model, inputs)
+        logits = _forward(model, inputs, tape)
         curved = tape.why_not_multilinear(logits)
     except NoRule as error:
         curved, unknown = str(error), True
-        with torch.no_grad():
-            logits = call_model(model, inputs)
+        logits = _forward(model, inputs)
     coupled = None
     if logits.dim() != 2:
         coupled = f"the model gives logits of shape {tuple(logits.shape)}, not one row for each example"
     elif any(module.training for module in model.modules()):
         coupled = "the model is in train mode, and Tr(F) is taken in eval mode"
+    elif not _same_alone(model, inputs, logits.detach()):
+        coupled = "the logits of an example are not the same where it is the only one of its batch"
     return LogitsForm(logits.shape[-1], curved, coupled, unknown)
+
+
+def _forward(model: nn.Module, inputs: Call, watch: TorchFunctionMode | None = None) -> Tensor:
+    """The logits with their graph, of a forward that ``watch`` sees.
+
+    Buffers start from what they are in the model, which keeps them, however many forwards there are.
+
+    Raises:
+        ValueError, NotImplementedError: as :func:`_checked` says.
+    """
+    before = _writes(model)
+    with torch.enable_grad(), watch or nullcontext():
+        logits = call_copy(model, {}, inputs)
+    return _checked(model, watch.current(logits) if isinstance(watch, Tape) else logits, before)
+
+
+def _writes(model: nn.Module) -> list[int]:
+    """How often each parameter has been written to."""
+    return [p._version for p in model.parameters()]
+
+
+def _checked(model: nn.Module, logits: Tensor, before: list[int]) -> Tensor:
+    """The logits of a forward before which the parameters had been written to so often.
+
+    Raises:
+        ValueError: logits are NaN or +inf (−inf is a class that is ruled out).
+        NotImplementedError: the forward changes a parameter.
+    """
+    for (name, parameter), writes in zip(model.named_parameters(), before, strict=True):
+        if parameter._version != writes:
+            raise NotImplementedError(
+                f"model: expected a forward that leaves the parameters as they are, got one that changes {name} in "
+                "place (as max_norm of an embedding does); constrain it after the optimiser's step instead"
+            )
+    unusable = ~(logits.detach() < math.inf)
+    if bool(unusable.any()):
+        rows = int(unusable.any(-1).sum())
+        raise ValueError(
+            f"model: expected logits that are numbers, got NaN or inf in {rows} of {unusable[..., 0].numel()} rows; "
+            "look at the parameters and inputs (isfinite().all()), or at overflow in a low precision"
+        )
+    return logits
+
+
+SAME = 3e-4
+"""Up to what difference, over the largest logit, logits count as the same: rounding of float32 and no more."""
+
+
+def _same_alone(model: nn.Module, inputs: Call, logits: Tensor) -> bool:
+    """Whether the first example's logits are the same without the other examples."""
+    if len(logits) == 1:
+        return True
+    if count_examples(inputs) != len(logits):
+        return False
+    first = torch.zeros(len(logits), dtype=torch.bool)
+    first[0] = True
+    try:
+        with torch.enable_grad():  # models may go another way without
+            alone = call_copy(model, {}, take_rows(inputs, first)).detach()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a model for batches of one size, or a norm over the batch
+        return False
+    finite = logits[logits.isfinite()]
+    tolerance = max(SAME, torch.finfo(logits.dtype).eps ** 0.5) * (finite.abs().max() if len(finite) else 0)
+    near = (
+        (alone == logits[:1]) | ((alone - logits[:1]).abs() <= tolerance) if alone.shape == logits[:1].shape else None
+    )
+    return near is not None and bool(near.all())
 
 
 def _fisher(
@@ -214,6 +299,7 @@ def _fisher(
         Pairs(batches.batches, counted=True),
         labels=labels,
         draws=draws,
+        class_dim=batches.batches.class_dim,
         tolerance=tolerance,
         generator=generator,
         process_group=None if ranks is None else ranks.group,
@@ -242,7 +328,7 @@ def _hutchinson(
     while True:
         sums, rows, samples = [0.0] * probes, 0, 0
         for inputs, targets in batches:
-            count = len(targets) if targets.is_floating_point() else int((targets != -100).sum())
+            count = count_targets(targets, inputs.class_dim)
             if count == 0:
                 continue
             quadratic_form = None
@@ -294,16 +380,17 @@ QuadraticForm = Callable[[Tensor], Tensor]
 def _by_taylor(
     model: nn.Module,
     parameters: dict[str, Tensor],
-    inputs: Inputs,
+    inputs: Call,
     targets: Tensor,
     distribution: str,
     terms: str = "taylor",
 ) -> QuadraticForm:
     """All of zᵀHz ("taylor"), without what has mean 0 ("reduced"), and without the Gauss-Newton term too ("split")."""
     tape = Tape(parameters)
+    logits = _forward(model, inputs, tape)
+    targets = _fit(model, logits.detach(), inputs, targets)
     with torch.enable_grad():
         with tape:
-            logits = call_model(model, inputs)
             loss = cross_entropy(logits, targets)
         tape.finish(loss, reduced=terms != "taylor", until=logits if terms == "split" else None)
     z = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters.values()]
@@ -316,9 +403,9 @@ def _by_taylor(
 
 
 def _by_autograd(
-    model: nn.Module, parameters: dict[str, Tensor], inputs: Inputs, targets: Tensor, distribution: str
+    model: nn.Module, parameters: dict[str, Tensor], inputs: Call, targets: Tensor, distribution: str
 ) -> QuadraticForm:
-    product = hessian_product(model, parameters, inputs, targets)
+    product = hessian_product(model, parameters, inputs, targets, way_out='hvp="finite_difference"')
     z = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters.values()]
 
     def quadratic_form(key: Tensor) -> Tensor:
@@ -330,31 +417,39 @@ def _by_autograd(
 
 
 def hessian_product(
-    model: nn.Module, parameters: dict[str, Tensor], inputs: Inputs, targets: Tensor
+    model: nn.Module, parameters: dict[str, Tensor], inputs: Call, targets: Tensor, *, way_out: str
 ) -> Callable[[Sequence[Tensor]], Sequence[Tensor | None]]:
     """The function z ↦ Hz of one batch's mean loss, both by parameter, None where it is 0 whatever z is.
 
     The graph of the gradient is made once and kept for all z.
+
+    Raises:
+        NotImplementedError: something has no second derivative; ``way_out`` is what the message recommends.
     """
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-        loss = cross_entropy(call_model(model, inputs), targets)
-        found = torch.autograd.grad(loss, list(parameters.values()), create_graph=True, allow_unused=True)
+    with torch.enable_grad(), second_derivatives(way_out):
+        logits = _forward(model, inputs, twice_differentiable())
+        loss = cross_entropy(logits, _fit(model, logits, inputs, targets))
+        found = differentiable_gradients(loss, list(parameters.values()), way_out=way_out)
     curved = [(g, i) for i, g in enumerate(found) if g is not None and g.requires_grad]
 
     def product(z: Sequence[Tensor]) -> Sequence[Tensor | None]:
         if not curved:
             return [None] * len(z)
         outputs, directions = [g for g, _ in curved], [z[i] for _, i in curved]
-        return torch.autograd.grad(outputs, list(parameters.values()), directions, retain_graph=True, allow_unused=True)
+        leaves = list(parameters.values())
+        with second_derivatives(way_out):
+            return torch.autograd.grad(outputs, leaves, directions, retain_graph=True, allow_unused=True)
 
     return product
 
 
 def _by_difference(
-    model: nn.Module, parameters: dict[str, Tensor], inputs: Inputs, targets: Tensor, distribution: str
+    model: nn.Module, parameters: dict[str, Tensor], inputs: Call, targets: Tensor, distribution: str
 ) -> QuadraticForm:
+    before = _writes(model)
     with torch.enable_grad(), record_gates(model) as gates:  # as in the replays: without, some modules take other paths
-        call_model(model, inputs)
+        logits = call_copy(model, {}, inputs)
+    targets = _fit(model, _checked(model, logits, before), inputs, targets)
     shifted = {name: torch.empty_like(p, memory_format=torch.contiguous_format) for name, p in parameters.items()}
     coarsest = max((p.dtype for p in parameters.values()), key=lambda dtype: torch.finfo(dtype).eps)
     step = DIFFERENCE_STEP[coarsest]
@@ -381,17 +476,18 @@ class Pairs:
     def __init__(self, batches: Batches, *, counted: bool = False) -> None:
         self.batches, self.counted = batches, counted
 
-    def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Call, Tensor]]:
         for inputs, targets in self.batches:
             if targets is None:
                 raise ValueError("targets: expected labels beside the inputs, got None")
+            inputs, targets = map_inputs(inputs, _savable), _savable(targets)
             kept = targets != -100 if self.counted and targets.dim() == 1 else None
             if kept is None or kept.all():
                 yield inputs, targets
             elif kept.any():
-                yield map_inputs(inputs, lambda x, kept=kept: x[kept] if x.dim() else x), targets[kept]  # type: ignore[misc]
+                yield take_rows(inputs, kept), targets[kept]
 
-    def first(self) -> tuple[Inputs, Tensor]:
+    def first(self) -> tuple[Call, Tensor]:
         """The first batch.
 
         Raises:
@@ -403,39 +499,65 @@ class Pairs:
         raise ValueError("data: expected at least one example, got none")
 
 
-def labelled(data: Any, targets: Tensor | None, batch_size: int | None, device: torch.device) -> Pairs:
+def _savable(x: Tensor) -> Tensor:
+    """The tensor, or a copy that autograd may save, where it was made in inference mode."""
+    return x.clone() if x.is_inference() else x
+
+
+def _fit(model: nn.Module, logits: Tensor, inputs: Call, targets: Tensor) -> Tensor:
+    """The targets as a cross-entropy with the logits takes them."""
+    return fit(logits, targets, class_dim=inputs.class_dim, model=model)
+
+
+def labelled(
+    model: nn.Module,
+    data: Any,
+    targets: Tensor | None,
+    batch_size: int | None,
+    device: torch.device,
+    class_dim: int | None,
+) -> Pairs:
     """``data`` with its targets, which may come beside it, as often as they are iterated."""
     if targets is not None:
         if not isinstance(targets, Tensor):
             raise ValueError(f"targets: expected a tensor or None, got {type(targets).__name__}")
         data = (data, targets)
-    elif isinstance(data, list) and len(data) == 2 and isinstance(data[1], Tensor):
-        data = tuple(data)
-    elif isinstance(data, Iterator):  # it can be read only once
-        data = list(data)
-    return Pairs(Batches(data, device, batch_size=batch_size))
+    return Pairs(Batches(model, data, device, class_dim=class_dim, batch_size=batch_size, keep=True))
 
 
 @contextmanager
 def measuring(model: nn.Module, params: Iterable[Tensor] | None, mode: str) -> Iterator[dict[str, Tensor]]:
-    """The wanted parameters, alone in requiring a gradient; the model in the wanted mode; all put back afterwards."""
+    """The wanted parameters, alone in requiring a gradient; the model in the wanted mode; all put back afterwards.
+
+    Hooks of the parameters rest: they are meant for the gradients of training.
+
+    Raises:
+        NotImplementedError: a wanted parameter is complex.
+    """
     trainable = trainable_parameters(model)
     chosen = chosen_names(trainable, params)
+    for name in chosen:
+        if trainable[name].is_complex():
+            raise NotImplementedError(
+                f"params: expected real parameters, got {name} of {trainable[name].dtype}, for which there is no "
+                "Hessian here; hold its real view (torch.view_as_real) as the parameter, or leave it out by params="
+            )
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = frozenset(p.device.index for p in trainable.values() if p.device.type == "cuda")
     random = RandomState.current(devices)
-    try:
-        for name, parameter in trainable.items():
-            parameter.requires_grad_(name in chosen)
-        with uncompiled(model, "the measurement"), eval_mode(model) if mode == "eval" else nullcontext():
-            yield {name: parameter for name, parameter in trainable.items() if name in chosen}
-    finally:
-        for parameter in trainable.values():
-            parameter.requires_grad_(True)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        random.restore()
+    with torch.inference_mode(False), unhooked(trainable.values()):
+        try:
+            for name, parameter in trainable.items():
+                parameter.requires_grad_(name in chosen)
+            with uncompiled(model, "the measurement"), eval_mode(model) if mode == "eval" else nullcontext():
+                yield {name: parameter for name, parameter in trainable.items() if name in chosen}
+        finally:
+            for parameter in trainable.values():
+                parameter.requires_grad_(True)
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+            random.restore()
 
 
 def _check_options(

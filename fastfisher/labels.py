@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastfisher import ops, reference
 from fastfisher.arguments import check_generator, is_count
+from fastfisher.model import as_given, class_last, known_of
 
 LABELS = ("sampled", "true", "uniform", "rademacher")
 
 IGNORED = -100
 """The target of a row that does not count, as in ``F.cross_entropy``."""
+
+
+@dataclass(frozen=True)
+class Signs:
+    """Random signs ε in place of labels: int8 (..., C), 1 and −1; 0 in the rows that do not count."""
+
+    tensor: Tensor
 
 
 def new_key(generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -31,6 +40,7 @@ def sample_cross_entropy(
     key: Tensor | None = None,
     reduction: Literal["mean", "sum", "none"] = "mean",
     first: int = 0,
+    class_dim: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draws ŷ ~ p(y) = softmax(logits) and returns the cross-entropy −log p(ŷ) and ŷ, in one fused pass.
 
@@ -45,14 +55,17 @@ def sample_cross_entropy(
         reduction: "mean" over all rows, "sum", or "none".
         first: the number of the first row. Two halves of a batch, drawn with one key, the second one with ``first`` the
             rows of the other, get the labels of the whole.
+        class_dim: which dimension of the logits holds the classes; the last by default, but of four or more it has to
+            be said.
 
     Returns:
         The loss (float64 for float64 logits, else float32; shape () or logits.shape[:-1]) and the labels (int64,
-        logits.shape[:-1]). No rows: a mean of NaN, as in ``F.cross_entropy``.
+        logits.shape[:-1], or that without ``class_dim``). No rows: a mean of NaN, as in ``F.cross_entropy``.
 
     Raises:
         ValueError: no class dimension, an unknown reduction, a ``first`` that is no row number, a key or generator that
-            is none, both of them, or a row without a softmax (NaN, +inf, or all −inf), which is named.
+            is none, both of them, a ``class_dim`` that is none, or a row without a softmax (NaN, +inf, or all −inf),
+            which is named.
     """
     if not isinstance(logits, Tensor):
         raise ValueError(f"logits: expected a tensor of shape (..., C), got {type(logits).__name__}")
@@ -61,6 +74,7 @@ def sample_cross_entropy(
         raise ValueError(f"key: expected an int64 tensor of 2 elements or None, got {type(key).__name__}")
     if logits.dim() == 0:
         raise ValueError("logits: expected shape (..., C), got a scalar")
+    logits = class_last(logits, class_dim, least=0)
     if not (isinstance(reduction, str) and reduction in ("mean", "sum", "none")):
         raise ValueError(f'reduction: expected "mean", "sum" or "none", got {reduction!r}')
     if not is_count(first, 0):
@@ -76,37 +90,192 @@ def sample_cross_entropy(
 
 
 def cross_entropy(
-    logits: Tensor, targets: Tensor, *, reduction: Literal["mean", "sum"] = "mean", name: str = "targets"
+    logits: Tensor, targets: Tensor | Signs, *, reduction: Literal["mean", "sum"] = "mean", name: str = "targets"
 ) -> Tensor:
-    """Mean (or summed) cross-entropy of logits (..., C) against class indices (...) or class probabilities (..., C).
+    """Mean (or summed) cross-entropy of logits (..., C) against targets that :func:`fit`.
 
-    Against signs ε (int8, (..., C)) it is 2⟨√p, ε⟩ instead, whose gradient in the logits, √p⊙ε − p⟨√p, ε⟩, has over
-    random signs the mean and covariance of that of −log p(ŷ) over ŷ ~ p. The mean is over the rows whose label is not
-    ``IGNORED``, or whose signs are not 0.
+    Against signs ε it is 2⟨√p, ε⟩ instead, whose gradient in the logits, √p⊙ε − p⟨√p, ε⟩, has over random signs the
+    mean and covariance of that of −log p(ŷ) over ŷ ~ p. The mean is over the rows whose label is not ``IGNORED``, or
+    whose signs are not 0.
 
     Raises:
-        ValueError: the targets do not fit the logits; ``name`` is the argument that is named.
+        ValueError: a target is no class, on the CPU; ``name`` is the argument that is named.
     """
     rows = logits.reshape(-1, logits.shape[-1])
-    if not isinstance(targets, Tensor):
-        raise ValueError(f"{name}: expected a tensor, got {type(targets).__name__}")
-    per_class = targets.dtype == torch.int8 or targets.is_floating_point()
-    fitting = targets.dtype in (torch.int64, torch.uint8) or per_class
-    if not fitting or targets.numel() != (rows.numel() if per_class else len(rows)):
-        raise ValueError(
-            f"{name}: expected class indices (int64) of shape {tuple(logits.shape[:-1])} or class probabilities of "
-            f"shape {tuple(logits.shape)}, got {targets.dtype} of shape {tuple(targets.shape)}"
-        )
-    if targets.dtype == torch.int8:
-        signs = targets.reshape(rows.shape)
+    if isinstance(targets, Signs):
+        signs = targets.tensor.reshape(rows.shape)
         total = 2 * ((rows.log_softmax(-1) / 2).exp() * signs).sum()
         return total / (signs[:, :1] != 0).sum() if reduction == "mean" else total
-    if per_class:
+    if targets.is_floating_point():
         return F.cross_entropy(rows, targets.reshape(rows.shape), reduction=reduction)
     try:
         return F.cross_entropy(rows, targets.reshape(-1), reduction=reduction)
-    except IndexError as error:  # on a GPU the device asserts
-        raise ValueError(f"{name}: expected class indices 0 to {rows.shape[1] - 1}, or -100: {error}") from None
+    except IndexError:  # on a GPU the device asserts
+        _check_range(targets, rows.shape[1], name)
+        raise
+
+
+# ---- which targets fit which logits ----------------------------------------------------------------------------------
+
+
+def fit(
+    logits: Tensor,
+    targets: Any,
+    *,
+    class_dim: int | None = None,
+    name: str = "targets",
+    model: nn.Module | None = None,
+    in_range: bool = True,
+) -> Tensor:
+    """The targets of a cross-entropy with logits (N, …, C), the classes last: int64 (N, …), or probabilities (N, …, C).
+
+    Args:
+        logits: as :func:`fastfisher.model.call_model` gives them.
+        targets: class indices of any integer dtype, −100 where a row does not count, or class probabilities, which have
+            their classes where the model's own logits have them.
+        class_dim: what the caller said of the model's logits. Where nothing was said, targets must not fit another
+            dimension of theirs than the last.
+        name: the argument that is named where something is wrong.
+        model: on a GPU, where the host waits for a look at the values, they are looked at once for each model and kind
+            of targets; each time without it.
+        in_range: whether to look if class indices are within the classes; a cross-entropy on the CPU does that itself.
+
+    Raises:
+        ValueError: the targets do not fit, or there is a single class, whose probability is 1 whatever the logits.
+    """
+    check_classes(logits)
+    if not isinstance(targets, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(targets).__name__}")
+    if targets.device != logits.device:
+        raise ValueError(f"{name}: expected a tensor on {logits.device}, where the logits are, got {targets.device}")
+    if targets.is_floating_point():
+        return _fitting_probabilities(logits, targets, class_dim, name, model)
+    if targets.dtype == torch.bool or targets.is_complex():
+        raise ValueError(
+            f"{name}: expected class indices or class probabilities, got {targets.dtype}; of two classes give "
+            f"{name}.long(); several labels at once have a loss of their own, to be given as loss="
+        )
+    check_certain(logits, targets, class_dim, name)
+    if targets.shape != logits.shape[:-1]:
+        raise ValueError(_misfit(logits, targets, class_dim, name))
+    indices = targets.long()
+    if in_range and _to_be_looked_at(indices, logits.shape, model):
+        _check_range(indices, logits.shape[-1], name)
+        _looked_at(indices, logits.shape, model)
+    return indices
+
+
+def check_classes(logits: Tensor) -> None:
+    """Raises ValueError where the logits (..., C) are of fewer than two classes."""
+    if logits.shape[-1] < 2:
+        raise ValueError(
+            f"model: expected logits of at least two classes, got shape {tuple(logits.shape)}, and a softmax over one "
+            "class is 1 whatever the logit, so that every gradient is 0; of a binary model with logit z give (0, z): "
+            "torch.cat([torch.zeros_like(z), z], -1)"
+        )
+
+
+def check_certain(logits: Tensor, targets: Any, class_dim: int | None, name: str = "targets") -> None:
+    """Raises ValueError where nobody said which dimension holds the classes, and class indices of such a shape leave it
+    open or show that it is not the last."""
+    if class_dim is not None or not isinstance(targets, Tensor) or targets.is_floating_point() or logits.dim() < 3:
+        return
+    shape = tuple(logits.shape)
+    fits = [d for d in range(1, logits.dim()) if shape[:d] + shape[d + 1 :] == tuple(targets.shape)]
+    if fits and fits != [logits.dim() - 1]:
+        raise ValueError(_unsaid(shape, f"{name} of shape {tuple(targets.shape)} fit", fits))
+
+
+def _unsaid(shape: tuple[int, ...], what: str, fits: list[int]) -> str:
+    ways = " or ".join(f"class_dim={d}" for d in fits)
+    return (
+        f"class_dim: expected the dimension of the logits {shape} that holds the classes, got None, and {what} {ways}"
+    )
+
+
+def _misfit(logits: Tensor, targets: Tensor, class_dim: int | None, name: str) -> str:
+    """What is wrong with the shape of targets."""
+    rows, shape = tuple(logits.shape[:-1]), tuple(targets.shape)
+    given = tuple(as_given(logits, class_dim).shape)
+    hint = ""
+    if targets.is_floating_point():
+        hint = (
+            f"; class indices are integers, {name}.long(); numbers to regress have a loss of their own, to be given as "
+            "loss=; of inputs alone that are several tensors make ((x, w), None)"
+        )
+    elif shape == (*rows, 1):
+        hint = f"; give {name}.squeeze(-1)"
+    elif shape == given:
+        hint = f"; of one-hot integers give {name}.argmax over the classes"
+    elif shape == (math.prod(rows),):
+        hint = f"; give {name}.view{rows}"
+    elif shape == rows[::-1]:
+        hint = f"; give {name}.T"
+    return (
+        f"{name}: expected class indices (int64) of shape {rows} or class probabilities of shape {given}, got "
+        f"{targets.dtype} of shape {shape}{hint}"
+    )
+
+
+def _check_range(targets: Tensor, classes: int, name: str) -> None:
+    """Raises ValueError where a class index is out of range."""
+    wrong = (targets != IGNORED) & ((targets < 0) | (targets >= classes))
+    if bool(wrong.any()):
+        found = int(targets[wrong][0])
+        raise ValueError(
+            f"{name}: expected class indices 0 to {classes - 1}, or -100 where a row does not count, got {found}; if "
+            f"{found} stands for no class, give {name}.masked_fill({name} == {found}, -100)"
+        )
+
+
+def _fitting_probabilities(
+    logits: Tensor, targets: Tensor, class_dim: int | None, name: str, model: nn.Module | None
+) -> Tensor:
+    if targets.shape != as_given(logits, class_dim).shape:
+        raise ValueError(_misfit(logits, targets, class_dim, name))
+    if not _to_be_looked_at(targets, logits.shape, model):
+        return class_last(targets, -1 if class_dim is None else class_dim)
+    if class_dim is None and logits.dim() > 2:
+        fits = [d for d in range(1, logits.dim()) if _first_that_is_none(targets.movedim(d, -1)) is None]
+        if fits and fits != [logits.dim() - 1]:
+            raise ValueError(_unsaid(tuple(logits.shape), f"{name} are probabilities over", fits))
+    targets = class_last(targets, -1 if class_dim is None else class_dim)
+    row = _first_that_is_none(targets)
+    if row is not None:
+        values = targets.reshape(-1, targets.shape[-1])[row].double()
+        raise ValueError(
+            f"{name}: expected class probabilities, each row >= 0 and with the sum 1, got {targets.dtype} with row "
+            f"{row} from {float(values.min()):g} to {float(values.max()):g} and the sum {float(values.sum()):.6g}; "
+            "several labels at once, and numbers to regress, have a loss of their own, to be given as loss="
+        )
+    _looked_at(targets, logits.shape, model)
+    return targets
+
+
+def _first_that_is_none(probabilities: Tensor) -> int | None:
+    """The number of the first row that is no distribution, up to rounding: of each probability and of what they were
+    divided by, a few in their precision, and of the sum of so many, in that of sums."""
+    classes, eps = probabilities.shape[-1], torch.finfo(probabilities.dtype).eps
+    accumulated = eps if probabilities.dtype == torch.float64 else torch.finfo(torch.float32).eps
+    tolerance = 16 * eps + math.sqrt(classes) * accumulated
+    p = probabilities.detach().reshape(-1, classes)
+    near = (p.sum(-1, dtype=torch.float64) - 1).abs() <= tolerance
+    fine = near & (p >= 0).all(-1)
+    return None if bool(fine.all()) else int(fine.logical_not().nonzero()[0])
+
+
+def _to_be_looked_at(targets: Tensor, logits: torch.Size, model: nn.Module | None) -> bool:
+    """Whether the values of such targets were not looked at yet, or looking costs nothing."""
+    return model is None or not looking_waits(targets) or _kind(targets, logits) not in known_of(model)
+
+
+def _looked_at(targets: Tensor, logits: torch.Size, model: nn.Module | None) -> None:
+    if model is not None and looking_waits(targets):
+        known_of(model)[_kind(targets, logits)] = True
+
+
+def _kind(targets: Tensor, logits: torch.Size) -> tuple[Any, ...]:
+    return "targets", targets.dtype, targets.dim(), logits[-1]
 
 
 def ignored(logits: Tensor, targets: Any) -> Tensor | None:
@@ -117,12 +286,12 @@ def ignored(logits: Tensor, targets: Any) -> Tensor | None:
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.shape != logits.shape[:-1]:
         return None
     found = targets == IGNORED
-    return found if _some(found) else None
+    return found if looking_waits(found) or bool(found.any()) else None
 
 
-def _some(found: Tensor) -> bool:
-    """Whether any is true; on a GPU, where looking would stall the stream, yes."""
-    return found.device.type != "cpu" or bool(found.any())
+def looking_waits(x: Tensor) -> bool:
+    """Whether the host would wait for a value, as on a GPU, where that stalls the stream."""
+    return x.device.type != "cpu"
 
 
 def counted_rows(logits: Tensor, targets: Any) -> int | Tensor:
@@ -136,6 +305,19 @@ def averaged_rows(targets: Any, rows: int) -> int:
     if isinstance(targets, Tensor) and targets.dtype == torch.int64:
         return int((targets != IGNORED).sum())
     return rows
+
+
+def count_targets(targets: Tensor, class_dim: int | None) -> int:
+    """How many rows the mean loss at these targets, as :func:`fit` takes them, is over."""
+    if targets.is_floating_point():
+        return targets.numel() // max(1, targets.shape[-1 if class_dim is None else class_dim])
+    return int((targets != IGNORED).sum())
+
+
+def check_counted(targets: Tensor, name: str = "targets") -> None:
+    """Raises ValueError where no row counts and a mean over them is NaN; on a GPU nothing waits for a look."""
+    if targets.dtype == torch.int64 and not looking_waits(targets) and bool((targets == IGNORED).all()):
+        raise ValueError(f"{name}: expected at least one row that counts, got -100 in all of them")
 
 
 def check_labels(labels: str | Tensor) -> None:
@@ -157,28 +339,34 @@ def are_drawn(labels: str | Tensor) -> bool:
 
 def label_loss(
     logits: Tensor, labels: str | Tensor, targets: Tensor | None, key: Tensor | None, first: int = 0
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | Signs]:
     """The mean cross-entropy at the chosen labels, and those labels, so that it can be taken again elsewhere.
 
     ``key`` is what they are drawn with, where they :func:`are_drawn`, and ``first`` the number of the first row. Rows
-    whose target is ``IGNORED`` have that label (signs of 0), and no part in the mean.
+    whose target is ``IGNORED`` have that label (signs of 0), and no part in the mean. Labels that are given and targets
+    :func:`fit` the logits.
     """
+    check_classes(logits)
     out = ignored(logits, targets)
+    chosen: Tensor | Signs
     if isinstance(labels, Tensor):
         chosen = labels
+        if out is not None and labels.is_floating_point():
+            raise ValueError("targets: expected none of -100 beside labels that are probabilities")
+        chosen = labels if out is None else labels.masked_fill(out, IGNORED)
     elif labels == "sampled":
+        losses, drawn = sample_cross_entropy(logits, key=key, first=first, reduction="none", class_dim=-1)
         if out is None:
-            return sample_cross_entropy(logits, key=key, first=first)
-        losses, drawn = sample_cross_entropy(logits, key=key, first=first, reduction="none")
+            return losses.mean(), drawn
         return losses.masked_fill(out, 0).sum() / (~out).sum(), drawn.masked_fill(out, IGNORED)
     elif labels == "uniform":
-        _, chosen = sample_cross_entropy(torch.zeros_like(logits), key=key, first=first)
+        _, chosen = sample_cross_entropy(torch.zeros_like(logits), key=key, first=first, class_dim=-1)
         chosen = chosen if out is None else chosen.masked_fill(out, IGNORED)
     elif labels == "rademacher":
         assert key is not None
-        signs = reference.rademacher_signs(logits[..., 0].numel(), logits.shape[-1], key, first)
-        chosen = signs.view(logits.shape).to(logits.device)
-        chosen = chosen if out is None else chosen.masked_fill(out[..., None], 0)
+        drawn = reference.rademacher_signs(logits[..., 0].numel(), logits.shape[-1], key, first)
+        drawn = drawn.view(logits.shape).to(logits.device)
+        chosen = Signs(drawn if out is None else drawn.masked_fill(out[..., None], 0))
     else:
         assert targets is not None
         chosen = targets

@@ -1,46 +1,188 @@
-"""How a model is called and what it is made of: inputs of any structure, parameters by name, copies, modes."""
+"""How a model is called and what it is made of: its arguments and logits, parameters by name, copies, modes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import copy
+import dataclasses
+import inspect
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.stateless import _reparametrize_module
 
 from fastfisher.arguments import check_model
+from fastfisher.placement import check_held
 from fastfisher.slow_path import warn_slow_path
 
 Result = TypeVar("Result")
 
-Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
-"""What a model is called with: a tensor, positional arguments or keyword arguments, batch first."""
+See = Callable[[Any, Tensor], None]
+"""Gets what a forward returned and the logits in it."""
 
 
-def map_inputs(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
-    """Applies a function to every tensor of ``inputs``, which keep their structure."""
+@dataclass(frozen=True)
+class Call:
+    """How a model is called, and where the logits that it returns have their classes.
 
-    def visit(value: Any) -> Any:
-        return function(value) if isinstance(value, Tensor) else value
+    Attributes:
+        args, kwargs: the arguments, batch first. They may hold tuples, lists and mappings of tensors, and anything
+            else, which the model gets as it is.
+        class_dim: the dimension of the logits that holds the classes; None where it was not said.
+        see: called after each forward, before anything else is done with its output.
+    """
 
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    class_dim: int | None = None
+    see: See | None = field(default=None, repr=False)
+
+
+Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | Call
+"""What a caller gives a model: a tensor, several arguments by position or by name, or a :class:`Call`."""
+
+
+def as_call(model: nn.Module, inputs: Any, class_dim: int | None = None, name: str = "inputs") -> Call:
+    """The call of ``model`` that ``inputs`` mean; the signature of ``forward`` decides.
+
+    A tensor is the one argument. The items of a tuple or list are arguments by position, those of a mapping arguments
+    by name; where ``forward`` has no such parameters, the whole is its one argument.
+
+    Raises:
+        TypeError: ``inputs`` is none of these; ``name`` is the argument that is named.
+        ValueError: ``forward`` cannot be called like that.
+    """
+    if isinstance(inputs, Call):
+        return inputs
+    if isinstance(inputs, Tensor):
+        known = known_of(model)
+        if "one argument" not in known:
+            signature = signature_of(model)
+            if signature is not None and not _binds(signature, inputs):
+                raise ValueError(
+                    f"{name}: expected the arguments of {type(model).__name__}.forward{signature}, got one tensor; the "
+                    "last of several tensors of a batch are its targets: of inputs alone make ((x, w), None)"
+                )
+            known["one argument"] = True
+        return Call((inputs,), {}, class_dim)
+    if isinstance(inputs, PackedSequence):
+        raise TypeError(
+            f"{name}: expected tensors batch first, got a PackedSequence, whose examples lie one in another; "
+            "give the padded sequences and the lengths, and pack them in the model's forward"
+        )
+    if isinstance(inputs, Mapping):
+        return _by_name(model, inputs, class_dim, name)
+    if isinstance(inputs, tuple | list):
+        return _by_position(model, inputs, class_dim, name)
+    raise TypeError(f"{name}: expected a tensor, a tuple, a list or a dict of tensors, got {type(inputs).__name__}")
+
+
+def signature_of(model: nn.Module) -> inspect.Signature | None:
+    """The signature of the model's forward; None where Python does not know it."""
+    module: Any = getattr(model, "_orig_mod", model)  # torch.compile's own forward takes anything
+    try:
+        return inspect.signature(module.forward)
+    except (TypeError, ValueError):
+        return None
+
+
+def takes(signature: inspect.Signature, name: str) -> bool:
+    """Whether a function has a parameter that can be given by this name."""
+    parameter = signature.parameters.get(name)
+    return parameter is not None and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+
+
+def takes_any_name(signature: inspect.Signature) -> bool:
+    """Whether a function takes ``**kwargs``."""
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
+
+
+def _binds(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _by_name(model: nn.Module, inputs: Mapping[str, Any], class_dim: int | None, name: str) -> Call:
+    signature = signature_of(model)
+    names = all(isinstance(key, str) for key in inputs)
+    if names and (signature is None or _binds(signature, **inputs)):
+        return Call((), dict(inputs), class_dim)
+    if signature is None:
+        return Call((inputs,), {}, class_dim)
+    known = [key for key in inputs if isinstance(key, str) and takes(signature, key)]
+    if not known and _binds(signature, inputs):
+        return Call((inputs,), {}, class_dim)
+    forward = f"{type(model).__name__}.forward{signature}"
+    unknown = [key for key in inputs if key not in known]
+    if unknown and not takes_any_name(signature):
+        raise ValueError(f"{name}: expected the arguments of {forward}, got {unknown}, which it does not take")
+    raise ValueError(f"{name}: expected all arguments that {forward} needs, got {list(inputs)}")
+
+
+def _by_position(model: nn.Module, inputs: tuple[Any, ...] | list[Any], class_dim: int | None, name: str) -> Call:
+    signature = signature_of(model)
+    if signature is None or _binds(signature, *inputs):
+        return Call(tuple(inputs), {}, class_dim)
+    first = next(iter(signature.parameters.values()), None)
+    of_a_tensor = first is not None and first.annotation in (Tensor, "Tensor", "torch.Tensor")
+    if _binds(signature, inputs) and not of_a_tensor:
+        return Call((inputs,), {}, class_dim)
+    forward = f"{type(model).__name__}.forward{signature}"
+    raise ValueError(f"{name}: expected the arguments of {forward}, got {len(inputs)} of them")
+
+
+def map_inputs(inputs: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Applies a function to every tensor of ``inputs``, at any depth of tuples, lists and mappings, which keep their
+    types.
+
+    Raises:
+        TypeError: an object holds tensors that are out of reach.
+    """
     if isinstance(inputs, Tensor):
         return function(inputs)
-    if isinstance(inputs, tuple):
-        return tuple(visit(value) for value in inputs)
-    if isinstance(inputs, dict):
-        return {name: visit(value) for name, value in inputs.items()}
-    raise TypeError(f"inputs: expected a tensor, a tuple or a dict of tensors, got {type(inputs).__name__}")
+    if isinstance(inputs, Call):
+        args = tuple(map_inputs(value, function) for value in inputs.args)
+        kwargs = {name: map_inputs(value, function) for name, value in inputs.kwargs.items()}
+        return dataclasses.replace(inputs, args=args, kwargs=kwargs)
+    if isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence):
+        values = [map_inputs(value, function) for value in inputs]
+        return type(inputs)(*values) if hasattr(inputs, "_fields") else type(inputs)(values)
+    if isinstance(inputs, Mapping):
+        found = {key: map_inputs(value, function) for key, value in inputs.items()}
+        if type(inputs) is dict:
+            return found
+        kept: Any = copy.copy(inputs)  # its type and what else it has: a default, the encoding of a tokenizer
+        for key, value in found.items():
+            kept[key] = value
+        return kept
+    held = isinstance(inputs, PackedSequence) or any(
+        isinstance(value, Tensor) for value in getattr(inputs, "__dict__", {}).values()
+    )
+    if held:
+        raise TypeError(
+            f"inputs: expected tensors in tuples, lists and mappings, got an object of type {type(inputs).__name__}, "
+            "whose tensors cannot be taken apart by examples; give them one by one and make the object in the model's "
+            "forward"
+        )
+    return inputs
 
 
-def input_tensors(inputs: Inputs) -> list[Tensor]:
+def input_tensors(inputs: Any) -> list[Tensor]:
     """The tensors of ``inputs`` in order."""
     found: list[Tensor] = []
     map_inputs(inputs, lambda x: found.append(x) or x)  # type: ignore[func-returns-value]
     return found
 
 
-def count_examples(inputs: Inputs, name: str = "inputs") -> int:
+def count_examples(inputs: Any, name: str = "inputs") -> int:
     """How many examples there are: the size of the first tensor's dimension 0.
 
     Raises:
@@ -54,58 +196,251 @@ def count_examples(inputs: Inputs, name: str = "inputs") -> int:
     return len(tensors[0])
 
 
-def requiring_grad(inputs: Inputs) -> Inputs:
+def check_examples(inputs: Any, name: str = "inputs") -> int:
+    """:func:`count_examples`, of at least one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    count = count_examples(inputs, name)
+    if count == 0:
+        raise ValueError(f"{name}: expected at least one example, got none")
+    return count
+
+
+def is_shared(x: Tensor, examples: int) -> bool:
+    """Whether a tensor of the inputs belongs to all examples alike: a scalar, or one that broadcasts over them.
+
+    Raises:
+        ValueError: it has neither the examples along dimension 0 nor one element there.
+    """
+    if x.dim() and len(x) == examples:
+        return False
+    if x.dim() and len(x) != 1:
+        raise ValueError(
+            f"inputs: expected {examples} examples along dimension 0 of each tensor where some are taken out, got "
+            f"shape {tuple(x.shape)}; expand what all examples share to (1, ...) or ({examples}, ...)"
+        )
+    return True
+
+
+def take_rows(inputs: Any, rows: Any) -> Any:
+    """The inputs of some examples: a slice, or an index tensor. What all examples share stays whole.
+
+    Raises:
+        ValueError: a tensor has another number of examples.
+    """
+    examples = count_examples(inputs)
+
+    def take(x: Tensor) -> Tensor:
+        if is_shared(x, examples):
+            return x
+        return x[rows.to(x.device) if isinstance(rows, Tensor) else rows]
+
+    return map_inputs(inputs, take)
+
+
+def requiring_grad(inputs: Any) -> Any:
     """The inputs with every floating-point tensor detached and requiring a gradient."""
     return map_inputs(inputs, lambda x: x.detach().requires_grad_() if x.is_floating_point() else x)
 
 
-def logits_of(output: Any) -> Tensor:
-    """The logits among what a model returned: the tensor itself, or its ``logits``, as models of Transformers have it.
+# ---- logits ----------------------------------------------------------------------------------------------------------
+
+
+def logits_of(output: Any, class_dim: int | None = None) -> Tensor:
+    """The logits (N, …, C) among what a model returned: the tensor itself, or its ``logits``, as models of Transformers
+    have it; the dimension of the classes last.
 
     Raises:
         TypeError: there are none.
+        ValueError: they have no dimension of examples and one of classes, or the latter has to be said.
     """
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
-        raise TypeError(f"model: expected it to return logits or an object with .logits, got {type(output).__name__}")
-    return logits
+        held = ""
+        if isinstance(output, Mapping):
+            held = f" with the keys {list(output)}"
+        elif isinstance(output, tuple | list):
+            held = f" of {len(output)} items"
+        raise TypeError(
+            f"model: expected it to return logits or an object with .logits, got {type(output).__name__}{held}; wrap "
+            "it in a module whose forward returns the tensor of logits alone"
+        )
+    if logits.dim() < 2:
+        raise ValueError(f"model: expected logits (N, ..., C), got shape {tuple(logits.shape)}")
+    return class_last(logits, class_dim)
 
 
-def call_model(model: nn.Module, inputs: Inputs) -> Tensor:
-    """The logits: the model called with a tensor, with a tuple's items, or with a dict's items by name."""
-    inputs = map_inputs(inputs, differentiable)
-    if isinstance(inputs, tuple):
-        return logits_of(model(*inputs))
-    if isinstance(inputs, dict):
-        return logits_of(model(**inputs))
-    return logits_of(model(inputs))
+def class_last(logits: Tensor, class_dim: int | None, least: int = 1) -> Tensor:
+    """The logits with the dimension of the classes last: a view.
+
+    Raises:
+        ValueError: ``class_dim`` is no dimension of theirs from ``least`` on, or it is None where four dimensions or
+            more leave open which it is.
+    """
+    shape, dims = tuple(logits.shape), logits.dim()
+    if class_dim is None:
+        if dims >= 4:
+            raise ValueError(
+                f"class_dim: expected the dimension of the logits {shape} that holds the classes, got None; say "
+                "class_dim=1 for (N, C, H, W), class_dim=-1 where they are last"
+            )
+        return logits
+    check_class_dim(class_dim)
+    position = class_dim % dims if -dims <= class_dim < dims else -1
+    if position < least:
+        other = " other than that of the examples" if least else ""
+        raise ValueError(f"class_dim: expected a dimension of the logits {shape}{other}, got {class_dim}")
+    return logits if position == dims - 1 else logits.movedim(position, -1)
 
 
-def call_copy(model: nn.Module, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
-    """The logits with other parameters and with copies of the buffers: the model itself stays as it is."""
-    inputs = map_inputs(inputs, differentiable)
-    state = {name: buffer.clone() for name, buffer in model.named_buffers()} | parameters
-    args: tuple[Any, ...] = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
-    kwargs = inputs if isinstance(inputs, dict) else None
-    return logits_of(torch.func.functional_call(model, state, args, kwargs))
+def as_given(logits: Tensor, class_dim: int | None) -> Tensor:
+    """What :func:`class_last` made of some logits as it was."""
+    position = -1 if class_dim is None else class_dim % logits.dim() - logits.dim()
+    return logits if position == -1 else logits.movedim(-1, position)
 
 
-class _Within(nn.Module):
-    """Calls a function as a part of a model, so that ``functional_call`` puts other tensors in the model's places."""
+def check_class_dim(class_dim: Any) -> None:
+    """Raises ValueError where ``class_dim`` is neither an integer nor None."""
+    if class_dim is not None and (isinstance(class_dim, bool) or not isinstance(class_dim, int)):
+        raise ValueError(f"class_dim: expected an integer or None, got {class_dim!r}")
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
 
-    def forward(self, function: Callable[[], Any]) -> Any:
-        return function()
+def call_model(model: nn.Module, inputs: Any) -> Tensor:
+    """The logits, the classes last, of the model called as :func:`as_call` says."""
+    call = as_call(model, inputs)
+    return _seen(call, model(*call.args, **call.kwargs))
+
+
+def copy_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the model's buffers, by name."""
+    buffers = dict(model.named_buffers())
+    copies = {name: torch.empty_like(buffer) for name, buffer in buffers.items()}
+    if copies:
+        with torch.no_grad():
+            torch._foreach_copy_(list(copies.values()), list(buffers.values()))  # on a GPU two launches, not many
+    return copies
+
+
+def call_copy(
+    model: nn.Module, parameters: dict[str, Tensor], inputs: Any, buffers: dict[str, Tensor] | None = None
+) -> Tensor:
+    """The logits with other parameters and with copies of the buffers: the model itself stays as it is.
+
+    The copies are of ``buffers``, where given, or else of the model's own.
+    """
+    copies = copy_buffers(model) if buffers is None else {name: buffer.clone() for name, buffer in buffers.items()}
+    return call_with(model, copies | parameters, inputs)
+
+
+def call_with(model: nn.Module, state: dict[str, Tensor], inputs: Any) -> Tensor:
+    """The logits of the model with other parameters and buffers, of which it moves those in ``state``."""
+    call = as_call(model, inputs)
+    return _seen(call, stateless(model, state, call.args, call.kwargs))
+
+
+def stateless(model: nn.Module, state: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the model returns with other parameters and buffers: ``torch.func.functional_call``, put back the right way.
+
+    A module that is registered under two names (the embedding of a prompt-tuned model) has its tensors taken out twice,
+    the second time those that were put in. PyTorch's function puts them back in the order in which they were taken, so
+    that the model keeps the other tensors; here the first one taken out is the last one put back.
+    """
+    with _reparametrize_module(model, state, tie_weights=True, stack_weights=True):
+        return model(*args, **kwargs)
 
 
 def call_within(model: nn.Module, state: dict[str, Tensor], function: Callable[[], Result]) -> Result:
-    """``function()``, while the model has the tensors of ``state`` in the places of its own parameters and buffers."""
-    named = {f"model.{name}": value for name, value in state.items()}
-    result: Result = torch.func.functional_call(_Within(model), named, (function,))
-    return result
+    """``function()``, while the model has the tensors of ``state`` in the places of its own."""
+    with _reparametrize_module(model, state, tie_weights=True, stack_weights=True):
+        return function()
+
+
+def _seen(call: Call, output: Any) -> Tensor:
+    logits = logits_of(output, call.class_dim)
+    if call.see is not None:
+        call.see(output, logits)
+    return logits
+
+
+def heads_beside(model: nn.Module, output: Any, logits: Tensor) -> list[str]:
+    """The trainable parameters that other tensors in ``output`` depend on, and the logits do not, by name.
+
+    Auxiliary heads have some; hidden states, caches and losses that come beside the logits have none.
+    """
+    if isinstance(output, Tensor):
+        return []
+    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    seen: set[Any] = set()
+    _reached([logits], seen)
+    held = output if isinstance(output, Mapping | tuple | list) else getattr(output, "__dict__", {})
+    others = [x for x in _tensors_within(held) if x.requires_grad]
+    return list(dict.fromkeys(names[i] for i in _reached(others, seen) if i in names))
+
+
+def check_heads(model: nn.Module, call: Call, trainable: int) -> Call:
+    """The call, whose forward raises where the model returns a trainable head beside the logits: a loss of the logits
+    alone would leave it untrained without a word.
+
+    Looked for once for each model, kind of call and number of ``trainable`` parameters, in that forward itself: what a
+    head depends on is read off its graph.
+    """
+    kind = "heads", len(call.args), tuple(sorted(call.kwargs)), model.training, trainable
+    known = known_of(model)
+    if kind in known:
+        return call
+
+    def see(output: Any, logits: Tensor) -> None:
+        if not logits.requires_grad or kind in known:
+            return
+        heads = heads_beside(model, output, logits)
+        if heads:
+            raise ValueError(
+                f"model: expected it to return logits alone where loss= is not given, got further outputs with "
+                f"parameters of their own ({', '.join(heads[:3])}{', ...' if len(heads) > 3 else ''}), which would not "
+                "be trained; make the loss of all outputs yourself, with FisherPenalty.watching() and term(), or give "
+                "loss= if the logits alone are to be trained"
+            )
+        known[kind] = True
+
+    return dataclasses.replace(call, see=see)
+
+
+def _tensors_within(value: Any) -> Iterator[Tensor]:
+    """The tensors at any depth of tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | tuple | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_within(item)
+
+
+def _reached(tensors: Iterable[Tensor], seen: set[Any]) -> list[int]:
+    """The ids of the leaves that the graph of the tensors leads to by nodes not ``seen``, which are added there."""
+    found, stack = [], [x.grad_fn if x.grad_fn is not None else x for x in tensors]
+    while stack:
+        node: Any = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = node if isinstance(node, Tensor) else getattr(node, "variable", None)
+        if leaf is not None:
+            found.append(id(leaf))
+        if not isinstance(node, Tensor):
+            stack.extend(edge for edge, _ in node.next_functions)
+    return found
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, dict[Hashable, Any]] = WeakKeyDictionary()
+
+
+def known_of(model: nn.Module) -> dict[Hashable, Any]:
+    """What was found out of a model once, so that it is not looked for at each step; kept as long as the model is."""
+    return _KNOWN.setdefault(model, {})
+
+
+# ---- parameters and modes --------------------------------------------------------------------------------------------
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -122,12 +457,21 @@ def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def chosen_names(trainable: dict[str, Tensor], params: Iterable[Tensor] | None) -> frozenset[str]:
+def chosen_names(
+    trainable: dict[str, Tensor], params: Iterable[Tensor] | None, *, sharded: bool = False
+) -> frozenset[str]:
     """The names of the parameters that a penalty or a measurement is about: all, or those in ``params``.
 
+    Args:
+        trainable: as :func:`trainable_parameters` has them.
+        params: the parameters that are meant; None for all.
+        sharded: whether the caller knows what to do with parameters that are spread over processes.
+
     Raises:
-        ValueError: ``params`` is empty or holds a tensor that is no trainable parameter of the model.
+        ValueError: ``params`` is empty or holds a tensor that is no trainable parameter of the model, or a parameter is
+            spread over processes and the caller has not said that it can handle it.
     """
+    check_held(trainable, sharded)
     if params is None:
         return frozenset(trainable)
     if not isinstance(params, Iterable) or (isinstance(params, Tensor) and params.dim() == 0):

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher.layers import chunks
-from fastfisher.model import Inputs, call_model, call_within, input_tensors, map_inputs, uncompiled
+from fastfisher.model import (
+    Inputs,
+    call_model,
+    call_within,
+    input_tensors,
+    is_shared,
+    map_inputs,
+    take_rows,
+    uncompiled,
+)
 
 Gradients = dict[str, Tensor]
 """By parameter, [n, *shape]."""
@@ -41,7 +50,7 @@ def gradients_of_each(
         return
     elements = sum(p.numel() for p in wanted.values())
     for rows in chunks(examples, 8 * max(elements, input_tensors(inputs)[0][0].numel()), limit):
-        some = map_inputs(inputs, lambda x, rows=rows: x[rows] if x.dim() else x)  # type: ignore[misc]
+        some = take_rows(inputs, rows)
         try:
             found = by_vmap(model, some, wanted, cotangent[rows])
         except torch.OutOfMemoryError:
@@ -58,7 +67,7 @@ def _backwards(
     leaves = list(wanted.values())
 
     def of_one(i: int) -> list[Tensor]:
-        one = map_inputs(inputs, lambda x: x[i : i + 1] if x.dim() else x)
+        one = take_rows(inputs, slice(i, i + 1))
         total = (call_model(model, one) * cotangent[i : i + 1]).sum()
         if not total.requires_grad:
             return [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves]
@@ -76,16 +85,22 @@ def _backwards(
 def by_vmap(model: nn.Module, inputs: Inputs, wanted: Gradients, cotangent: Tensor) -> Gradients:
     """The same for a few examples at once."""
     tensors = input_tensors(inputs)
+    shared = [is_shared(x, len(cotangent)) for x in tensors]
     state = {name: buffer.clone() for name, buffer in model.named_buffers()} | _stand_ins(model, {})
     state = {name: value.detach() for name, value in state.items()}
 
     def value(parameters: Gradients, cotangent: Tensor, *example: Tensor) -> Tensor:
-        rest = iter(example)
-        one = map_inputs(inputs, lambda x: next(rest)[None] if x.dim() else next(rest))
+        rest = iter(zip(example, shared, strict=True))
+
+        def place(_: Tensor) -> Tensor:
+            x, alike = next(rest)
+            return x if alike else x[None]
+
+        one = map_inputs(inputs, place)
         logits: Tensor = call_within(model, state | parameters, lambda: call_model(model, one))
         return (logits[0] * cotangent).sum()
 
-    dims = tuple(0 if x.dim() else None for x in tensors)
+    dims = tuple(None if alike else 0 for alike in shared)
     with uncompiled(model, "the measurement"):
         held = {name: p.detach() for name, p in wanted.items()}
         found: Gradients = torch.func.vmap(torch.func.grad(value), in_dims=(None, 0, *dims))(held, cotangent, *tensors)

@@ -18,8 +18,8 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,29 +27,53 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher import ops
-from fastfisher.arguments import is_number
-from fastfisher.gates import Gates, fused_forward, record_gates
-from fastfisher.labels import are_drawn, check_labels, check_targets, cross_entropy, label_loss, new_key
+from fastfisher.arguments import check_flags, is_number
+from fastfisher.batches import paired
+from fastfisher.gates import AccuracyWarning, Gates, fused_forward, record_gates
+from fastfisher.labels import (
+    Signs,
+    are_drawn,
+    check_counted,
+    check_labels,
+    check_targets,
+    cross_entropy,
+    fit,
+    label_loss,
+    new_key,
+)
 from fastfisher.model import (
     Inputs,
     call_copy,
+    check_class_dim,
+    check_examples,
     chosen_names,
-    count_examples,
+    class_last,
     couples_examples,
     input_tensors,
     map_inputs,
     requiring_grad,
+    take_rows,
     trainable_parameters,
     uncompiled,
+    unhooked,
 )
+from fastfisher.placement import whole
+from fastfisher.repeatable import check_repeatable, is_new_kind
 from fastfisher.rollback import undoing
 from fastfisher.slow_path import warn_slow_path
+from fastfisher.twice import differentiable_gradients, second_derivatives, twice_differentiable
 
 Method = Literal["double_backprop", "finite_difference"]
 Difference = Literal["forward", "central"]
 
 _LARGE = 1 << 16
 """A parameter of so many elements is worth a call of its own."""
+
+_TRIES = 6
+"""How often a step is shortened before the penalty is left out."""
+
+_SAMPLE = 1 << 20
+"""Of so many logits it is seen how far they moved."""
 
 # ---- the step ------------------------------------------------------------------------------------------------------
 
@@ -64,6 +88,16 @@ FROZEN_STEP: dict[torch.dtype, dict[str, float]] = {
 Chosen for the smallest worst error over SimpleCNN and VGG-11, at initialisation and after 50 steps, on digits and on
 noise (``bench/step_size.py`` prints the table); shifted inputs take √B times as much, which is ρ per example.
 """
+
+REACH = {"forward": 2e-2, "central": 1e-1}
+"""How far logits may move (root mean square) over a default step with frozen gates.
+
+The error of a forward difference was about half of that movement, that of a central one its square, on networks of
+ReLUs, sorts and maxima whose logits have a scale from 0.2 to 200.
+"""
+
+CEILING = 0.5
+"""The relative change of the gradient above which a short step with frozen gates is not believed."""
 
 FREE_START = 1e-2
 """The first ρ with free gates, as a fraction of ‖θ‖; :class:`AdaptiveStep` takes it from there."""
@@ -121,16 +155,17 @@ class AdaptiveStep:
 Step = Literal["auto"] | float | AdaptiveStep
 
 
-def _precision(tensors: list[Tensor], device: torch.device, autocast: torch.dtype | None) -> torch.dtype:
-    """The coarsest dtype that the forward computes in; ``autocast`` is that of a context within the model."""
-    dtypes = [t.dtype for t in tensors if t.is_floating_point()]
-    if torch.is_autocast_enabled(device.type):
-        dtypes.append(torch.get_autocast_dtype(device.type))
-    if autocast is not None:
-        dtypes.append(autocast)
-    tf32 = device.type == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
-    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-    return torch.float16 if tf32 and coarsest == torch.float32 else coarsest
+def lower_precision(device: torch.device) -> torch.dtype | None:
+    """What PyTorch's switches let products of float32 be computed in, as a dtype as coarse; None for float32."""
+    backends: Any = torch.backends
+    cuda, cpu = (backends.cuda.matmul, backends.cudnn.conv), (backends.mkldnn.matmul, backends.mkldnn.conv)
+    allowed = [place.fp32_precision for place in {"cuda": cuda, "cpu": cpu}.get(device.type, ())]
+    return torch.bfloat16 if "bf16" in allowed else torch.float16 if "tf32" in allowed else None  # as many bits as TF32
+
+
+def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The floating dtype with the fewest bits of precision."""
+    return max((dtype for dtype in dtypes if dtype.is_floating_point), key=lambda dtype: torch.finfo(dtype).eps)
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------------
@@ -174,7 +209,7 @@ class Settings:
         return self.gates.frozen if isinstance(self.gates, Gates) else self.gates == "frozen"
 
 
-def _autocast_of(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+def autocast_of(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """A context as the caller's autocast is now, for a backward, where autograd does not restore it."""
     enabled, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
     return lambda: torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
@@ -182,10 +217,14 @@ def _autocast_of(device: torch.device) -> Callable[[], AbstractContextManager[An
 
 def _norm(tensors: dict[str, Tensor], device: torch.device, total: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """A float64 scalar on the device; ``total`` adds the squares that other processes have."""
-    squared = (
-        ops.sum_squares(list(tensors.values())) if tensors else torch.zeros((), dtype=torch.float64, device=device)
-    )
+    parts = [real(x) for x in tensors.values()]
+    squared = ops.sum_squares(parts) if parts else torch.zeros((), dtype=torch.float64, device=device)
     return (squared if total is None else total(squared)).sqrt()
+
+
+def real(x: Tensor) -> Tensor:
+    """A complex tensor as pairs of its real and imaginary parts, in the same memory; any other as it is."""
+    return torch.view_as_real(x) if x.is_complex() else x
 
 
 # ---- finite differences ----------------------------------------------------------------------------------------------
@@ -206,6 +245,10 @@ class FiniteDifference:
             in float16. The shifted loss is too, and so is what is added; R is without it.
         share: what the penalised loss is multiplied by: 1, or this process's weight where several share a batch.
         total: sums a square over processes that hold parts of ``direction``; None where it is whole.
+        expected: the logits at θ of all ``inputs``; where they are given, a default step is not longer than
+            :data:`REACH` allows.
+        shorter: what has become of the step where it was too long.
+        moved: the root mean square of how far the logits were from ``expected`` in the last shifted forward.
         norm: ‖direction‖. This, ρ, R and the relative change are float64 scalars on the device: nothing here waits.
     """
 
@@ -214,14 +257,17 @@ class FiniteDifference:
     first_only: bool
     settings: Settings
     gates: Gates
-    labels: Tensor
+    labels: Tensor | Signs
     gradient: dict[str, Tensor]
     direction: dict[str, Tensor]
     factor: float
     scale: float | Tensor = 1.0
     share: float = 1.0
     total: Callable[[Tensor], Tensor] | None = None
+    expected: Tensor | None = None
+    shorter: float = 1.0
     norm: Tensor = field(init=False)
+    moved: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
@@ -229,7 +275,7 @@ class FiniteDifference:
         self.norm = self._norm(self.direction)
         whole = self.settings.wrt == "parameters" and len(self.direction) == len(self.gradient)
         self.size = self._size(whole)
-        self.autocast = _autocast_of(self.device)
+        self.autocast = self.gates.without_autocast if self.gates.full_precision else autocast_of(self.device)
 
     @property
     def value(self) -> Tensor:
@@ -239,15 +285,66 @@ class FiniteDifference:
     def add_to(self, out: dict[str, Tensor], weight: float | Tensor) -> Tensor:
         """out += weight·scale·∇R, in place, for the parameters in ``gradient``.
 
-        ``out`` may be ``gradient`` itself with a forward difference, which reads each of its tensors once.
+        ``out`` may be ``gradient`` itself with a forward difference, which reads each of its tensors once. Where the
+        loss at θ + ρd is not finite, a shorter step is taken; where none gives a finite one, nothing is added.
         Returns the relative change of the gradient that the step caused; NaN where there was nothing to change.
         """
-        rho = self.rho()
+        found = self._at_finite_loss()
+        if found is None:
+            return torch.full_like(self.norm, math.nan)
+        rho, loss, leaves = found
+        del found
         scale = weight * self.coefficient(rho)
-        squared = self._accumulate(out, rho, scale)
+        squared = self._accumulate(out, loss, leaves, scale)
+        del loss, leaves
         if self.settings.difference == "central":
-            self._accumulate(out, -rho, -scale)
+            loss, leaves = self.shifted_loss(-rho)
+            if loss.device.type != "cpu" or bool(loss.isfinite()) or not bool(self.norm.isfinite()):
+                self._accumulate(out, loss, leaves, -scale)
+            else:  # on one side only: twice the forward difference
+                del loss, leaves
+                self._accumulate(out, *self.shifted_loss(rho), scale)
         return torch.where(self.norm > 0, squared.sqrt() / self.size, math.nan)
+
+    def _at_finite_loss(
+        self, weight: Callable[[Tensor], Tensor] | None = None, loss: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]] | None:
+        """ρ, and :meth:`shifted_loss` there with the weight that goes with it; None where no step is short enough.
+
+        A guard such as ``clamp(min=eps).log()`` stays on its side when its gates are replayed; what it guards may then
+        leave its domain. On a GPU the host would wait for a look: see :meth:`_accumulate`.
+        """
+        start = self.rho()
+        for _ in range(_TRIES):
+            rho = self.rho()
+            total, leaves = self.shifted_loss(rho, None if weight is None else weight(rho), loss)
+            shorter = self._shortening(total)
+            if shorter == 1.0:
+                return rho, total, leaves
+            self.shorter *= shorter
+            del total, leaves
+        warnings.warn(
+            f"step: the loss at θ + ρd is not finite for ρ from {float(start):.1e} to {float(rho):.1e}: this step has "
+            "no penalty. A guard (clamp, relu(x) + eps) before log, sqrt or a power leaves its domain "
+            'there; fastfisher takes it whole with method="double_backprop"',
+            AccuracyWarning,
+            stacklevel=2,
+        )
+        return None
+
+    def _shortening(self, loss: Tensor) -> float:
+        """What the step has to be multiplied by: 1 where it is short enough, or where nobody can look without waiting.
+
+        The logits of a default step may move by :data:`REACH` in the root mean square, or the difference is no longer
+        linear in the step: the curvature of a softmax changes over a distance of 1.
+        """
+        if loss.device.type != "cpu" or not bool(self.norm.isfinite()):  # then no loss there would be finite
+            return 1.0
+        if not bool(loss.isfinite()):
+            return 0.1
+        if self.moved is not None and float(self.moved) > REACH[self.settings.difference]:
+            return 0.8 * REACH[self.settings.difference] / float(self.moved)
+        return 1.0
 
     def relative_change(self, reached: dict[str, Tensor], gradient: dict[str, Tensor]) -> Tensor:
         """The relative change of ``gradient``, scaled, that led to ∇R = ``reached``, not scaled, each summed over all
@@ -262,13 +359,23 @@ class FiniteDifference:
 
     def mixed_gradient(self, weight: float, loss: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """scale·(∇L(θ + ρd) + weight·∇R), one backward for both; ``loss`` is L as a function of the logits."""
-        rho = self.rho()
-        coefficient = weight * self.coefficient(rho)
-        combined, leaves = self.shifted_loss(rho, coefficient, loss)
-        total = dict(zip(leaves, torch.autograd.grad(combined, list(leaves.values())), strict=True))
-        for name, gradient in self.gradient.items():
-            total[name].addcmul_(gradient, -coefficient.to(gradient.dtype))
+        found = self._at_finite_loss(lambda rho: weight * self.coefficient(rho), loss)
+        if found is None:
+            combined, leaves = self.shifted_loss(None, torch.zeros_like(self.norm), loss)
+        else:
+            rho, combined, leaves = found
+        with self.gates.arithmetic():
+            total = dict(zip(leaves, self._gradients_of(combined, leaves), strict=True))
+        if found is not None:
+            coefficient = weight * self.coefficient(rho)
+            for name, gradient in self.gradient.items():
+                total[name].addcmul_(gradient, -coefficient.to(gradient.dtype))
         return total
+
+    @staticmethod
+    def _gradients_of(loss: Tensor, leaves: dict[str, Tensor]) -> Sequence[Tensor]:
+        found = dense(torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True))
+        return [g for g in found if g is not None]
 
     def coefficient(self, rho: Tensor) -> Tensor:
         """scale·∇R = coefficient·(the difference of the gradients of scaled losses)."""
@@ -278,30 +385,36 @@ class FiniteDifference:
         """The length of the step: as given, or the default for the gates and the precision."""
         step = self.settings.step
         if isinstance(step, AdaptiveStep):
-            return step.current(self._shifted_norm, self.device)
+            return step.current(self._shifted_norm, self.device) * self.shorter
         if step == "auto":
-            step = FROZEN_STEP[self._precision()][self.settings.difference]
+            step = FROZEN_STEP[self.precision][self.settings.difference]
             step *= math.sqrt(self.factor) if self.settings.wrt == "inputs" else 1.0
-        return torch.full((), float(step), dtype=torch.float64, device=self.device)
+        return torch.full((), self.shorter * float(step), dtype=torch.float64, device=self.device)
 
     def shifted_loss(
-        self, rho: Tensor, weight: Tensor | None = None, loss: Callable[[Tensor], Tensor] | None = None
+        self, rho: Tensor | None, weight: Tensor | None = None, loss: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """scale·(weight·(mean loss at the labels) + loss(logits)) at θ + ρd (or shifted inputs); its leaves by name."""
-        length = self.length(rho)
+        """scale·(weight·(mean loss at the labels) + loss(logits)) at θ + ρd (or shifted inputs); its leaves by name.
+
+        At θ itself where ``rho`` is None.
+        """
+        length = None if rho is None else self.length(rho)
         inputs = self.shifted_inputs(length)
         parameters = {name: p.detach() for name, p in self.parameters.items()}
-        if self.settings.wrt == "parameters":
+        if self.settings.wrt == "parameters" and length is not None:
             for name, direction in self.direction.items():
                 parameters[name] = _shifted(parameters[name], direction, length)
-        leaves = {name: parameters[name].detach().requires_grad_() for name in self.gradient}
-        return self.loss_of(lambda: call_copy(self.model, parameters | leaves, inputs), weight, loss), leaves
+        # What required a gradient at θ does here: that is how the gates tell what moves.
+        parameters = {n: p.detach().requires_grad_(self.parameters[n].requires_grad) for n, p in parameters.items()}
+        leaves = {name: parameters[name] for name in self.gradient}
+        buffers = self.gates.buffers
+        return self.loss_of(lambda: call_copy(self.model, parameters, inputs, buffers), weight, loss), leaves
 
     def length(self, rho: Tensor) -> Tensor:
         """What the direction is multiplied by to have length ρ."""
         return torch.where(self.norm > 0, rho / self.norm, 0.0)
 
-    def shifted_inputs(self, length: Tensor) -> Inputs:
+    def shifted_inputs(self, length: Tensor | None) -> Any:
         """The inputs of the shifted forward."""
         if self.settings.wrt == "parameters":
             return self.inputs
@@ -309,7 +422,8 @@ class FiniteDifference:
 
         def shift(x: Tensor) -> Tensor:
             direction = self.direction.get(str(next(position)))
-            return x.detach() if direction is None else _shifted(x, direction, length)
+            x = x.detach() if direction is None or length is None else _shifted(x, direction, length)
+            return x.requires_grad_(x.is_floating_point())
 
         return map_inputs(self.inputs, shift)
 
@@ -321,6 +435,7 @@ class FiniteDifference:
             free = nullcontext() if self.gates.frozen else fused_forward(self.model)
             with self.gates.replay(), free:
                 logits = forward()
+            self.moved = self._movement(logits.detach())
             total = cross_entropy(logits[:1] if self.first_only else logits, self.labels)
             if self.share != 1.0:
                 total = self.share * total
@@ -330,24 +445,30 @@ class FiniteDifference:
                 total = total + loss(logits)
             return total * self.scale
 
-    def _accumulate(self, out: dict[str, Tensor], rho: Tensor, scale: Tensor) -> Tensor:
-        """out += scale·(∇ℓ(θ + ρd) − ∇ℓ(θ)); returns ‖∇ℓ(θ + ρd) − ∇ℓ(θ)‖².
+    def _accumulate(self, out: dict[str, Tensor], loss: Tensor, leaves: dict[str, Tensor], scale: Tensor) -> Tensor:
+        """out += scale·(the gradient of the shifted ``loss`` − ∇ℓ(θ)); returns the squared norm of the difference.
 
         A large parameter's difference is added as soon as the backward has made it, so that the shifted gradient never
         exists as a whole: one copy of the parameters less at the peak. The small ones are added in one call.
+
+        Raises:
+            ValueError: the gradient is not finite although the loss is (on a CPU, where that is seen at once).
         """
-        loss, leaves = self.shifted_loss(rho)
         squares: list[Tensor] = []
+        usable = None if self.device.type == "cpu" else loss.detach().isfinite()
 
         # Neither function may hold `leaves`: the leaves hold the hooks, and would live on until the next collection.
         def add(named: dict[str, Tensor]) -> None:
             gradients = []
-            for leaf in named.values():  # with free gates the shifted forward may not need a parameter
-                gradients.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+            for name, leaf in named.items():  # with free gates the shifted forward may not need a parameter
+                grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+                grad = grad.to_dense() if grad.is_sparse else grad
+                # Where nobody looked at the loss, a step that left the domain counts as one that changed nothing.
+                gradients.append(grad if usable is None else torch.where(usable, grad, self.gradient[name]))
                 leaf.grad = None
             if named:
-                out_list, here = [out[n] for n in named], [self.gradient[n] for n in named]
-                squares.append(ops.axpy_diff(out_list, gradients, here, scale))
+                there, here = [real(g) for g in gradients], [real(self.gradient[n]) for n in named]
+                squares.append(ops.axpy_diff([real(out[n]) for n in named], there, here, scale))
 
         made: set[str] = set()
 
@@ -359,40 +480,93 @@ class FiniteDifference:
             if leaf.numel() >= _LARGE:
                 leaf.register_post_accumulate_grad_hook(functools.partial(add_at_once, name))  # type: ignore[no-untyped-call]
         if leaves:  # and nothing else: the caller's inputs may require a gradient, too
-            loss.backward(inputs=list(leaves.values()))  # type: ignore[no-untyped-call]
+            with self.gates.arithmetic():
+                loss.backward(inputs=list(leaves.values()))  # type: ignore[no-untyped-call]
         add({name: leaf for name, leaf in leaves.items() if name not in made})
-        return torch.stack(squares).sum() if squares else torch.zeros_like(self.norm)
+        squared = torch.stack(squares).sum() if squares else torch.zeros_like(self.norm)
+        if usable is None and not squared.isfinite() and self.size.isfinite():
+            raise ValueError(
+                f"step: the gradient at θ + ρd is not finite with ρ = {float(self.rho()):.1e}, although the loss is; "
+                'take a shorter step, or method="double_backprop"'
+            )
+        return squared
 
     def judge(self, relative_change: Tensor) -> None:
-        """Warns where the step was too short to measure anything; the host waits for the change."""
-        change = float(relative_change)
-        if not isinstance(self.settings.step, AdaptiveStep) and not self.settings.frozen and change < 0.05:
+        """Warns where the step was too short to measure anything, or caused what is no curvature; the host waits."""
+        change, step = float(relative_change), self.settings.step
+        if not isinstance(step, AdaptiveStep) and not self.settings.frozen and change < 0.05:
             rho = float(self.rho())
             warnings.warn(
                 f"step: with free gates a step of {rho:.1e} changed the gradient by only {change:.1e} of its norm; so "
                 'short a step measures the noise of single kinks and can destroy training. Use step="auto", or '
                 'gates="frozen", which is right for short steps.',
-                UserWarning,
+                AccuracyWarning,
                 stacklevel=2,
             )
-        floor = 50 * torch.finfo(self._precision()).eps
-        if 0.0 < change < floor and self._precision() in (torch.float32, torch.float64):
+        floor = min(0.1, 50 * torch.finfo(self.precision).eps)
+        if 0.0 < change < floor:
             warnings.warn(
                 f"step: {float(self.rho()):.1e} changed the gradient by {change:.1e} of its norm, less than "
-                f"{floor:.0e}, where rounding shows; use a longer step or a higher precision",
-                UserWarning,
+                f"{floor:.0e}, where the rounding of {self.precision} shows; use a longer step or a higher precision",
+                AccuracyWarning,
+                stacklevel=2,
+            )
+        if self.settings.frozen and step == "auto" and change > CEILING:
+            warnings.warn(
+                f"step: {float(self.rho()):.1e} changed the gradient by {change:.1e} of its norm. So short a step with "
+                "frozen gates changes it little, unless the gradient almost vanishes: the model may have kinks that "
+                'cannot be replayed. fastfisher.penalty with method="double_backprop" is exact',
+                AccuracyWarning,
                 stacklevel=2,
             )
 
-    def _precision(self) -> torch.dtype:
-        with self.autocast():
-            return _precision(list(self.parameters.values()), self.device, self.gates.autocast)
+    @functools.cached_property
+    def precision(self) -> torch.dtype:
+        """The coarsest dtype that the forward at θ computed in."""
+        met = [self.gates.precision] if self.gates.precision is not None else []
+        if not met:  # with free gates nothing was recorded
+            met = [p.dtype for p in self.parameters.values()]
+            with self.autocast():
+                if torch.is_autocast_enabled(self.device.type):
+                    met.append(torch.get_autocast_dtype(self.device.type))
+            met += [self.gates.autocast] if self.gates.autocast is not None else []
+        found = coarsest(_real_dtype(dtype) for dtype in met)
+        lower = lower_precision(self.device) if found == torch.float32 else None
+        return found if lower is None else lower
+
+    def _movement(self, logits: Tensor) -> Tensor | None:
+        """See ``moved``."""
+        if self.expected is None or self.settings.step != "auto" or not self.settings.frozen:
+            return None
+        rows = max(1, _SAMPLE // max(1, logits[0].numel()))
+        away = logits[:rows].double() - self.expected[:rows].double()
+        return torch.where(away.isfinite(), away, 0.0).square().mean().sqrt()
 
     def _shifted_norm(self) -> Tensor:
         named = self.parameters
         if self.settings.wrt == "inputs":
             named = {str(i): x for i, x in enumerate(input_tensors(self.inputs))}
         return self._norm({name: named[name].detach() for name in self.direction})
+
+    def check_repeatable(self) -> None:
+        """Refuses a model whose forward cannot be repeated: a step of length 0 has to give the ``expected`` logits.
+
+        Raises:
+            ValueError: it does not; the module that differs first is named.
+        """
+
+        def again() -> Tensor:
+            found: list[Tensor] = []
+
+            def keep(logits: Tensor) -> Tensor:
+                found.append(logits.detach())
+                return logits.sum()
+
+            self.shifted_loss(None, None, keep)
+            return found[0]
+
+        assert self.expected is not None
+        check_repeatable(self.model, again, self.expected, self.precision)
 
     def _norm(self, named: dict[str, Tensor]) -> Tensor:
         """‖named‖, of tensors as in ``direction``."""
@@ -401,6 +575,10 @@ class FiniteDifference:
     def _size(self, whole: bool) -> Tensor:
         """‖gradient‖, of which ``direction`` is the ``whole`` where no other process has a share."""
         return self.norm if whole and self.share == 1.0 else _norm(self.gradient, self.device)
+
+
+def _real_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype.to_real() if dtype.is_complex else dtype
 
 
 def _shifted(x: Tensor, direction: Tensor, length: Tensor) -> Tensor:
@@ -414,9 +592,15 @@ Differentiate = Callable[[Tensor, Sequence[Tensor], bool], Sequence[Tensor | Non
 """(loss, sources, retain_graph) ↦ ∂loss/∂source, None where a source is not used."""
 
 
+def dense(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients, those of sparse embeddings with all their rows."""
+    return [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
+
+
 def autograd_gradients(loss: Tensor, sources: Sequence[Tensor], retain_graph: bool) -> Sequence[Tensor | None]:
-    """∂loss/∂source for each source, None where it is not used."""
-    return torch.autograd.grad(loss, sources, retain_graph=retain_graph, allow_unused=True)
+    """∂loss/∂source for each source, None where it is not used; without what hooks on the sources make of it."""
+    with unhooked(sources):
+        return torch.autograd.grad(loss, sources, retain_graph=retain_graph, allow_unused=True)
 
 
 def gradient_at(
@@ -436,12 +620,25 @@ def gradient_at(
         if not wanted:
             raise ValueError('inputs: expected a floating-point tensor that requires a gradient with wrt="inputs"')
     sources = list(trainable.values()) + list(wanted.values())
-    found = differentiate(loss, sources, retain_graph)
+    found = dense(differentiate(loss, sources, retain_graph))
     gradient = {n: g for n, g in zip(trainable, found[: len(trainable)], strict=True) if g is not None}
     if settings.wrt == "inputs":
         by_input = zip(wanted, found[len(trainable) :], strict=True)
         return gradient, {name: g for name, g in by_input if g is not None}
     return gradient, {name: g for name, g in gradient.items() if name in chosen}
+
+
+IN_FULL_PRECISION = (
+    "under autocast in {} the two gradients of the finite difference are taken in the precision of the parameters, in "
+    "forwards of their own, because rounding would hide their difference; step=<a number> keeps the autocast"
+)
+
+
+@contextmanager
+def twice_forward(model: nn.Module) -> Iterator[None]:
+    """Within, a forward of the model that can be differentiated twice, through our own kernels."""
+    with uncompiled(model, 'method="double_backprop"'), fused_forward(model), twice_differentiable():
+        yield
 
 
 class _Penalty(torch.autograd.Function):
@@ -451,7 +648,7 @@ class _Penalty(torch.autograd.Function):
     def forward(ctx: Any, difference: FiniteDifference, names: list[str], *parameters: Tensor) -> Tensor:
         ctx.difference, ctx.names = difference, names
         ctx.save_for_backward(*parameters)  # autograd then raises if one was changed in between
-        return difference.value.to(parameters[0].dtype)
+        return difference.value.to(_real_dtype(parameters[0].dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -492,6 +689,8 @@ def penalty(
     difference: Difference = "forward",
     generator: torch.Generator | None = None,
     params: Iterable[Tensor] | None = None,
+    verify: bool = True,
+    class_dim: int | None = None,
 ) -> Tensor:
     """The gradient-norm penalty R as a scalar that backpropagates into the model's parameters.
 
@@ -509,9 +708,10 @@ def penalty(
         model: any module from ``inputs`` to logits (..., C), or to an object with ``.logits``. Its parameters and
             buffers are not touched: running statistics of BatchNorm do not move, whichever forward this function runs
             itself.
-        inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments), batch first.
-        targets: class indices, or class probabilities, where ``labels="true"``. Positions with the index −100 (padding)
-            have no part in R, whichever the labels.
+        inputs: a tensor, a tuple or list (positional arguments) or a mapping (keyword arguments), batch first; see
+            docs/data.md.
+        targets: class indices, or class probabilities, where ``labels="true"``; by default the ``labels`` in a mapping
+            of inputs. Positions with the index −100 (padding) have no part in R, whichever the labels.
         labels: whose gradient is penalised: ŷ drawn from the model, the targets, uniform labels, or a given tensor of
             labels. Labels are held fixed when R is differentiated, as in the paper. "rademacher" is not the paper's:
             the gradient of 2⟨√p, ε⟩ with random signs ε in place of a drawn label, whose penalty has the same
@@ -531,6 +731,13 @@ def penalty(
         difference: "forward", or "central" (one more forward and backward, an error of ρ² instead of ρ).
         generator: where the labels are drawn; torch's default generator otherwise.
         params: the parameters whose gradient's norm is penalised; all trainable ones otherwise.
+        verify: with finite differences, repeat the first forward of each kind of batch (shapes, dtypes, modes) with a
+            step of length 0, and refuse a model that then gives other logits. Costs a forward, once.
+        class_dim: which dimension of the logits holds the classes; by default the last, but where logits have four
+            dimensions or more, or targets fit another one, it has to be said.
+
+    Under autocast in bfloat16 or float16 a finite difference with ``step="auto"`` takes its forwards in the precision
+    of the parameters: rounding in 8 bits would hide the difference. With a number as ``step`` it keeps the autocast.
 
     Returns:
         R, a scalar. Differentiable once ("finite_difference") or as often as the model is ("double_backprop").
@@ -540,14 +747,22 @@ def penalty(
         TypeError: the model, the inputs or the data are of a type that cannot be one.
     """
     settings = Settings(labels, method, gates, wrt, reduction, step, difference)
-    check_targets(labels, targets)
+    model = whole(model, "R (FisherPenalty has that of the batch of all)")
+    check_flags(verify=verify)
+    check_class_dim(class_dim)
     trainable = trainable_parameters(model)
     chosen = chosen_names(trainable, params)
-    count_examples(inputs)
+    inputs, targets = paired(model, inputs, targets, class_dim)
+    check_targets(labels, targets)
+    check_examples(inputs)
     if logits is not None and not (isinstance(logits, Tensor) and logits.dim() > 0):
         raise ValueError("logits: expected those of a forward, (..., C)")
     finite = method == "finite_difference"
 
+    full = finite and step == "auto" and settings.frozen
+    if logits is not None and isinstance(gates, Gates) and full and gates.autocast is not None:
+        warn_slow_path(f"penalty runs the forward again: {IN_FULL_PRECISION.format(gates.autocast)}")
+        logits, gates = None, "frozen"
     if logits is not None and finite and not isinstance(gates, Gates):
         warn_slow_path(
             "penalty runs the forward again: finite differences repeat the random draws and gates of the forward that "
@@ -560,17 +775,30 @@ def penalty(
     if recorded is not None and logits is None:
         raise ValueError("logits: expected the logits of the forward in which gates= was recorded, got None")
     shared = logits is not None
+    if logits is not None:
+        logits = class_last(logits, class_dim)
 
     first_only = reduction == "first"
     if first_only and not shared and not couples_examples(model):
-        inputs = map_inputs(inputs, lambda x: x[:1])
-        targets = targets[:1] if targets is not None else None
+        inputs = take_rows(inputs, slice(1))
+        targets = targets[:1] if isinstance(targets, Tensor) else targets
+        labels = labels[:1] if isinstance(labels, Tensor) else labels
     if logits is None:
         if wrt == "inputs":
             inputs = requiring_grad(inputs)
-        plain = nullcontext() if finite else uncompiled(model, 'method="double_backprop"')
-        with plain, record_gates(model, frozen=settings.frozen and finite) as recorded, torch.enable_grad():
+        with ExitStack() as stack:
+            if finite:
+                recorded = stack.enter_context(record_gates(model, frozen=settings.frozen, full_precision=full))
+            else:
+                stack.enter_context(twice_forward(model))
+            stack.enter_context(torch.enable_grad())
             logits = call_copy(model, trainable, inputs)
+    if targets is not None:
+        targets = fit(logits, targets, class_dim=class_dim, model=model)
+        check_counted(targets[:1] if first_only else targets)
+    if isinstance(labels, Tensor):
+        labels = fit(logits, labels, class_dim=class_dim, name="labels", model=model)
+        check_counted(labels[:1] if first_only else labels, "labels")
     rows = logits[:1] if first_only else logits
     if first_only and targets is not None:
         targets = targets[:1]
@@ -587,14 +815,19 @@ def penalty(
                 raise ValueError('inputs: expected a tensor that requires a gradient with wrt="inputs" and logits=')
         else:
             sources = [trainable[name] for name in trainable if name in chosen]
-        found = torch.autograd.grad(loss, sources, create_graph=True, allow_unused=True)
-        squares = [g.square().sum() for g in found if g is not None]
+        with unhooked(sources), second_derivatives('method="finite_difference"'):
+            found = differentiable_gradients(loss, sources)
+        squares = [real(g).square().sum() for g in found if g is not None]
         return factor * torch.stack(squares).sum() if squares else loss.detach() * 0
 
-    assert recorded is not None
-    gradient, direction = gradient_at(loss, trainable, inputs, settings, chosen, retain_graph=shared)
+    assert isinstance(recorded, Gates)
+    with recorded.arithmetic():
+        gradient, direction = gradient_at(loss, trainable, inputs, settings, chosen, retain_graph=shared)
     shift = FiniteDifference(model, inputs, first_only, settings, recorded, chosen_labels, gradient, direction, factor)
+    shift.expected = logits.detach()
     names = list(gradient)
     if not names:
         return loss.detach() * 0
+    if verify and is_new_kind(model, inputs, settings.frozen):
+        shift.check_repeatable()
     return _Penalty.apply(shift, names, *(trainable[name] for name in names))  # type: ignore[no-any-return, no-untyped-call]

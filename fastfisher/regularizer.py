@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,26 +14,59 @@ from torch import Tensor, nn
 
 from fastfisher import ops
 from fastfisher.arguments import check_flags, check_generator, is_count, is_number
+from fastfisher.batches import paired
 from fastfisher.convolution import saving_memory
-from fastfisher.distributed import TIMEOUT, Share, bare, failing_together, precision_below, ranks_of, reshard
+from fastfisher.distributed import (
+    TIMEOUT,
+    Doing,
+    Share,
+    check_alone,
+    digest,
+    failing_together,
+    local_part,
+    placed_like,
+    precision_below,
+    shared_by,
+)
 from fastfisher.gates import Gates, fused_forward, record_gates
 from fastfisher.graphs import CapturedSteps, CudaCapture
-from fastfisher.labels import are_drawn, averaged_rows, check_targets, counted_rows, cross_entropy, label_loss, new_key
+from fastfisher.labels import (
+    IGNORED,
+    are_drawn,
+    averaged_rows,
+    check_certain,
+    check_classes,
+    check_counted,
+    check_targets,
+    counted_rows,
+    cross_entropy,
+    fit,
+    label_loss,
+    new_key,
+)
 from fastfisher.model import (
+    Call,
     Inputs,
+    as_given,
     call_copy,
     call_model,
+    check_class_dim,
+    check_examples,
+    check_heads,
     chosen_names,
+    class_last,
+    copy_buffers,
     count_examples,
     couples_examples,
     input_tensors,
     logits_of,
-    map_inputs,
     requiring_grad,
+    take_rows,
     trainable_parameters,
-    uncompiled,
+    unhooked,
 )
 from fastfisher.penalty import (
+    IN_FULL_PRECISION,
     AdaptiveStep,
     Difference,
     Differentiate,
@@ -43,14 +75,24 @@ from fastfisher.penalty import (
     Settings,
     Step,
     autograd_gradients,
+    dense,
     gradient_at,
+    real,
+    twice_forward,
 )
+from fastfisher.repeatable import is_new_kind
 from fastfisher.rollback import undone_on_error
+from fastfisher.slow_path import warn_slow_path
+from fastfisher.twice import differentiable_gradients, second_derivatives
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Gradients = dict[str, Tensor]
+
+_NO_KEY = [0, -1]
+_NO_ROWS = -1
+"""What a state holds before the first penalty: of the same types as later, for torch.distributed.checkpoint."""
 
 
 @dataclass
@@ -67,19 +109,39 @@ class _Outcome:
 
     @property
     def finite(self) -> bool:
-        """Whether R and the gradient for reuse are; the host waits for them."""
+        """Whether R and the gradients are: that for the optimiser, and that for reuse. The host waits for them."""
         kept = [] if self.value is None else [self.value]
-        kept += [] if not self.reused else [ops.sum_squares(list(self.reused.values()))]
+        kept += [
+            ops.sum_squares([real(g.coalesce().values() if g.is_sparse else g) for g in gradients.values()])
+            for gradients in (self.total, self.reused)
+            if gradients
+        ]
         return all(bool(x.isfinite()) for x in kept)
 
 
 @dataclass
-class WatchedForward:
-    """A forward of the caller's that :meth:`FisherPenalty.watching` saw: what it was called with, and its logits."""
+class _Point:
+    """A forward at θ that R is taken of: its logits and inputs, whether only the first row counts, and its gates."""
 
-    inputs: Inputs | None = None
+    logits: Tensor
+    inputs: Inputs
+    first_only: bool
+    gates: Gates
+
+    @property
+    def rows(self) -> Tensor:
+        """The logits that count."""
+        return self.logits[:1] if self.first_only else self.logits
+
+
+@dataclass
+class WatchedForward:
+    """A forward of the caller's that :meth:`FisherPenalty.watching` saw: its arguments, and its logits as they are."""
+
+    inputs: Call | None = None
     logits: Tensor | None = None
     gates: Gates | None = None
+    buffers: dict[str, Tensor] | None = None
     calls: int = 0
 
 
@@ -135,10 +197,12 @@ class FisherPenalty:
             overwritten by the next step. Dropout repeats its masks; of other random functions none may be met.
         scaler: the ``torch.amp.GradScaler`` of the loop, for autocast in float16: gradients are taken of scaled losses,
             and ``.grad`` is left scaled, as ``scaler.scale(loss).backward()`` leaves it. Unscale, clip, step and update
-            are the caller's as ever. A penalty that overflowed is not kept: ``value`` and what is reused stay as they
-            were, and the step does not count, so that the next one takes the penalty again.
-        loss: the training loss as a callable of (logits, targets); mean cross-entropy otherwise. R is always taken of
-            the cross-entropy at ``labels``.
+            are the caller's as ever. A recomputing step that overflowed is not kept: ``value`` and what is reused stay
+            as they were, and the step does not count, so that the next one takes the penalty again.
+        loss: the training loss as a callable of (logits, targets), both as they are; mean cross-entropy otherwise. R is
+            always taken of the cross-entropy at ``labels``.
+        class_dim: which dimension of the logits holds the classes; by default the last, but where logits have four
+            dimensions or more, or targets fit another one, it has to be said.
         generator: where the key of the drawn labels comes from, at the first penalty; torch's default generator
             otherwise. Each further penalty advances the key, on the device.
         scope: where several processes share a batch, which gradient is penalised: "global", that of the batch of all
@@ -147,6 +211,17 @@ class FisherPenalty:
         process_group: the processes that share a batch; by default those of ``DistributedDataParallel`` or
             ``fully_shard``, and none of any other model.
         timeout: seconds that a process waits for the others to get as far as it did.
+        verify: with finite differences, repeat the first forward of each kind of batch (shapes, dtypes, modes) with a
+            step of length 0, and refuse a model that then gives other logits: one with random numbers that are not
+            torch's, or with a state outside of its buffers. Costs a forward, once; with ``fully_shard`` it is not done.
+
+    Precision. Under autocast in bfloat16 or float16 the difference of two gradients would drown in rounding. With
+    ``step="auto"`` and frozen gates R is therefore taken by two forwards and backwards in the precision of the
+    parameters, of its own; the training loss keeps the autocast. A recomputing step then costs a plain step and two
+    thirds of three in that precision; a number as ``step`` keeps the autocast everywhere.
+
+    Hooks on parameters act as in ``Tensor.backward``: those of ``register_hook`` once, on what is added to ``.grad``;
+    those of ``register_post_accumulate_grad_hook`` when ``.grad`` is there.
 
     Several processes. All of them construct the penalty, around the model that DistributedDataParallel or
     ``fully_shard`` made, and call :meth:`backward` on their parts of the batch; ``.grad`` is then the same on each, and
@@ -188,9 +263,11 @@ class FisherPenalty:
         params: Iterable[Tensor] | None = None,
         graphs: bool = False,
         scaler: torch.amp.GradScaler | None = None,
+        class_dim: int | None = None,
         scope: Literal["global", "local"] = "global",
         process_group: ProcessGroup | None = None,
         timeout: float = TIMEOUT,
+        verify: bool = True,
     ) -> None:
         if not (is_number(alpha) and alpha >= 0):
             raise ValueError(f"alpha: expected a finite number >= 0, got {alpha!r}")
@@ -199,7 +276,8 @@ class FisherPenalty:
         if not is_count(start, 0):
             raise ValueError(f"start: expected an integer >= 0, got {start!r}")
         check_generator(generator)
-        check_flags(mixed=mixed, graphs=graphs)
+        check_flags(mixed=mixed, graphs=graphs, verify=verify)
+        check_class_dim(class_dim)
         if not (loss is None or callable(loss)):
             raise ValueError(f"loss: expected a function or None, got {type(loss).__name__}")
         if examples is not None and not is_count(examples):
@@ -229,9 +307,8 @@ class FisherPenalty:
         self.settings = Settings(labels, method, gates, wrt, reduction, step, difference)
         if scope not in ("global", "local"):
             raise ValueError(f'scope: expected "global" or "local", got {scope!r}')
-        self.scope, self.ranks = scope, ranks_of(model, process_group, timeout)
-        self._buffers_follow = getattr(model, "broadcast_buffers", False)
-        model = bare(model)
+        shared = shared_by(model, process_group, timeout)
+        self.scope, self.ranks, model, self._buffers_follow = scope, shared.ranks, shared.module, shared.buffers_follow
         if self.ranks is not None and self.ranks.sharded:
             self._check_sharded(model)
         if self.ranks is not None and scaler is not None:
@@ -245,7 +322,9 @@ class FisherPenalty:
         self._differentiate: Differentiate = autograd_gradients if self.ranks is None else self.ranks.differentiate
         self.model, self.alpha, self.every, self.start = model, float(alpha), every, start
         self.mixed, self.examples, self.generator = mixed, 1 if reduction == "first" else examples, generator
-        self.loss, self.scaler = loss, scaler
+        self.loss, self.scaler, self.class_dim, self.verify = loss, scaler, class_dim, verify
+        self._sparse: set[int] = set()  # by id: parameters whose gradient autograd makes sparse, as .grad is then too
+        self._met_autocast: torch.dtype | None = None  # within the model, where its caller need not know of it
         self._few = self.examples
         if self._shared is not None and examples is not None:
             if examples < self._shared.size:
@@ -254,7 +333,10 @@ class FisherPenalty:
                 )
             self._few = examples // self._shared.size + (self._shared.rank < examples % self._shared.size)
         self.params = list(params) if isinstance(params, Iterator | list) else params
-        chosen_names(trainable_parameters(model), self.params)  # a wrong list is refused now, not at the first step
+        sharded = self.ranks is not None and self.ranks.sharded
+        chosen_names(
+            trainable_parameters(model), self.params, sharded=sharded
+        )  # a wrong list is refused now, not at the first step
         self.value: Tensor | None = None
         self.logits: Tensor | None = None
         self.steps = 0
@@ -285,7 +367,7 @@ class FisherPenalty:
         )
         return self.value * self._rows if sampled and self.value is not None and self._rows is not None else None
 
-    def backward(self, inputs: Inputs, targets: Tensor, *, weight: float = 1.0) -> Tensor:
+    def backward(self, inputs: Inputs, targets: Any = None, *, weight: float = 1.0) -> Tensor:
         """One forward and the gradients: adds weight·∇(loss + α·R) to ``.grad``, as ``Tensor.backward`` would.
 
         If anything raises on the way, Ctrl-C and a lack of memory included, the step has not been: ``.grad``, the
@@ -293,8 +375,11 @@ class FisherPenalty:
         be the new one already.)
 
         Args:
-            inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments), batch first.
-            targets: as the training loss takes them; class indices or probabilities for cross-entropy.
+            inputs: a tensor, a tuple or list (positional arguments) or a mapping (keyword arguments), batch first; see
+                docs/data.md.
+            targets: as the training loss takes them; class indices or probabilities for cross-entropy. By default the
+                ``labels`` in a mapping of inputs. Where ``loss`` is given they may be anything, but for
+                ``labels="true"``; class indices of −100 for each row of logits are left out of R all the same.
             weight: what the gradient is multiplied by: 1/k for each of k micro-batches that accumulate in ``.grad``.
                 Each counts as a step, and R is that of a micro-batch of B/k examples: k times Tr(F)/B in expectation.
 
@@ -303,19 +388,21 @@ class FisherPenalty:
 
         Raises:
             ValueError: ``weight`` is not positive and finite, or not the same in each process (scope "global"), there
-                are no inputs, the targets do not fit, the loss is no scalar, or a row of logits has no softmax to draw
-                a label from.
-            TypeError: the inputs are no tensor, tuple or dict.
+                are no inputs, the targets do not fit, the loss is no scalar, a row of logits has no softmax to draw a
+                label from, or without ``loss`` the model returns another head, which would not be trained.
+            TypeError: the inputs are of a type that cannot be any.
             RankFailure: another process raised.
         """
         with undone_on_error(self.model, self.generator), self._undone_on_error():
-            with failing_together(self.ranks):
+            with failing_together(self.ranks, lambda: self._doing(weight)):
                 if not (is_number(weight) and weight > 0):
                     raise ValueError(f"weight: expected a finite number > 0, got {weight!r}")
-                count_examples(inputs)
-                if self.ranks is not None and self.ranks.sharded:
-                    reshard(self.model)  # a forward without a backward may have left gathered parameters in it
+                if self.ranks is None:
+                    check_alone(self.model)  # it may have got into one since
+                else:
+                    self.ranks.begin(self.model)
                 trainable = trainable_parameters(self.model)
+                inputs, targets = self._batch(inputs, targets, len(trainable))
                 due = self._due()
                 step = functools.partial(self._penalised if due else self._plain, scale=self._scale(weight))
                 if self._captured is None:
@@ -326,13 +413,17 @@ class FisherPenalty:
                     outcome = dataclasses.replace(outcome, total=self.ranks.mean_gradients(trainable, outcome.total))
                 if self.ranks is not None and self._buffers_follow:
                     self.ranks.share_buffers(self.model)
-            found = {name: g for name in outcome.total if (g := trainable[name].grad) is not None}
+            total = _after_hooks(outcome.total, trainable)
+            found = {name: g for name in total if (g := trainable[name].grad) is not None}
             with torch.no_grad():
                 if found:  # in one call, which adds to all of them or to none
-                    torch._foreach_add_(list(found.values()), [outcome.total[name] for name in found])
-        for name in outcome.total.keys() - found:
-            trainable[name].grad = outcome.total[name]
-        self.logits = outcome.logits
+                    torch._foreach_add_(list(found.values()), [total[name] for name in found])
+        for name in total.keys() - found:
+            trainable[name].grad = total[name]
+        for name in total:
+            for hook in (trainable[name]._post_accumulate_grad_hooks or {}).values():
+                hook(trainable[name])
+        self.logits = as_given(outcome.logits, self.class_dim)
         if due and self.scaler is not None and not outcome.finite:  # the scaler waits for the device in any case
             return outcome.loss
         if due:
@@ -355,12 +446,13 @@ class FisherPenalty:
 
         Raises:
             ValueError: an option of the penalty needs a forward of its own: ``mixed``, ``examples``, ``graphs``,
-                ``wrt="inputs"``, ``scaler``, several processes.
+                ``loss``, ``wrt="inputs"``, ``scaler``, several processes.
         """
         own = {
             "mixed": self.mixed,
             "examples": self.examples is not None and self.settings.reduction == "batch",
             "graphs": self._captured is not None,
+            "loss": self.loss is not None,
             'wrt="inputs"': self.settings.wrt == "inputs",
             "scaler": self.scaler is not None,
             "process_group": self.ranks is not None,
@@ -373,13 +465,15 @@ class FisherPenalty:
         def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             forward.calls += 1
             if forward.calls == 1:
-                forward.inputs = _as_inputs(model, args, kwargs)
+                forward.inputs = Call(args, kwargs, self.class_dim)  # labels too: a decoder starts from them
                 if self._due():
-                    forward.gates = recording.enter_context(self._record_gates())
+                    own = self._in_full_precision()
+                    forward.buffers = copy_buffers(model) if own else None
+                    forward.gates = None if own else recording.enter_context(self._record_gates())
 
         def after(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             recording.close()
-            forward.logits = logits_of(output)
+            forward.logits = logits_of(output, -1)
 
         hooks = [
             self.model.register_forward_pre_hook(before, with_kwargs=True),
@@ -396,7 +490,8 @@ class FisherPenalty:
         """A term for the caller's loss: its value is 0, its gradient that of α·R. Counts as a step.
 
         The loss keeps its value, and whatever scales it (a gradient scaler, accumulation, an average over processes)
-        scales the penalty too. R's gradient is taken at once: the graph of the forward must still be there.
+        scales the penalty too. R's gradient is taken at once: the graph of the forward must still be there. Where no
+        row counts, R is of nothing, and the step has the gradient that was kept, if any.
 
         Args:
             forward: what :meth:`watching` saw.
@@ -407,10 +502,9 @@ class FisherPenalty:
         """
         if forward.calls != 1 or forward.logits is None or forward.inputs is None:
             raise ValueError(f"forward: expected one finished call of the model, saw {forward.calls}")
-        if self._due():
-            assert forward.gates is not None
+        if self._due() and not _none_counts(targets):
             with undone_on_error(self.model, self.generator), self._undone_on_error():
-                self._reused = self._recomputed(forward.logits, forward.inputs, forward.gates, targets)
+                self._reused = self._recomputed(forward, targets)
         self.logits = forward.logits.detach()
         self.steps += 1
         trainable = trainable_parameters(self.model)
@@ -422,22 +516,36 @@ class FisherPenalty:
         parameters = [trainable[name] for name in reused]
         return _Term.apply(list(reused.values()), self.alpha, *parameters)  # type: ignore[no-any-return, no-untyped-call]
 
-    def _recomputed(self, logits: Tensor, inputs: Inputs, gates: Gates, targets: Tensor | None) -> Gradients:
+    def _recomputed(self, forward: WatchedForward, targets: Tensor | None) -> Gradients:
         """∇R from a forward whose graph is kept; notes R."""
+        assert forward.logits is not None and forward.inputs is not None
         trainable = trainable_parameters(self.model)
-        first_only = self.settings.reduction == "first"
-        rows = logits[:1] if first_only else logits
+        logits = class_last(forward.logits, self.class_dim)
+        if targets is not None:
+            targets = fit(logits, targets, class_dim=self.class_dim, model=self.model)
+        inputs, gates, first_only = forward.inputs, forward.gates, self.settings.reduction == "first"
+        shared = gates is not None and not self._learns_of_autocast(gates)
+        if gates is not None and shared:
+            point = _Point(logits, inputs, first_only, gates)
+        else:
+            buffers = forward.buffers if gates is None else gates.buffers
+            point = self._own_forward(trainable, inputs, first_only, buffers)
+        rows, gates = point.rows, point.gates
         true = targets[:1] if first_only and targets is not None else targets
         check_targets(self.settings.labels, true)
         chosen = chosen_names(trainable, self.params)
         with torch.enable_grad():
             loss, labels = label_loss(rows, self.settings.labels, true, self._next_key(rows.device))
         if self.settings.method == "double_backprop":
-            value, squared_norm = self._squared_norm(loss, trainable, inputs, chosen, 1.0, 1.0)
-            gradient = self._gradients(squared_norm, trainable, retain_graph=True)
+            with second_derivatives('method="finite_difference"'):
+                value, squared_norm = self._squared_norm(loss, trainable, inputs, chosen, 1.0, 1.0)
+                gradient = self._gradients(squared_norm, trainable, retain_graph=True)
         else:
-            at, direction = gradient_at(loss, trainable, inputs, self.settings, chosen, retain_graph=True)
+            with gates.arithmetic():
+                at, direction = gradient_at(loss, trainable, inputs, self.settings, chosen, retain_graph=shared)
             shift = FiniteDifference(self.model, inputs, first_only, self.settings, gates, labels, at, direction, 1.0)
+            shift.expected = point.logits.detach()
+            self._verify(shift, inputs)
             gradient = {name: torch.zeros_like(g) for name, g in at.items()}
             self._judge(shift, shift.add_to(gradient, 1.0))
             value = shift.value
@@ -454,12 +562,18 @@ class FisherPenalty:
         The step count, the key of the labels, the reused gradient, and the adaptive step.
         """
         step = self.settings.step
+        trainable = trainable_parameters(self.model)
+        value = self.value if self.value is not None else torch.zeros((), dtype=torch.float64)
+        reused = None
+        if self.every > 1:  # all of them, also before there is one: a fresh process has where to load them
+            found = self._reused or {}
+            reused = {n: found[n].clone() if n in found else torch.zeros_like(p.detach()) for n, p in trainable.items()}
         return {
-            "key": None if self._key is None else self._key.clone(),
+            "key": torch.tensor(_NO_KEY) if self._key is None else self._key.clone(),
             "steps": self.steps,
-            "value": self.value,
-            "rows": self._rows,
-            "reused": None if self._reused is None else {n: g.clone() for n, g in self._reused.items()},
+            "value": value.clone(),
+            "rows": _NO_ROWS if self._rows is None else int(self._rows),
+            "reused": reused,
             "rho": step.rho if isinstance(step, AdaptiveStep) else None,
         }
 
@@ -477,10 +591,14 @@ class FisherPenalty:
             if name not in trainable or trainable[name].shape != gradient.shape:
                 raise ValueError(f"state: the reused gradient of {name!r} does not fit a parameter of the model")
         device = next(iter(trainable.values())).device
-        self._key = None if state["key"] is None else state["key"].to(device, copy=True)
-        self.steps, self.value, self._rows = state["steps"], state["value"], state["rows"]
-        reused = state["reused"]
-        self._reused = None if reused is None else {n: g.to(trainable[n], copy=True) for n, g in reused.items()}
+        drawn = state["key"] is not None and state["key"].tolist() != _NO_KEY
+        self._key = state["key"].to(device, copy=True) if drawn else None
+        taken = state["rows"] is not None and int(state["rows"]) != _NO_ROWS
+        self.steps, self._rows = state["steps"], state["rows"] if taken else None
+        self.value = state["value"].to(device, copy=True) if taken else None
+        # A gradient of 0 stands for that of a parameter that is not used, too: such a one keeps its .grad of None.
+        reused = {n: placed_like(g, trainable[n]) for n, g in (state["reused"] or {}).items() if taken}
+        self._reused = {n: g for n, g in reused.items() if bool(local_part(g).any())} or None
         if isinstance(self.settings.step, AdaptiveStep):
             self.settings.step.rho = state["rho"]
 
@@ -536,15 +654,17 @@ class FisherPenalty:
                 logits = call_model(self.model, inputs)
             if fused is not None and not fused.met_large:
                 self._all_small.add(shapes)
+            targets, _ = self._fitting(logits, targets)
             loss = self._training_loss(logits, targets)
         weighted = loss * scale
         if self._shared is not None:
-            weighted = weighted * self._shared.loss_weight(self._counted(logits, targets), float(scale))
+            weighted = weighted * self._shared.loss_weight(self._counted(logits, targets))
         total = self._gradients(weighted, trainable)
         if self._shared is not None:
             (total,) = self._shared.sum_gradients(trainable, total)
-        _add(total, self._reused or {}, self.alpha * scale)
-        return _Outcome(loss.detach(), logits.detach(), _laid_out(total, trainable))
+        reused = {name: g for name, g in (self._reused or {}).items() if name in trainable}
+        _add(total, reused, self.alpha * scale)
+        return _Outcome(loss.detach(), logits.detach(), _laid_out(total, trainable, self._sparse))
 
     def _penalised(self, inputs: Inputs, targets: Any, scale: float | Tensor = 1.0) -> _Outcome:
         """The gradient of scale·(loss + α·R), with R, and its gradient for reuse, both without the scale."""
@@ -552,14 +672,17 @@ class FisherPenalty:
         if self.settings.wrt == "inputs":
             inputs = requiring_grad(inputs)
         with torch.enable_grad():
-            logits, part, part_inputs, first_only, gates = self._forwards(inputs, trainable)
-            detached = logits.detach()
+            logits, point = self._forwards(inputs, trainable)
+            part, part_inputs, first_only, gates = point.rows, point.inputs, point.first_only, point.gates
+            expected, detached = point.logits.detach(), logits.detach()
+            del point
+            targets, rows_targets = self._fitting(logits, targets)
             loss = self._training_loss(logits, targets)
-            true = targets[: len(part)] if isinstance(targets, Tensor) else None
+            true = None if rows_targets is None else rows_targets[: len(part)]
             check_targets(self.settings.labels, true)
             key, share = self._next_key(part.device), None
             if self._shared is not None:
-                share = self._share(logits, targets, part, true, key, float(scale))
+                share = self._share(logits, targets, part, true, key)
             first = 0 if share is None else share.first
             penalised, labels = label_loss(part, self.settings.labels, true, key, first)
             own, rows, examples = loss.detach(), counted_rows(part, true), len(part)
@@ -571,9 +694,9 @@ class FisherPenalty:
             if share is not None:
                 alpha *= share.fraction
             elif part is not logits:
-                alpha *= rows / counted_rows(logits, targets)
+                alpha *= rows / counted_rows(logits, rows_targets)
         factor = float(examples) if self.settings.wrt == "inputs" else 1.0
-        chosen = chosen_names(trainable, self.params)
+        chosen = chosen_names(trainable, self.params, sharded=self.ranks is not None and self.ranks.sharded)
         reused: Gradients | None = None
         # An adaptive step follows the change of the gradient of all processes, which is known once it is summed.
         adaptive = share is not None and isinstance(self.settings.step, AdaptiveStep)
@@ -581,21 +704,22 @@ class FisherPenalty:
         summed: Gradients = {}
 
         if self.settings.method == "double_backprop":
-            value, squared_norm = self._squared_norm(penalised, trainable, part_inputs, chosen, factor, scale)
-            if not apart:
-                total = self._gradients((loss + alpha * squared_norm) * scale, trainable)
-            else:
-                reused = self._gradients(squared_norm * scale, trainable, retain_graph=True)
-                for g in reused.values():
-                    g.div_(scale)
-                total = self._gradients(loss * scale, trainable)
+            with second_derivatives('method="finite_difference"'):
+                value, squared_norm = self._squared_norm(penalised, trainable, part_inputs, chosen, factor, scale)
+                if not apart:
+                    total = self._gradients((loss + alpha * squared_norm) * scale, trainable)
+                else:
+                    reused = self._gradients(squared_norm * scale, trainable, retain_graph=True)
+                    for g in reused.values():
+                        g.div_(scale)
+                    total = self._gradients(loss * scale, trainable)
         else:
             # With true labels the training gradient is the one that is penalised: one backward serves both.
             same = self.settings.labels == "true" and self.loss is None and part is logits
             same = same and (share is None or share.loss == share.penalised)
             keep = not (same or self.mixed)
             # All activations are kept over this backward: the peak of the whole step.
-            with saving_memory() if keep else nullcontext():
+            with saving_memory() if keep else nullcontext(), gates.arithmetic():
                 gradient, direction = gradient_at(
                     penalised * scale,
                     trainable,
@@ -603,7 +727,7 @@ class FisherPenalty:
                     self.settings,
                     chosen,
                     retain_graph=keep,
-                    differentiate=self._differentiate,
+                    differentiate=self._derivatives,
                 )
             total = gradient if same and not self.mixed else self._gradients(loss * scale, trainable) if keep else {}
             del logits, loss, part, penalised  # the first graph is not needed while the second one is built
@@ -620,6 +744,8 @@ class FisherPenalty:
                 parts = self._shared.sharded or not by_parameters
                 add_parts = self._shared.total if parts else None
                 shift = self._shared.difference(*arguments, direction, factor, scale, share.penalised, add_parts)
+            shift.expected = expected
+            self._verify(shift, part_inputs)
             value = shift.value
             if self.mixed:
 
@@ -655,45 +781,87 @@ class FisherPenalty:
                 for name, g in self._reused.items():
                     g.copy_(reused[name])
                 reused = None
-        return _Outcome(own, detached, _laid_out(total, trainable), value, rows, reused if self.every > 1 else None)
-
-    def _forwards(self, inputs: Inputs, trainable: dict[str, Tensor]) -> tuple[Tensor, Tensor, Inputs, bool, Gates]:
-        """The forward at θ: the logits of the batch; those that R is taken of; and to repeat the latter, their inputs,
-        whether only the first row counts, and the gates."""
-        batch = count_examples(inputs)
-        if self._few is None or self._few >= batch:
-            with self._record_gates() as gates:
-                logits = call_model(self.model, inputs)
-            return logits, logits, inputs, False, gates
-        few, rest = (
-            map_inputs(inputs, lambda x, part=part: x[part] if x.dim() else x)  # type: ignore[misc]
-            for part in (slice(None, self._few), slice(self._few, None))
+        return _Outcome(
+            own, detached, _laid_out(total, trainable, self._sparse), value, rows, reused if self.every > 1 else None
         )
-        if not couples_examples(self.model):
-            with self._record_gates() as gates:
-                part = call_model(self.model, few)
+
+    def _forwards(self, inputs: Inputs, trainable: dict[str, Tensor]) -> tuple[Tensor, _Point]:
+        """The forward at θ: the logits of the batch, and what R is taken of."""
+        batch = count_examples(inputs)
+        few = inputs
+        if self._few is not None and self._few < batch:
+            few, rest = (take_rows(inputs, part) for part in (slice(None, self._few), slice(self._few, None)))
+        coupled = few is not inputs and couples_examples(self.model)
+        if coupled and self.ranks is not None and self.ranks.sharded:
+            raise ValueError("examples: expected None with fully_shard and a BatchNorm in train mode")
+        # With reduction="first", the first example is as the batch's statistics make it.
+        first_only = coupled and self.settings.reduction == "first"
+        penalised = inputs if first_only else few
+        full = self._in_full_precision()
+        if (full and not self.mixed) or (coupled and not first_only):
+            buffers = copy_buffers(self.model) if full else None
+            with fused_forward(self.model):
+                logits = call_model(self.model, inputs)
+            return logits, self._own_forward(trainable, penalised, first_only, buffers)
+        with self._record_gates(full_precision=full) as gates:
+            part = call_model(self.model, penalised)
+        logits = part
+        if penalised is not inputs:
             with fused_forward(self.model):
                 logits = torch.cat([part, call_model(self.model, rest)])
-            return logits, part, few, False, gates
-        if self.ranks is not None and self.ranks.sharded:
-            raise ValueError("examples: expected None with fully_shard and a BatchNorm in train mode")
-        if self.settings.reduction == "first":  # the first example as the batch's statistics make it
-            with self._record_gates() as gates:
-                logits = call_model(self.model, inputs)
-            return logits, logits[:1], inputs, True, gates
-        with fused_forward(self.model):
-            logits = call_model(self.model, inputs)
-        with self._record_gates() as gates:
-            part = call_copy(self.model, trainable, few)
-        return logits, part, few, False, gates
+        if self._learns_of_autocast(gates):
+            return logits, self._own_forward(trainable, penalised, first_only, gates.buffers)
+        return logits, _Point(part, penalised, first_only, gates)
+
+    def _own_forward(
+        self, trainable: dict[str, Tensor], inputs: Inputs, first_only: bool, buffers: dict[str, Tensor] | None
+    ) -> _Point:
+        """A forward that R alone is taken of, from ``buffers``, or from the model's own where None."""
+        with torch.enable_grad(), self._record_gates(buffers, full_precision=self._in_full_precision()) as gates:
+            logits = call_copy(self.model, trainable, inputs, buffers)
+        return _Point(logits, inputs, first_only, gates)
+
+    def _in_full_precision(self) -> bool:
+        """Whether R's gradients are to be taken without the autocast that is on, or that the model switches on."""
+        settings = self.settings
+        if settings.method != "finite_difference" or settings.step != "auto" or not settings.frozen:
+            return False
+        parameter = next(self.model.parameters())
+        met = self._met_autocast
+        if torch.is_autocast_enabled(parameter.device.type):
+            met = torch.get_autocast_dtype(parameter.device.type)
+        if met is None or torch.finfo(met).eps <= torch.finfo(parameter.dtype).eps:
+            return False
+        warn_slow_path(IN_FULL_PRECISION.format(met))
+        return True
+
+    def _learns_of_autocast(self, gates: Gates) -> bool:
+        """Whether a forward met an autocast within the model, so that R needs another one."""
+        if gates.full_precision or gates.autocast is None:
+            return False
+        self._met_autocast = gates.autocast
+        return self._in_full_precision()
+
+    def _verify(self, shift: FiniteDifference, inputs: Inputs) -> None:
+        """Refuses a model whose forward cannot be repeated, when it first meets such inputs."""
+        if not self.verify or (self.ranks is not None and self.ranks.sharded):  # of which others would have to know
+            return
+        if is_new_kind(self.model, inputs, self.settings.frozen, shift.gates.full_precision):
+            shift.check_repeatable()
 
     @contextmanager
-    def _record_gates(self) -> Iterator[Gates]:
+    def _record_gates(
+        self, buffers: dict[str, Tensor] | None = None, *, full_precision: bool = False
+    ) -> Iterator[Gates]:
         if self.settings.method == "double_backprop":  # there is no second forward
-            with uncompiled(self.model, 'method="double_backprop"'), fused_forward(self.model):
+            with twice_forward(self.model):
                 yield Gates(None, frozen=False)
             return
-        with record_gates(self.model, frozen=self.settings.frozen, rewind=self._captured is None) as gates:
+        frozen, rewind = self.settings.frozen, self._captured is None
+        recording = record_gates(
+            self.model, frozen=frozen, rewind=rewind, buffers=buffers, full_precision=full_precision
+        )
+        with recording as gates:
             yield gates
 
     def _next_key(self, device: torch.device) -> Tensor | None:
@@ -713,9 +881,7 @@ class FisherPenalty:
         if change.device.type == "cpu" or self.value is None:
             shift.judge(change)
 
-    def _share(
-        self, logits: Tensor, targets: Any, part: Tensor, true: Tensor | None, key: Tensor | None, weight: float
-    ) -> Share:
+    def _share(self, logits: Tensor, targets: Any, part: Tensor, true: Tensor | None, key: Tensor | None) -> Share:
         """What this process has of the batch; its key becomes that of all."""
         assert self._shared is not None
         has = self.settings.reduction == "batch" or self._shared.rank == 0
@@ -727,7 +893,6 @@ class FisherPenalty:
             examples=len(part) if has else 0,
             batch=len(logits),
             key=[0, 0] if key is None else key.tolist(),
-            weight=weight,
         )
         if key is not None:
             key.copy_(torch.tensor(share.key))
@@ -753,20 +918,56 @@ class FisherPenalty:
         sources = {name: p for name, p in trainable.items() if name in chosen}
         if self.settings.wrt == "inputs":
             sources = {str(i): x for i, x in enumerate(input_tensors(inputs)) if x.requires_grad}
-        found = torch.autograd.grad(penalised * scale, list(sources.values()), create_graph=True, allow_unused=True)
-        own = {name: g / scale for name, g in zip(sources, found, strict=True) if g is not None}
+        with unhooked(sources.values()):
+            found = differentiable_gradients(penalised * scale, list(sources.values()))
+        own = {name: real(g) / scale for name, g in zip(sources, found, strict=True) if g is not None}
         if self._shared is None or self.settings.wrt == "inputs":
             squared_norm = factor * torch.stack([g.square().sum() for g in own.values()]).sum()
             value = squared_norm.detach().double()
             return value if self._shared is None else self._shared.total(value), squared_norm
-        (summed,) = self._shared.sum_gradients(trainable, {name: g.detach() for name, g in own.items()})
+        of_real = {name: real(p) for name, p in trainable.items()}
+        (summed,) = self._shared.sum_gradients(of_real, {name: g.detach() for name, g in own.items()})
         value = torch.stack([g.double().square().sum() for g in summed.values()]).sum()
         return value, 2 * torch.stack([(g * summed[name]).sum() for name, g in own.items()]).sum()
 
     def _gradients(self, loss: Tensor, trainable: dict[str, Tensor], *, retain_graph: bool = False) -> Gradients:
         """∇_θ loss by name; a parameter that is not used is absent."""
-        found = self._differentiate(loss, list(trainable.values()), retain_graph)
+        found = self._derivatives(loss, list(trainable.values()), retain_graph)
         return {name: g for name, g in zip(trainable, found, strict=True) if g is not None}
+
+    def _doing(self, weight: float) -> Doing:
+        """What this step is, which has to be the same in each process."""
+        due, trainable = self._due(), trainable_parameters(self.model)
+        sharded = self.ranks is not None and self.ranks.sharded
+        settings = {field.name: getattr(self.settings, field.name) for field in dataclasses.fields(self.settings)}
+        if isinstance(step := self.settings.step, AdaptiveStep):  # at scope "local" each process adapts its own
+            settings["step"] = step.target, step.rho if due and self._shared is not None else None
+        return Doing.of(
+            trainable,
+            sharded,
+            compared=due,  # when the host waits for the device in any case
+            call="FisherPenalty.backward",
+            steps=self.steps,
+            alpha=self.alpha,
+            every=self.every,
+            start=self.start,
+            scope=self.scope,
+            mixed=self.mixed,
+            examples=self.examples,
+            loss=self.loss is not None,
+            weight=weight if self._shared is not None else None,
+            params=digest(sorted(chosen_names(trainable, self.params, sharded=sharded))),
+            reused=self._reused is not None,
+            training=digest(name for name, module in self.model.named_modules() if module.training),
+            autocast=[torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")],
+            **settings,
+        )
+
+    def _derivatives(self, loss: Tensor, sources: Sequence[Tensor], retain_graph: bool) -> Sequence[Tensor | None]:
+        """∂loss/∂source, dense; None where a source is not used. Notes whose gradient autograd makes sparse."""
+        found = self._differentiate(loss, sources, retain_graph)
+        self._sparse |= {id(x) for x, g in zip(sources, found, strict=True) if g is not None and g.is_sparse}
+        return dense(found)
 
     def _check_sharded(self, model: nn.Module) -> None:
         """Raises ValueError where an option needs what ``fully_shard`` does not have."""
@@ -778,30 +979,67 @@ class FisherPenalty:
         if low is not None and self.settings.step == "auto":
             raise ValueError(f"step: expected a number with fully_shard in {low}, which the default does not know of")
 
+    def _batch(self, inputs: Inputs, targets: Any, trainable: int) -> tuple[Call, Any]:
+        """The call of the model and the targets; the first forward of a kind looks for heads beside the logits."""
+        call, targets = paired(self.model, inputs, targets, self.class_dim)
+        check_examples(call)
+        if self.loss is not None:
+            return call, targets
+        if targets is None:
+            raise ValueError("targets: expected those of the training loss, got None")
+        return check_heads(self.model, call, trainable), targets
+
+    def _fitting(self, logits: Tensor, targets: Any) -> tuple[Any, Tensor | None]:
+        """The targets of the training loss, and those of the rows of logits, where there are any.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        if self.loss is None or self.settings.labels == "true":
+            check_targets("true", targets)
+            rows = fit(logits, targets, class_dim=self.class_dim, model=self.model, in_range=self.loss is not None)
+            if self._shared is None:
+                check_counted(rows)
+            return (rows if self.loss is None else targets), rows
+        check_classes(logits)
+        check_certain(logits, targets, self.class_dim)
+        by_row = isinstance(targets, Tensor) and targets.shape == logits.shape[:-1]
+        return targets, targets if by_row else None
+
     def _training_loss(self, logits: Tensor, targets: Any) -> Tensor:
         if self.loss is None:
             return cross_entropy(logits, targets)
-        loss = self.loss(logits, targets)
+        loss = self.loss(as_given(logits, self.class_dim), targets)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ValueError("loss: expected a scalar tensor that depends on the logits")
         return loss
 
 
-def _as_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-    """What a module was called with, without the labels that a model of Transformers takes for a loss of its own."""
-    kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "num_items_in_batch")}
-    if not kwargs:
-        return args
-    return dict(inspect.signature(model.forward).bind_partial(*args).arguments) | kwargs
+def _none_counts(targets: Tensor | None) -> bool:
+    """Whether all targets are of rows that do not count: a micro-batch of prompts."""
+    return targets is not None and not targets.is_floating_point() and not bool((targets != IGNORED).any())
 
 
-def _laid_out(gradients: Gradients, trainable: dict[str, Tensor]) -> Gradients:
-    """The gradients, each in memory as its parameter is: ``Tensor.backward`` leaves them so, and fused optimisers read
-    element by element without a look at strides."""
-    return {
-        name: g if g.is_sparse or g.stride() == trainable[name].stride() else torch.empty_like(trainable[name]).copy_(g)
-        for name, g in gradients.items()
-    }
+def _laid_out(gradients: Gradients, trainable: dict[str, Tensor], sparse: set[int]) -> Gradients:
+    """The gradients, each in memory as ``Tensor.backward`` leaves it: as its parameter is, because fused optimisers
+    read element by element without a look at strides; or the rows that are not 0, where it is sparse."""
+
+    def laid_out(g: Tensor, parameter: Tensor) -> Tensor:
+        if id(parameter) in sparse:
+            return g.to_sparse(1)
+        return g if g.stride() == parameter.stride() else torch.empty_like(parameter).copy_(g)
+
+    return {name: laid_out(g, trainable[name]) for name, g in gradients.items()}
+
+
+def _after_hooks(gradients: Gradients, trainable: dict[str, Tensor]) -> Gradients:
+    """The gradients as the hooks on their parameters (``Tensor.register_hook``) make them."""
+    found = dict(gradients)
+    for name in found:
+        for hook in (trainable[name]._backward_hooks or {}).values():
+            changed = hook(found[name])
+            found[name] = found[name] if changed is None else changed
+    return found
 
 
 def _add(total: Gradients, gradients: Gradients, weight: float | Tensor) -> None:

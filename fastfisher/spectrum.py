@@ -6,6 +6,7 @@ the rows of A, centred, K = AᵀA/n has the non-zero eigenvalues of AAᵀ/n, whi
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -20,9 +21,10 @@ from fastfisher.arguments import check_flags, is_count, is_number
 from fastfisher.batches import Batches, Pair
 from fastfisher.gates import RandomState
 from fastfisher.hessian import Pairs, hessian_product, labelled, measuring
-from fastfisher.labels import new_key, sample_cross_entropy
+from fastfisher.labels import count_targets, fit, label_loss, new_key
 from fastfisher.layers import chunks, computing, flat_rows
-from fastfisher.model import Inputs, call_model, count_examples, eval_mode, trainable_parameters
+from fastfisher.model import Call, call_model, count_examples, eval_mode, trainable_parameters
+from fastfisher.placement import whole
 from fastfisher.rollback import undoing
 from fastfisher.traces import Side, one_backward, parameter_names
 
@@ -71,6 +73,7 @@ def top_eigenvalues(
     params: Iterable[Tensor] | None = None,
     batch_size: int | None = None,
     mode: Literal["eval", "keep"] = "eval",
+    class_dim: int | None = None,
 ) -> TopEigenvalues:
     """The k largest (algebraic) eigenvalues of the Hessian of L(θ) = mean over examples of −log softmax(model(x))[y].
 
@@ -86,7 +89,7 @@ def top_eigenvalues(
         >>> float(fastfisher.top_eigenvalues(model, x, y)) < 2 / learning_rate  # else gradient descent is unstable
 
     Args:
-        model, data, targets, params, mode: as in :func:`fastfisher.trace_hessian`. All batches are kept.
+        model, data, targets, params, mode, class_dim: as in :func:`fastfisher.trace_hessian`. All batches are kept.
         k: how many eigenvalues.
         tolerance: go on until the error bound of each value is at most this fraction of it, or rounding.
         max_iterations: at most so many products with H; a warning says where they did not suffice.
@@ -97,8 +100,11 @@ def top_eigenvalues(
         The eigenvalues with their error bounds; NaN where products with H are not finite.
 
     Raises:
-        ValueError: an unknown option, no examples, targets that do not fit, or a parameter that is not the model's.
+        ValueError: an unknown option, no examples, targets that do not fit, a parameter that is not the model's, or
+            logits that are NaN or +inf.
         TypeError: the model, the inputs or the data are of a type that cannot be one.
+        NotImplementedError: a parameter is complex, the forward changes parameters, or something has no second
+            derivative, as for ``hvp="autograd"`` in :func:`fastfisher.trace_hessian`.
 
     The model is as before afterwards, also after an exception.
     """
@@ -109,9 +115,10 @@ def top_eigenvalues(
         raise ValueError(f"tolerance: expected a positive number, got {tolerance!r}")
     if not (isinstance(mode, str) and mode in ("eval", "keep")):
         raise ValueError(f'mode: expected "eval" or "keep", got {mode!r}')
+    model = whole(model, "the eigenvalues of the Hessian")
     key = new_key(generator, torch.device("cpu"))
     device = next(iter(trainable_parameters(model).values())).device
-    batches = labelled(data, targets, batch_size, device)
+    batches = labelled(model, data, targets, batch_size, device, class_dim)
     with measuring(model, params, mode) as parameters:
         hessian = _Hessian(model, parameters, batches)
         values, bounds, converged, iterations = _lanczos(hessian, key, k, tolerance, max_iterations)
@@ -128,10 +135,10 @@ class _Hessian:
 
     def __init__(self, model: nn.Module, parameters: dict[str, Tensor], batches: Pairs) -> None:
         self.model, self.parameters = model, parameters
-        self.batches: list[tuple[int, Inputs, Tensor]] = []
+        self.batches: list[tuple[int, Call, Tensor]] = []
         self.samples = 0
         for inputs, targets in batches:
-            count = len(targets) if targets.is_floating_point() else int((targets != -100).sum())
+            count = count_targets(targets, inputs.class_dim)
             if count:
                 self.batches.append((count, inputs, targets))
                 self.samples += len(targets)
@@ -143,7 +150,11 @@ class _Hessian:
         double = any(p.dtype == torch.float64 for p in leaves)
         self.vector = torch.empty(0, dtype=torch.float64 if double else torch.float32, device=leaves[0].device)
         self.random = RandomState.current(frozenset(p.device.index for p in leaves if p.device.type == "cuda"))
-        self.only = hessian_product(model, parameters, *self.batches[0][1:]) if len(self.batches) == 1 else None
+        self.only = self._product(*self.batches[0][1:]) if len(self.batches) == 1 else None
+
+    def _product(self, inputs: Call, targets: Tensor) -> Callable[[Sequence[Tensor]], Sequence[Tensor | None]]:
+        way_out = "params= with the parameters of the layers after it"
+        return hessian_product(self.model, self.parameters, inputs, targets, way_out=way_out)
 
     def __call__(self, z: Tensor) -> Tensor:
         """Hz."""
@@ -152,7 +163,7 @@ class _Hessian:
         total = torch.zeros_like(z)
         self.random.restore()
         for count, inputs, targets in self.batches:
-            product = self.only or hessian_product(self.model, self.parameters, inputs, targets)
+            product = self.only or self._product(inputs, targets)
             for part, image in zip(torch.split(total, self.sizes), product(direction), strict=True):
                 if image is not None:
                     part.add_(image.reshape(-1), alpha=count / self.rows)
@@ -279,6 +290,7 @@ def gradient_covariance(
     samples: int | None = None,
     params: Iterable[Tensor] | None = None,
     generator: torch.Generator | None = None,
+    class_dim: int | None = None,
     verify: bool = True,
 ) -> GradientCovariance:
     """The covariance K of the gradients of single examples, or of mini-batches; eval mode meanwhile.
@@ -295,15 +307,16 @@ def gradient_covariance(
 
     Args:
         model: any module from inputs to logits (N, …, C).
-        data: a pair (inputs, targets), or an iterable of pairs, such as a DataLoader; its batches are kept. Targets are
-            class indices (an example with −100 has gradient 0) or class probabilities. Inputs alone where labels are
-            sampled.
+        data: a batch or an iterable of batches, as in :func:`fastfisher.trace_fisher`; its batches are kept. Targets
+            are class indices (an example with −100 has gradient 0) or class probabilities. Inputs alone where labels
+            are sampled.
         batch_size: None or 1 for the gradients of single examples; B for those of the mean loss of B examples, which
             are the batches of an iterable. What is left at the end and too few is left out.
         labels: "true" takes the targets; "sampled" draws ŷ ~ p(y|x), once for each example.
         samples: at most so many examples: a random choice of a pair's, the first of an iterable's.
         params: the parameters whose gradient is meant; all trainable ones otherwise.
         generator: where examples and labels are drawn; torch's default generator otherwise.
+        class_dim: as in :func:`fastfisher.trace_fisher`.
         verify: as in :func:`fastfisher.per_example_grad_norms`.
 
     Returns:
@@ -318,11 +331,14 @@ def gradient_covariance(
     if not (batch_size is None or is_count(batch_size)):
         raise ValueError(f"batch_size: expected an integer >= 1 or None, got {batch_size!r}")
     check_flags(verify=verify)
+    model = whole(model, "the covariance of gradients")
     names = parameter_names(model, params)
     together = batch_size if batch_size is not None and batch_size != 1 else None
     source = Batches(
+        model,
         data,
         next(model.parameters()).device,
+        class_dim=class_dim,
         samples=samples,
         batch_size=EXAMPLES_AT_ONCE if together is None else together,
         generator=generator,
@@ -357,7 +373,14 @@ def _labels(model: nn.Module, pair: Pair, labels: str, generator: torch.Generato
     inputs, targets = pair
     if labels == "sampled":
         with torch.no_grad():
-            targets = sample_cross_entropy(call_model(model, inputs), generator=generator)[1]
+            logits = call_model(model, inputs)
+            if targets is not None:  # those of -100 are left out
+                targets = fit(logits, targets, class_dim=inputs.class_dim, model=model)
+            drawn = label_loss(logits, labels, targets, new_key(generator, logits.device))[1]
+        assert isinstance(drawn, Tensor)
+        if inputs.class_dim is None:  # it was certain for these logits; the shape of drawn labels says nothing
+            inputs = dataclasses.replace(inputs, class_dim=-1)
+        targets = drawn
     elif targets is None:
         raise ValueError('data: expected targets beside the inputs with labels="true", got none')
     return inputs, targets

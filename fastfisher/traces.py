@@ -16,15 +16,26 @@ from torch import Tensor, nn
 
 from fastfisher import ops
 from fastfisher.arguments import check_flags, is_count, is_number
-from fastfisher.batches import Batches, Pair
+from fastfisher.batches import Batches, paired, split
 from fastfisher.capture import Capture, Part
 from fastfisher.completeness import verified_capture
-from fastfisher.distributed import Ranks, bare, failing_together, ranks_of
+from fastfisher.distributed import Ranks, digest, measuring_together, shared_by
 from fastfisher.estimate import TraceEstimate
-from fastfisher.labels import cross_entropy, ignored, new_key
+from fastfisher.labels import IGNORED, check_classes, cross_entropy, fit, ignored, new_key
 from fastfisher.layers import GRAM_ELEMENTS, Layer, chunks, dots, flat_rows, squares
-from fastfisher.model import Inputs, chosen_names, eval_mode, trainable_parameters
+from fastfisher.model import (
+    Call,
+    Inputs,
+    as_given,
+    check_class_dim,
+    chosen_names,
+    differentiable,
+    eval_mode,
+    map_inputs,
+    trainable_parameters,
+)
 from fastfisher.one_by_one import Gradients, gradients_of_each
+from fastfisher.placement import placement_of, whole
 from fastfisher.rollback import undoing
 from fastfisher.slow_path import warn_slow_path
 
@@ -53,6 +64,7 @@ def per_example_grad_norms(
     params: Iterable[Tensor] | None = None,
     loss: Loss | None = None,
     generator: torch.Generator | None = None,
+    class_dim: int | None = None,
     verify: bool = True,
 ) -> Tensor:
     """‖∇_θ ℓ(x_i, ŷ_i)‖² for each example i, with ℓ = −log p(ŷ_i | x_i) summed over the positions of an example.
@@ -65,9 +77,10 @@ def per_example_grad_norms(
 
     Args:
         model: any module from ``inputs`` to logits (N, …, C).
-        inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments), batch first.
-        targets: class indices (N, …) or class probabilities (N, …, C), where ``labels="true"``. Positions with the
-            index −100 are left out, whichever the labels.
+        inputs: a tensor, a tuple or list (positional arguments) or a mapping (keyword arguments), batch first; see
+            docs/data.md.
+        targets: class indices (N, …) or class probabilities (N, …, C), where ``labels="true"``; by default the
+            ``labels`` in a mapping of inputs. Positions with the index −100 are left out, whichever the labels.
         labels: "sampled" draws ŷ ~ p(y|x); "rademacher" draws the cotangent √p⊙ε − p⟨√p, ε⟩, ε = ±1, whose squared
             norm has the same expectation; "exact" is that expectation, E_ŷ‖∇ℓ(x_i, ŷ)‖², by C − 1 backwards for each
             position; "true" takes the targets; a tensor is used as the targets.
@@ -75,8 +88,10 @@ def per_example_grad_norms(
         squared: False for the norms themselves.
         params: the parameters whose gradient is meant; all trainable ones otherwise.
         loss: instead of the cross-entropy, a function of (logits, targets) that returns one loss per example (N,).
-            Goes with ``labels="true"``.
+            Goes with ``labels="true"``; logits are as the model gives them, and targets may be anything.
         generator: where labels are drawn; torch's default generator otherwise.
+        class_dim: which dimension of the logits holds the classes; by default the last, but where logits have four
+            dimensions or more, or targets fit another one, it has to be said.
         verify: compare the first capture of a model and kind of batch with its ordinary gradient: a forward and about
             three backwards, once.
 
@@ -89,12 +104,16 @@ def per_example_grad_norms(
         NotImplementedError: the model recomputes layers with reentrant checkpointing.
         TypeError: the model, the inputs or the data are of a type that cannot be one.
     """
-    _check(labels, draws, loss, targets)
     check_flags(squared=squared, verify=verify)
+    check_class_dim(class_dim)
+    model = placement_of(model).module  # the norms of this process's examples are right in any case
     names = parameter_names(model, params)
     with eval_mode(model):
+        inputs, targets = paired(model, inputs, targets, of_loss(class_dim, loss))
+        inputs, targets = _savable(inputs, targets)
+        _check(labels, draws, loss, targets)
         capture = _capture(model, inputs, names, verify)
-        cotangents = _Cotangents(capture.logits.detach(), labels, targets, loss, generator)
+        cotangents = _Cotangents(capture.logits.detach(), labels, targets, loss, generator, inputs.class_dim)
         found = [sum(n.values()) for n in _draws(model, inputs, capture, cotangents, draws)]
     norms = torch.stack([n if isinstance(n, Tensor) else _zeros(capture) for n in found])
     norms = norms if squared else norms.sqrt()
@@ -125,6 +144,7 @@ def trace_fisher(
     minibatch: bool = False,
     params: Iterable[Tensor] | None = None,
     generator: torch.Generator | None = None,
+    class_dim: int | None = None,
     process_group: ProcessGroup | None = None,
     verify: bool = True,
 ) -> FisherTrace:
@@ -143,8 +163,8 @@ def trace_fisher(
 
     Args:
         model: as in :func:`per_example_grad_norms`; in eval mode meanwhile.
-        data: a tensor of inputs, a pair (inputs, targets), or an iterable of either, such as a DataLoader. Batches are
-            moved to the device of the model's parameters.
+        data: a batch (a tensor of inputs, a pair (inputs, targets), a mapping with ``labels``) or an iterable of
+            batches, such as a DataLoader; see docs/data.md. Batches are moved to the device of the model's parameters.
         samples: at most so many examples: a random choice of a pair's, the first of an iterable's.
         labels: "rademacher" has by far the smallest variance once a network has fitted its data; "sampled", "exact" as
             in :func:`per_example_grad_norms`; "true" gives the empirical Fisher's trace, of the targets in ``data``.
@@ -152,7 +172,7 @@ def trace_fisher(
         batch_size: how many examples at a time, where ``data`` is no iterable.
         tolerance: go on drawing (at least two draws in all) until standard_error ≤ tolerance·value.
         minibatch: also Tr(F_B), for about a third more.
-        params, generator: as in :func:`per_example_grad_norms`.
+        params, generator, class_dim: as in :func:`per_example_grad_norms`.
         process_group: the processes that each have a part of the data; by default those of
             ``DistributedDataParallel`` around the model. The b-th batches of all are one batch, that of rank 0 first:
             with its key, any number of processes draw the same labels for it. Each batch takes a message of 72 bytes
@@ -172,6 +192,7 @@ def trace_fisher(
         raise ValueError(f"labels: expected one of {', '.join(LABELS)}, got a tensor")
     _check(labels, draws, None, None, data_has_targets=True)
     check_flags(minibatch=minibatch, verify=verify)
+    check_class_dim(class_dim)
     if tolerance is not None and not (is_number(tolerance) and tolerance > 0):
         raise ValueError(f"tolerance: expected a number > 0, got {tolerance!r}")
     ranks, model = whole_model(model, process_group)
@@ -182,8 +203,11 @@ def trace_fisher(
     sums = _Sums(names)
     rounds = max(2, draws) if tolerance is not None and drawn else draws if drawn else 1
     device = next(model.parameters()).device
-    with failing_together(ranks), eval_mode(model):
-        batches = Batches(data, device, samples=samples, batch_size=batch_size, generator=generator)
+    told = {"labels": labels, "draws": draws, "tolerance": tolerance, "params": digest(names)}
+    with measuring_together(ranks, "trace_fisher", model, trainable_parameters(model), **told), eval_mode(model):
+        batches = Batches(
+            model, data, device, class_dim=class_dim, samples=samples, batch_size=batch_size, generator=generator
+        )
         while True:
             sums.begin(rounds)
             for batch in batches if ranks is None else ranks.aligned(batches):
@@ -191,10 +215,10 @@ def trace_fisher(
                     for _ in range(rounds if drawn else 0):
                         draw_key(generator, device, 0, ranks)
                     continue
-                inputs, targets = batch
+                inputs, targets = _savable(*batch)
                 capture = _capture(model, inputs, names, verify)
                 sums.fallbacks.update(capture.fallbacks)
-                cotangents = _Cotangents(capture.logits.detach(), labels, targets, None, generator, ranks)
+                cotangents = _Cotangents(capture.logits.detach(), labels, targets, None, generator, class_dim, ranks)
                 sums.add(_draws(model, inputs, capture, cotangents, rounds, sums.means if minibatch else None))
                 del capture, cotangents  # before the next forward
             fraction = batches.fraction
@@ -242,13 +266,14 @@ class GradInnerProducts:
 @undoing
 def grad_inner_products(
     model: nn.Module,
-    first: Pair,
-    second: Pair,
+    first: Any,
+    second: Any,
     *,
     labels: Labels = "true",
     params: Iterable[Tensor] | None = None,
     loss: Loss | None = None,
     generator: torch.Generator | None = None,
+    class_dim: int | None = None,
     verify: bool = True,
 ) -> GradInnerProducts:
     """Inner products of the gradients of two batches, such as clean and mislabelled examples (figure 12).
@@ -257,9 +282,9 @@ def grad_inner_products(
 
     Args:
         model: as in :func:`per_example_grad_norms`; in eval mode meanwhile.
-        first, second: pairs (inputs, targets).
+        first, second: batches, as in :func:`trace_fisher`: pairs (inputs, targets).
         labels: "true", or "sampled" or "rademacher" for drawn ones (the targets may then be None).
-        params, loss, generator, verify: as in :func:`per_example_grad_norms`.
+        params, loss, generator, class_dim, verify: as in :func:`per_example_grad_norms`.
 
     Raises:
         ValueError: an argument is none of the above, or the per-example gradients do not add up to the ordinary one; it
@@ -267,21 +292,25 @@ def grad_inner_products(
         NotImplementedError: the model recomputes layers with reentrant checkpointing.
         TypeError: the model, the inputs or the data are of a type that cannot be one.
     """
-    for name, pair in (("first", first), ("second", second)):
-        if not (isinstance(pair, tuple | list) and len(pair) == 2):
-            raise ValueError(f"{name}: expected a pair (inputs, targets), got {type(pair).__name__}")
+    check_class_dim(class_dim)
     if isinstance(labels, str) and labels == "exact":
         raise ValueError('labels: expected "true", "sampled" or "rademacher", got "exact"')
     check_flags(verify=verify)
+    model = whole(model, "the inner product of mean gradients")
     names = parameter_names(model, params)
     sides = []
     with eval_mode(model):
-        for inputs, targets in (first, second):
+        pairs = [
+            split(model, batch, of_loss(class_dim, loss), name)
+            for name, batch in (("first", first), ("second", second))
+        ]
+        for _, targets in pairs:
             _check(labels, 1, loss, targets)
+        for inputs, targets in pairs:
             sides.append(one_backward(model, inputs, names, labels, targets, loss, generator, verify))
         one, two = sides
-        pairs = one.capture.examples == two.capture.examples
-        per_example = one.inner_products(two) if pairs else None
+        matched = one.capture.examples == two.capture.examples
+        per_example = one.inner_products(two) if matched else None
         mean = norm_one = norm_two = 0.0
         totals = [side.totals() for side in sides]
         for name in names:
@@ -319,7 +348,17 @@ def parameter_names(model: nn.Module, params: Iterable[Tensor] | None) -> list[s
     return [name for name in trainable if name in chosen]
 
 
-def _capture(model: nn.Module, inputs: Inputs, names: Iterable[str], verify: bool) -> Capture:
+def of_loss(class_dim: int | None, loss: Loss | None) -> int | None:
+    """What is said of the classes; a loss of the caller's decides itself what the dimensions of its logits are."""
+    return -1 if class_dim is None and loss is not None else class_dim
+
+
+def _savable(inputs: Call, targets: Tensor | None) -> tuple[Call, Tensor | None]:
+    """A batch that autograd may save, also where it was made in inference mode."""
+    return map_inputs(inputs, differentiable), None if targets is None else differentiable(targets)
+
+
+def _capture(model: nn.Module, inputs: Call, names: Iterable[str], verify: bool) -> Capture:
     capture = (verified_capture if verify else Capture)(model, inputs, names)
     if capture.random and capture.fallbacks:
         raise ValueError(
@@ -343,10 +382,10 @@ def whole_model(model: nn.Module, process_group: ProcessGroup | None) -> tuple[R
     Raises:
         ValueError: a process has only a part of the parameters.
     """
-    ranks = ranks_of(model, process_group)
-    if ranks is not None and ranks.sharded:
+    shared = shared_by(model, process_group)
+    if shared.ranks is not None and shared.ranks.sharded:
         raise ValueError("model: expected all parameters in each process, got a model sharded by fully_shard")
-    return ranks, bare(model)
+    return shared.ranks, shared.module
 
 
 def _fraction_of_all(ranks: Ranks, examples: int, fraction: float, device: torch.device) -> float:
@@ -382,16 +421,27 @@ class _Cotangents:
         targets: Tensor | None,
         loss: Loss | None,
         generator: torch.Generator | None,
+        class_dim: int | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         self.logits, self.labels, self.targets, self.loss = logits, labels, targets, loss
-        self.generator, self.ranks = generator, ranks
+        self.generator, self.class_dim, self.ranks = generator, class_dim, ranks
         self.name = "targets"
+        if loss is None:
+            check_classes(logits)
+            if targets is not None:
+                self.targets = fit(logits, targets, class_dim=class_dim)
         drawn = isinstance(labels, str) and labels in ("rademacher", "sampled", "exact")
         if drawn and (logits.isnan() | (logits == math.inf)).any():
             raise ValueError("model: expected logits of which labels can be drawn, got NaN or +inf among them")
         if isinstance(labels, Tensor):
-            self.labels, self.targets, self.name = "true", labels, "labels"
+            given = fit(logits, labels, class_dim=class_dim, name="labels")
+            out = ignored(logits, self.targets)
+            if out is not None and not given.is_floating_point():
+                given = given.masked_fill(out, IGNORED)
+            elif out is not None:
+                raise ValueError("targets: expected none of -100 beside labels that are probabilities")
+            self.labels, self.targets, self.name = "true", given, "labels"
         if self.labels == "true" and loss is None and self.targets is None:
             raise ValueError('targets: expected the true labels with labels="true", got None')
 
@@ -402,7 +452,7 @@ class _Cotangents:
 
     def draw(self) -> Iterator[Tensor]:
         """The cotangents of one draw; 0 where the target is ignored."""
-        out = ignored(self.logits, self.targets)
+        out = None if self.loss is not None else ignored(self.logits, self.targets)
         for cotangent in self._draw():
             yield cotangent if out is None else cotangent.masked_fill(out[..., None], 0)
 
@@ -423,7 +473,7 @@ class _Cotangents:
         logits = self.logits.requires_grad_()
         with torch.enable_grad():
             if self.loss is not None:
-                each = self.loss(logits, self.targets)
+                each = self.loss(as_given(logits, self.class_dim), self.targets)
                 if not isinstance(each, Tensor) or not each.requires_grad:
                     raise ValueError("loss: expected a tensor that depends on the logits, one value per example")
                 if each.shape != logits.shape[:1]:
@@ -468,7 +518,7 @@ class _Cotangents:
 
 def _draws(
     model: nn.Module,
-    inputs: Inputs,
+    inputs: Call,
     capture: Capture,
     cotangents: _Cotangents,
     draws: int,
@@ -496,7 +546,7 @@ def _draws(
 
 
 def _squared_norms(
-    model: nn.Module, inputs: Inputs, capture: Capture, cotangent: Tensor, retain_graph: bool, with_mean: bool
+    model: nn.Module, inputs: Call, capture: Capture, cotangent: Tensor, retain_graph: bool, with_mean: bool
 ) -> tuple[dict[str, Tensor], float]:
     """One backward: squared norms by parameter, each taken when its layer's gradient arrives; and ‖mean gradient‖².
 
@@ -550,7 +600,7 @@ def _squared_norms(
 
 def one_backward(
     model: nn.Module,
-    inputs: Inputs,
+    inputs: Call,
     names: Iterable[str],
     labels: Labels | Tensor,
     targets: Tensor | None,
@@ -559,8 +609,10 @@ def one_backward(
     verify: bool = True,
 ) -> Side:
     """A capture, one backward of it, and what its layers saw there; the model is in eval mode."""
+    inputs, targets = _savable(inputs, targets)
     capture = _capture(model, inputs, names, verify)
-    (cotangent,) = _Cotangents(capture.logits.detach(), labels, targets, loss, generator).draw()
+    cotangents = _Cotangents(capture.logits.detach(), labels, targets, loss, generator, inputs.class_dim)
+    (cotangent,) = cotangents.draw()
     kept: Seen = {}
 
     def keep(layer: Layer, grad: Tensor) -> None:
@@ -586,7 +638,7 @@ class Side:
     """A capture with what its layers saw in one backward; gradients are made a chunk of examples at a time."""
 
     model: nn.Module
-    inputs: Inputs
+    inputs: Call
     capture: Capture
     cotangent: Tensor
     seen: Seen

@@ -21,6 +21,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fastfisher.calls import opened
+from fastfisher.checkpointing import graph_nodes, keep_saved_tensors, refuse_recomputed
+
 # ---- forwards --------------------------------------------------------------------------------------------------------
 
 
@@ -38,11 +41,13 @@ class twice_differentiable(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         formula = _FORMULAS.get(func)
         if formula is not None:
+            keep_saved_tensors()
             return formula(*args, **(kwargs or {}))
-        opened = _opened(func) if isinstance(func, _PYTHON) else None
-        if opened is not None:
+        within = _opened(func)
+        if within is not None:
             with self:
-                return opened(*args, **(kwargs or {}))
+                return within(*args, **(kwargs or {}))
+        keep_saved_tensors()
         return func(*args, **(kwargs or {}))
 
 
@@ -72,6 +77,31 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / v.square().sum(others, keepdim=True).sqrt())
 
 
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """``F.embedding`` with a dense gradient.
+
+    Raises:
+        NotImplementedError: a call that changes the weights, or whose gradient is not the true one.
+    """
+    if max_norm is not None or scale_grad_by_freq:
+        raise NotImplementedError(_EMBEDDINGS)
+    return torch.embedding(weight, input, -1 if padding_idx is None else padding_idx % len(weight))
+
+
+_EMBEDDINGS = (
+    "there is no second derivative of an embedding with max_norm, which changes the weights, or scale_grad_by_freq, "
+    "whose gradient is not the true one"
+)
+
+
 def embedding_bag(
     input: Tensor,
     weight: Tensor,
@@ -90,10 +120,10 @@ def embedding_bag(
     Raises:
         NotImplementedError: a call that changes the weights, or whose gradient is not the true one.
     """
-    if max_norm is not None or scale_grad_by_freq or input.is_nested:
-        raise NotImplementedError(
-            "embedding_bag has no second derivative with max_norm, scale_grad_by_freq or nested inputs"
-        )
+    if input.is_nested:
+        raise NotImplementedError("there is no second derivative of embedding_bag with nested inputs")
+    if max_norm is not None or scale_grad_by_freq:
+        raise NotImplementedError(_EMBEDDINGS)
     if input.dim() == 1:
         if offsets is None:
             raise ValueError("offsets has to be a 1D Tensor but got None")
@@ -124,25 +154,17 @@ def embedding_bag(
 _FORMULAS: dict[Any, Callable[..., Tensor]] = {
     F.scaled_dot_product_attention: attention,
     torch._weight_norm: weight_norm,
+    F.embedding: embedding,
     F.embedding_bag: embedding_bag,
 }
 _NAMES = frozenset(function.__name__ for function in _FORMULAS)
-_PYTHON = types.FunctionType
-_CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 
 
 @cache
-def _opened(func: types.FunctionType) -> Any:
-    """A Python function of torch that calls one of the above, without its own look for overrides: its calls are seen.
-
-    None for a function that calls none. (``multi_head_attention_forward`` is the one that there is.)
-    """
-    if not (func.__module__ or "").startswith("torch.nn.functional") or not _NAMES.intersection(func.__code__.co_names):
-        return None
-    scope = {**func.__globals__, **{check: lambda *_: False for check in _CHECKS}}
-    copy = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
-    copy.__kwdefaults__ = func.__kwdefaults__
-    return copy
+def _opened(func: Any) -> Any:
+    """A function of torch that calls one of the above, such that the call is seen; None for one that calls none."""
+    code = getattr(func, "__code__", None)
+    return opened(func) if code is not None and _NAMES.intersection(code.co_names) else None
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
@@ -164,9 +186,11 @@ def differentiable_gradients(
     Raises:
         NotImplementedError: a custom ``autograd.Function`` gave a gradient that cannot be differentiated again. Further
             derivatives would leave its part out without a word, because ``torch.autograd.grad(inputs=...)`` does not
-            go to the node of PyTorch that would raise.
+            go to the node of PyTorch that would raise. Or it runs layers again (a reentrant checkpoint).
     """
-    custom = [node for node in _nodes([output]) if hasattr(type(node), "_forward_cls")]
+    custom = [node for node in graph_nodes(output) if hasattr(type(node), "_forward_cls")]
+    for node in custom:
+        refuse_recomputed(node)
     handles = [node.register_hook(partial(_check_custom, type(node)._forward_cls, way_out)) for node in custom]
     try:
         gradients = torch.autograd.grad(output, list(inputs), create_graph=True, allow_unused=True)
@@ -186,7 +210,7 @@ def refuse_once_differentiable(
     Raises:
         NotImplementedError: there is one; the Function is named where it is in the graph, too.
     """
-    nodes = list(_nodes(gradients))
+    nodes = list(graph_nodes(*[g for g in gradients if g is not None]))
     if any(node.name() == ERROR_NODE for node in nodes):
         functions = [type(node)._forward_cls for node in nodes if hasattr(type(node), "_forward_cls")]
         names = [function.__name__ for function in functions if _is_once_differentiable(function)]
@@ -239,16 +263,3 @@ _ONCE = [constant for constant in once_differentiable.__code__.co_consts if isin
 def _is_once_differentiable(function: Any) -> bool:
     """Whether the backward of a Function is what the decorator ``once_differentiable`` gives."""
     return getattr(getattr(function, "backward", None), "__code__", None) in _ONCE
-
-
-def _nodes(outputs: Sequence[Tensor | None]) -> Iterator[Any]:
-    """The nodes of the graph behind tensors, each once."""
-    stack: list[Any] = [x.grad_fn for x in outputs if x is not None and x.grad_fn is not None]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        yield node
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                stack.append(following)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -9,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastfisher import SlowPathWarning
-from fastfisher.gates import record_gates
+from fastfisher import AccuracyWarning, Gates, SlowPathWarning, record_gates
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "F.relu": F.relu,
@@ -54,7 +54,74 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "adaptive_max_pool1d": lambda x: F.adaptive_max_pool1d(x.flatten(2), 3),
     "nn.AdaptiveMaxPool2d": nn.AdaptiveMaxPool2d(3),
     "torch.max_pool2d": lambda x: torch.max_pool2d(x, 2),
+    "amax by NumPy's names": lambda x: torch.amax(input=x, axis=2),
+    "maximum by name": lambda x: torch.maximum(input=x, other=x.flip(0)),
+    "max(axis=)": lambda x: x.max(axis=2)[0],
+    "fmin": lambda x: torch.fmin(x, x.flip(0)),
+    "maximum with -inf": lambda x: torch.maximum(x, torch.full_like(x, -torch.inf)),
+    "sort": lambda x: x.sort(1, descending=True)[0],
+    "sort stable": lambda x: torch.sort(x, dim=2, stable=True).values,
+    "msort": torch.msort,
+    "argsort": lambda x: x.gather(1, x.argsort(1)),
+    "argmax": lambda x: x.gather(1, x.argmax(1, keepdim=True)),
+    "topk": lambda x: x.topk(2, 1).values,
+    "kthvalue": lambda x: x.kthvalue(2, 1, keepdim=True)[0],
+    "median": torch.median,
+    "median of a dimension": lambda x: x.median(1).values,
+    "nanmedian": lambda x: x.nanmedian(dim=2, keepdim=True)[0],
+    "cummax": lambda x: x.cummax(1)[0],
+    "cummin": lambda x: torch.cummin(x, dim=2).values,
+    "where": lambda x: torch.where(x > 0, x, 0.1 * x),
+    "a mask": lambda x: x * (x > 0),
+    "masked_fill": lambda x: x.masked_fill(x < 0, 0.0),
+    "index_put": lambda x: (lambda y: (y.__setitem__(y < 0, 0), y)[1])(x.clone()),
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "nonzero": lambda x: x.flatten()[(x.flatten() > 0).nonzero()[:, 0]],
+    "an if": lambda x: x if x.sum() > 0 else -2 * x,
+    "item": lambda x: x * float(x.abs().max().item()),
+    "a mask changed in place": lambda x: (lambda m: x * m.logical_xor_(m.flip(0)))(x > 0),
+    "sign": lambda x: x * (1 + torch.sign(x)) / 2,
+    "floor": lambda x: x - x.floor(),
+    "round_": lambda x: x * 2 - (x * 3).round_(),
+    "frac": lambda x: (3 * x).frac(),
+    "remainder": lambda x: (3 * x) % 1.0,
+    "fmod": lambda x: torch.fmod(3 * x, 0.7),
+    "floor_divide": lambda x: x + (3 * x.detach()) // 1,
+    "div rounding": lambda x: x + torch.div(3 * x, 0.3, rounding_mode="trunc"),
+    "heaviside": lambda x: x * torch.heaviside(x.detach(), x.new_zeros(())),
+    "bucketize": lambda x: x * torch.bucketize(x, torch.tensor([-1.0, 0.0, 1.0], dtype=x.dtype)),
+    "hardsigmoid": lambda x: F.hardsigmoid(3 * x),
+    "hardshrink": F.hardshrink,
+    "softshrink": lambda x: F.softshrink(x, 0.3),
+    "rrelu in eval": lambda x: F.rrelu(x, 0.1, 0.3, training=False),
+    "norm of 1": lambda x: x.norm(p=1, dim=1),
+    "norm of infinity": lambda x: torch.linalg.vector_norm(x, torch.inf, dim=(1, 2), keepdim=True),
+    "dist of 1": lambda x: torch.dist(x, x.flip(0) * 2, p=1),
+    "l1_loss": lambda x: F.l1_loss(x, torch.zeros_like(x), reduction="none"),
+    "copysign": lambda x: torch.copysign(x, -x),
+    "scatter_reduce": lambda x: x[0, 0].scatter_reduce(1, torch.zeros(8, 8, dtype=torch.long), x[0, 1], "amax"),
+    "detach": lambda x: x * x.detach(),
+    "no_grad": lambda x: x * _without_grad(x),
+    "a straight-through estimator": lambda x: x + (x.round() - x).detach(),
 }
+
+
+@torch.no_grad()
+def _without_grad(x: Tensor) -> Tensor:
+    return x.abs().add_(x.relu()).mean()
+
+
+CURVED: dict[str, Callable[[Tensor], Tensor]] = {
+    "elu": lambda x: F.elu(x, 0.5),
+    "elu inplace": lambda x: F.elu(x * 1, 0.3, inplace=True),
+    "selu": torch.selu,
+    "hardswish": lambda x: F.hardswish(4 * x),
+    "hardswish inplace": lambda x: F.hardswish(4 * x, True),
+    "norm of 1 in a ratio": lambda x: F.normalize(x, p=1, dim=1),
+    "softsign": F.softsign,
+    "log of a guard": lambda x: x.clamp(min=0.3).log(),
+}
+"""Functions that are smooth, but not linear, on each side of their kinks."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -66,26 +133,54 @@ def test_replay_is_the_recorded_linear_map(name: str, dtype: torch.dtype) -> Non
     x.requires_grad_()
     if isinstance(function, nn.Module):
         function.to(dtype)
+    if name == "hardsigmoid" and dtype == torch.float64:
+        pytest.skip("PyTorch's own slope is 1/6 in float32")
     if name == "prelu":
         function = lambda x: F.prelu(x, torch.tensor([0.1, 0.2, 0.3], dtype=dtype))  # noqa: E731
-    with record_gates() as gates:
-        recorded = function(x)
+    gates, tolerance = _check_at_the_recorded_point(function, x)
+    along = []
+    for t in (0, 1, 2):
+        with gates.replay():
+            along.append(function(x + t * direction))
+    torch.testing.assert_close(along[0] + along[2], 2 * along[1], rtol=100 * tolerance, atol=100 * tolerance)
+
+
+@pytest.mark.parametrize("name", CURVED)
+def test_what_is_replayed_is_smooth(name: str) -> None:
+    torch.manual_seed(0)
+    function = CURVED[name]
+    x, direction = (torch.randn(64, 3, 8, 8, dtype=torch.float64) for _ in range(2))
+    gates, _ = _check_at_the_recorded_point(function, x.requires_grad_())
+    slopes = []
+    for t in (0.0, 1e-6):
+        with gates.replay():
+            out = function(x + t * direction)
+        slopes.append(torch.autograd.grad(out.nansum(), x)[0])
+    # Of 12,288 elements some cross a kink within the step, where a slope that is not replayed jumps by 0.1 or more.
+    assert float((slopes[1] - slopes[0]).abs().nan_to_num().max()) < 1e-2
+
+
+def _check_at_the_recorded_point(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Gates, float]:
+    """Values and gradients of recording and replay are those of the function."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AccuracyWarning)
+        with record_gates() as gates:
+            recorded = function(x)
     plain = function(x)
-    assert len(gates.entries) == 1 and torch.equal(recorded, plain)
-    with gates.replay():
-        replayed = function(x)
-    tolerance = 8 * torch.finfo(dtype).eps
-    torch.testing.assert_close(replayed, plain, rtol=tolerance, atol=tolerance)
+    tolerance = 8 * torch.finfo(x.dtype).eps
+    assert gates.entries
+    torch.testing.assert_close(recorded, plain, rtol=tolerance, atol=tolerance)
     cotangent = torch.randn_like(plain)
     (expected,) = torch.autograd.grad(plain, x, cotangent)
-    (found,) = torch.autograd.grad(replayed, x, cotangent)
+    (found,) = torch.autograd.grad(recorded, x, cotangent)
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-    along = []
-    with torch.no_grad():
-        for t in (0, 1, 2):
-            with gates.replay():
-                along.append(function(x + t * direction))
-    torch.testing.assert_close(along[0] + along[2], 2 * along[1], rtol=100 * tolerance, atol=100 * tolerance)
+    for _ in range(2):  # as often as one likes
+        with gates.replay():
+            replayed = function(x)
+        torch.testing.assert_close(replayed, plain, rtol=tolerance, atol=tolerance)
+        (found,) = torch.autograd.grad(replayed, x, cotangent)
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    return gates, tolerance
 
 
 def test_a_user_s_own_forward_with_dropout_replays() -> None:
@@ -122,11 +217,11 @@ def test_another_path_is_an_error() -> None:
     with record_gates() as gates:
         x.relu()
         x.abs()
-    with pytest.raises(RuntimeError, match="calls abs where the recorded one did not"), gates.replay():
+    with pytest.raises(ValueError, match="calls abs where the recorded one did not"), gates.replay():
         x.abs()
-    with pytest.raises(RuntimeError, match="did not call abs"), gates.replay():
+    with pytest.raises(ValueError, match="did not call abs"), gates.replay():
         x.relu()
-    with pytest.raises(RuntimeError, match="calls relu where"), gates.replay():
+    with pytest.raises(ValueError, match="calls relu where"), gates.replay():
         x.relu(), x.abs(), x.relu()
     with pytest.raises((RuntimeError, ValueError)), gates.replay():
         torch.randn(64).relu()
@@ -141,8 +236,8 @@ def test_what_cannot_be_recorded_is_said() -> None:
         pass
     with pytest.raises(ValueError, match="TorchScript"), record_gates(torch.jit.script(nn.Linear(2, 2))):
         pass
-    with pytest.warns(UserWarning, match="does not reach hardswish"), record_gates():
-        F.hardswish(torch.randn(3))
+    with pytest.warns(AccuracyWarning, match="torch.quantile is not among"), record_gates():
+        torch.quantile(torch.randn(3, requires_grad=True), 0.3)
 
 
 def test_relu_gates_take_a_bit_each() -> None:
@@ -151,3 +246,54 @@ def test_relu_gates_take_a_bit_each() -> None:
         x.relu()
     bits = gates.entries[0].saved.bits
     assert bits.numel() * bits.element_size() * 8 == x.numel()
+
+
+class _Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        y = x.clone()
+        y.mul_(x).mul_(x)
+        ctx.save_for_backward(x)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * ctx.saved_tensors[0] ** 2 * g
+
+
+class _Masked(torch.autograd.Function):
+    """A ReLU by a mask, which is discrete and has to be replayed; without a context in its forward."""
+
+    @staticmethod
+    def forward(x):
+        mask = x > 0
+        return x * mask, mask
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx, g, _):
+        return g * ctx.saved_tensors[0]
+
+
+@pytest.mark.parametrize("function", ["cube", "mask"])
+def test_what_a_custom_function_computes_moves_and_its_masks_are_replayed(function):
+    call = _Cube.apply if function == "cube" else lambda z: _Masked.apply(z)[0]
+    torch.manual_seed(0)
+    first, second, x = nn.Linear(5, 16).double(), nn.Linear(16, 4).double(), torch.randn(8, 5).double()
+    run = lambda z: second(call(first(z)))  # noqa: E731
+    with record_gates() as gates:
+        run(x)
+    slope = torch.randn_like(x)
+    moved = x + 0.3 * slope
+    with gates.replay():
+        found = run(moved)
+    if function == "cube":
+        expected = second(first(moved) ** 3)
+    else:
+        expected = second(first(moved) * (first(x) > 0))
+        assert not torch.equal(first(moved) > 0, first(x) > 0), "no gate changes: the test shows nothing"
+    torch.testing.assert_close(found, expected)

@@ -220,7 +220,7 @@ def test_graphs_need_a_gpu() -> None:
 def test_no_step_waits_for_a_value(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors without values: a step that reads one raises."""
     monkeypatch.setattr(FisherPenalty, "_judge", lambda *_: None)  # on a GPU it looks at the first penalty alone
-    monkeypatch.setattr(labels, "_some", lambda _: True)  # as on a GPU
+    monkeypatch.setattr(labels, "looking_waits", lambda _: True)  # as on a GPU
     with FakeTensorMode():
         model, x, y = Small(), torch.randn(8, 3, 8, 8), torch.randint(10, (8,))
         penalty = FisherPenalty(model, 0.1, **options)

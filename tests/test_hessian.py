@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import fastfisher
 from fastfisher import SlowPathWarning, TraceEstimate, trace_hessian
 from fastfisher.hessian import logits_form
+from fastfisher.model import as_call
 from tests.networks import Hostile, Shared
 
 SIGNIFICANCE = 1e-4
@@ -118,7 +119,7 @@ CURVED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "softmax": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Softmax(1)),
                 "softmax is not piecewise linear"),
     "unknown": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Mish()),
-                "torch.nn.functional.mish has no rule"),
+                "mish has no rule"),
 }  # fmt: skip
 
 
@@ -157,7 +158,8 @@ def exact_fisher(model: nn.Module, data: Any, **options: Any) -> TraceEstimate:
         return torch.func.functional_call(model, state, (x[None],)).log_softmax(1)[0, y]
 
     total, samples = 0.0, 0
-    for inputs, _ in data:
+    for given, _ in data:
+        (inputs,) = as_call(model, given).args
         p = model(inputs).detach().softmax(1)
         for y in range(p.shape[1]):
             gradients = torch.func.vmap(torch.func.grad(log_p), (None, 0, None))(state, inputs, y)
@@ -344,6 +346,324 @@ def test_some_parameters_only() -> None:
         estimate = trace_hessian(model, IMAGES, LABELS, method=method, params=chosen, probes=400)
         assert within(estimate, explicit_trace(model, chosen))
     assert all(p.requires_grad for p in model.parameters())
+
+
+# ---- right or refused ------------------------------------------------------------------------------------------------
+
+
+class Two(nn.Module):
+    """Two layers of the inputs, joined by a function of both, and a head."""
+
+    def __init__(self, join: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.head, self.join = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 4), join
+        self.gain = nn.Parameter(torch.randn(8))
+        self.register_buffer("scale", torch.rand(8) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.join(self, x))
+
+
+POINTS = torch.randn(6, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def two(join: Callable[[Any, Tensor], Tensor]) -> nn.Module:
+    torch.manual_seed(1)
+    return Two(join).double().eval()
+
+
+def trace_of(model: nn.Module, inputs: Tensor = POINTS, targets: Tensor = LABELS) -> float:
+    """The trace of the Hessian, row by row, of a model whose second derivatives PyTorch has."""
+    parameters = list(model.parameters())
+    loss = F.cross_entropy(model(inputs), targets)
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+    rows = [(g.flatten(), p) for g, p in zip(gradients, parameters, strict=True) if g.requires_grad]
+    return sum(
+        float(torch.autograd.grad(g[i], p, retain_graph=True, materialize_grads=True)[0].flatten()[i])
+        for g, p in rows
+        for i in range(len(g))
+    )
+
+
+def slice_assigned(m: Any, x: Tensor) -> Tensor:
+    h, g = m.first(x), m.second(x)
+    g[:, :4] = h[:, :4]
+    return g * h
+
+
+def written_column_by_column(m: Any, x: Tensor) -> Tensor:
+    out, h, g = x.new_zeros(len(x), 8), m.first(x), m.second(x)
+    for i in range(8):
+        out[:, i] = h[:, i] * (g[:, 7 - i] if i % 2 else 1)
+    return out * h
+
+
+def view_written(m: Any, x: Tensor) -> Tensor:
+    h = m.first(x)
+    h[:, :4].mul_(m.gain[:4])
+    return h * m.gain
+
+
+def copied(m: Any, x: Tensor) -> Tensor:
+    h, g = m.first(x), m.second(x) * 1
+    g.copy_(h)
+    return g * h
+
+
+def written_behind(m: Any, x: Tensor) -> Tensor:
+    h = m.first(x)
+    g = h * m.gain
+    h.data.copy_(m.second(x).data)
+    return g + h * m.gain.square()
+
+
+def cached(m: Any, x: Tensor) -> Tensor:
+    cache, h = x.new_empty(2, len(x), 8), m.first(x)
+    cache[0], cache[1] = h, m.second(x)
+    return cache[0] * cache[1] * h
+
+
+COUPLING = {
+    "mean over the batch": lambda m, x: m.first(x) - m.first(x).mean(0),
+    "attention over the batch": lambda m, x: (x @ x.T).softmax(1) @ m.first(x),
+    "batch statistics in eval mode": lambda m, x: F.batch_norm(m.first(x), None, None, training=True),
+}
+WRITING = {f.__name__: f for f in (slice_assigned, written_column_by_column, view_written, copied, cached)}
+
+
+@pytest.mark.filterwarnings("ignore::fastfisher.SlowPathWarning")
+@pytest.mark.parametrize("case", [*WRITING, *COUPLING])
+def test_writes_in_place_and_coupled_examples_are_seen(case: str) -> None:
+    model = two((WRITING | COUPLING)[case])
+    truth = trace_of(model)
+    estimate = trace_hessian(model, POINTS, LABELS, probes=400, generator=torch.Generator().manual_seed(3))
+    assert within(estimate, truth)
+    assert estimate.standard_error > 0  # Tr(F) is another number
+    fisher = exact_fisher(model, [(POINTS, LABELS)], labels="exact").value if case in WRITING else 0.0
+    assert abs(fisher - truth) > 1e-3 * abs(truth), "the identity holds here: the test shows nothing"
+
+
+@pytest.mark.parametrize("case", COUPLING)
+def test_coupled_examples_are_named(case: str) -> None:
+    model = two(COUPLING[case])
+    form = logits_form(model, dict(model.named_parameters()), POINTS)
+    assert form.coupled == "the logits of an example are not the same where it is the only one of its batch"
+
+
+def test_a_write_behind_autograds_back_is_as_autograd_has_it() -> None:
+    model = two(written_behind)
+    with pytest.warns(SlowPathWarning, match="writes into a tensor that was used before"):
+        estimate = trace_hessian(model, POINTS, LABELS, probes=400, generator=torch.Generator().manual_seed(3))
+    assert within(estimate, trace_of(model))
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "hutchinson"}, {"hvp": "autograd"}, {"hvp": "finite_difference"}])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_named(bad: float, options: Any) -> None:
+    model = two(lambda m, x: m.first(x).tanh())
+    with torch.no_grad():
+        model.head.bias[1] = bad
+    with pytest.raises(ValueError, match="model: expected logits that are numbers, got NaN or inf in 6 of 6 rows"):
+        trace_hessian(model, POINTS, LABELS, **options)
+
+
+def test_a_class_that_is_ruled_out_is_no_error() -> None:
+    model = two(lambda m, x: m.first(x).tanh())
+    ruled = torch.tensor([0.0, 0.0, 0.0, -math.inf], dtype=torch.float64)
+    wide, narrow = Then(model, lambda z: z + ruled), Then(model, lambda z: z[:, :3])
+    labels = LABELS % 3
+    for hvp in ("taylor", "autograd"):
+        a, b = (
+            trace_hessian(m, POINTS, labels, hvp=hvp, probes=5, generator=torch.Generator().manual_seed(3))
+            for m in (wide, narrow)
+        )
+        assert a.value == pytest.approx(b.value, rel=1e-10)
+
+
+class Then(nn.Module):
+    def __init__(self, model: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.model(x))
+
+
+@pytest.mark.parametrize("hvp", ["taylor", "autograd", "finite_difference"])
+def test_hooks_and_the_callers_modes_play_no_part(hvp: Any) -> None:
+    model = two(lambda m, x: m.first(x).tanh())
+
+    def value() -> float:
+        generator = torch.Generator().manual_seed(3)
+        return trace_hessian(model, POINTS, LABELS, method="hutchinson", hvp=hvp, probes=3, generator=generator).value
+
+    right, called = value(), []
+    for parameter in model.parameters():
+        parameter.register_hook(lambda g: called.append(1) or 7 * g)
+    assert value() == right and not called
+    with torch.inference_mode():
+        assert value() == right
+        inside = POINTS + 0
+    assert trace_hessian(model, inside, LABELS, probes=3).samples == 6
+    with torch.no_grad():
+        assert value() == right
+    F.cross_entropy(model(POINTS), LABELS).backward()
+    assert called
+
+
+@pytest.mark.parametrize("hvp", ["taylor", "autograd", "finite_difference"])
+@pytest.mark.parametrize("kind", ["max_norm", "clamped"])
+def test_a_forward_that_changes_parameters_is_refused(kind: str, hvp: Any) -> None:
+    class Clamped(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.weight.clamp_(-9, 9)  # leaves the values, as they are, alone
+            return super().forward(x)
+
+    first = nn.Embedding(6, 6, max_norm=9.0) if kind == "max_norm" else Clamped(6, 6)
+    model = nn.Sequential(first, nn.Tanh(), nn.Flatten(), nn.Linear(6, 4)).double()
+    inputs = LABELS if kind == "max_norm" else POINTS
+    with pytest.raises(NotImplementedError, match="max_norm"):
+        trace_hessian(model, inputs, LABELS, hvp=hvp, method="hutchinson")
+
+
+def test_complex_parameters_are_named() -> None:
+    class Spectral(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.head = nn.Parameter(torch.randn(4, dtype=torch.cdouble)), nn.Linear(6, 4).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.fft.irfft(torch.fft.rfft(x, dim=1) * self.weight, n=6, dim=1))
+
+    model = Spectral()
+    with pytest.raises(NotImplementedError, match="params: expected real parameters, got weight of"):
+        trace_hessian(model, POINTS, LABELS)
+    found = trace_hessian(model, POINTS, LABELS, params=model.head.parameters())
+    x = torch.fft.irfft(torch.fft.rfft(POINTS, dim=1) * model.weight.detach(), n=6, dim=1)
+    p = model(POINTS).detach().softmax(1)
+    exact = float(((1 - p.square().sum(1)) * (x.square().sum(1) + 1)).mean())
+    assert found.value == pytest.approx(exact, rel=1e-10)
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 3 * ctx.saved_tensors[0] ** 2 * g
+
+
+@pytest.mark.filterwarnings("ignore::fastfisher.SlowPathWarning")
+def test_a_function_without_a_second_derivative_is_refused_with_the_way_out() -> None:
+    model, smooth = two(lambda m, x: Once.apply(m.first(x))), two(lambda m, x: m.first(x) ** 3)
+    for hvp in ("taylor", "autograd"):
+        with pytest.raises(NotImplementedError, match=r'Once is once_differentiable.*use hvp="finite_difference"'):
+            trace_hessian(model, POINTS, LABELS, hvp=hvp)
+    options: Any = {"method": "hutchinson", "probes": 4}
+    a, b = (
+        trace_hessian(m, POINTS, LABELS, hvp=hvp, generator=torch.Generator().manual_seed(3), **options).value
+        for m, hvp in ((model, "finite_difference"), (smooth, "taylor"))
+    )
+    assert a == pytest.approx(b, rel=1e-6)
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "EmbeddingBag": lambda: nn.EmbeddingBag(9, 6),
+    "EmbeddingBag max": lambda: nn.EmbeddingBag(9, 6, mode="max", padding_idx=2),
+    "sparse Embedding": lambda: nn.Sequential(nn.Embedding(9, 2, sparse=True), nn.Flatten()),
+    "LSTM": lambda: nn.Sequential(nn.Embedding(9, 3), Last(nn.LSTM(3, 6, batch_first=True))),
+    "GRU": lambda: nn.Sequential(nn.Embedding(9, 3), Last(nn.GRU(3, 6, batch_first=True))),
+    "RNN": lambda: nn.Sequential(nn.Embedding(9, 3), Last(nn.RNN(3, 6, batch_first=True))),
+    "Bilinear": lambda: nn.Sequential(nn.Embedding(9, 2), nn.Flatten(), With(nn.Bilinear(6, 6, 6))),
+    "attention": lambda: nn.Sequential(
+        nn.Embedding(9, 4), nn.TransformerEncoderLayer(4, 2, 5, 0.0, batch_first=True), nn.Flatten(), nn.Linear(12, 6)
+    ),
+    "weight norm": lambda: nn.Sequential(
+        nn.Embedding(9, 2), nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+    ),
+    "spectral norm": lambda: nn.Sequential(
+        nn.Embedding(9, 2), nn.Flatten(), nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))
+    ),
+}
+
+
+class Last(nn.Module):
+    """What a recurrent layer gives at the last step."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0][:, -1]
+
+
+class With(nn.Module):
+    """A layer of two inputs, which gets one twice."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, x.tanh())
+
+
+def difference_of_gradients(model: nn.Module, inputs: Tensor, step: float = 1e-5) -> float:
+    """Tr(H) from first derivatives alone."""
+    total = 0.0
+    for parameter in model.parameters():
+        flat = parameter.data.view(-1)
+        for i in range(len(flat)):
+            slopes = []
+            for sign in (1, -1):
+                flat[i] += sign * step
+                (g,) = torch.autograd.grad(F.cross_entropy(model(inputs), LABELS), parameter)
+                slopes.append(float((g.to_dense() if g.is_sparse else g).flatten()[i]))
+                flat[i] -= sign * step
+            total += (slopes[0] - slopes[1]) / (2 * step)
+    return total
+
+
+@pytest.mark.filterwarnings("ignore::fastfisher.SlowPathWarning", "ignore:per-example gradients")
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_without_a_second_derivative_in_pytorch_or_with_a_wrong_one(name: str) -> None:
+    torch.manual_seed(4)
+    model = nn.Sequential(LAYERS[name](), nn.Tanh(), nn.Linear(6, 4)).double().eval()
+    words = torch.randint(9, (6, 3), generator=torch.Generator().manual_seed(1))
+    truth = difference_of_gradients(model, words)
+    for hvp in ("taylor", "autograd"):
+        generator = torch.Generator().manual_seed(3)
+        estimate = trace_hessian(
+            model,
+            words,
+            LABELS,
+            method="hutchinson",
+            hvp=hvp,
+            probes=300,
+            distribution="rademacher",
+            generator=generator,
+        )
+        assert within(estimate, truth)
+
+
+def test_in_train_mode_every_forward_starts_from_the_same_buffers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 4)), nn.Tanh(), nn.Linear(4, 4)).double()
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    options: Any = {"mode": "keep", "method": "hutchinson", "distribution": "rademacher", "probes": 300}
+    estimate = trace_hessian(model, POINTS, LABELS, batch_size=3, generator=torch.Generator().manual_seed(3), **options)
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+    halves = []
+    for rows in (slice(0, 3), slice(3, 6)):
+        model.load_state_dict(before, strict=False)
+        halves.append(trace_of(model, POINTS[rows], LABELS[rows]))
+    assert within(estimate, sum(halves) / 2)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------

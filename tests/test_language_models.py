@@ -11,8 +11,11 @@ from torch.nn import functional as F
 
 import fastfisher
 from fastfisher import FisherPenalty
-from fastfisher.labels import cross_entropy, label_loss, new_key
+from fastfisher.alignment import Alignments
+from fastfisher.batches import split
+from fastfisher.labels import Signs, cross_entropy, label_loss, new_key
 from tests.networks import flat, relative_error
+from tests.transformer_models import KINDS, batch_of, model_of, penalised, targets_of
 
 pytestmark = pytest.mark.usefixtures("torchvision")  # models of Transformers import it where it is installed
 
@@ -95,7 +98,8 @@ def test_padding_has_no_part_in_the_penalty(labels: Any) -> None:
     logits = model(tokens)
     key = None if labels == "true" else new_key(torch.Generator().manual_seed(9), torch.device("cpu"))
     _, drawn = label_loss(logits, labels, targets.clamp(min=0), key)
-    loss = cross_entropy(logits[kept], drawn[kept])
+    counted = Signs(drawn.tensor[kept]) if isinstance(drawn, Signs) else drawn[kept]
+    loss = cross_entropy(logits[kept], counted)
     exact = sum(g.square().sum() for g in torch.autograd.grad(loss, list(model.parameters())))
     torch.testing.assert_close(value, exact)
 
@@ -194,6 +198,7 @@ def test_watching_refuses_what_it_cannot_share() -> None:
         ({"mixed": True, "every": 1}, "mixed"),
         ({"examples": 2}, "examples"),
         ({"wrt": "inputs"}, "wrt"),
+        ({"loss": smoothed}, "loss"),
     ):
         with pytest.raises(ValueError, match=name), FisherPenalty(model, 0.3, **options).watching():  # type: ignore[arg-type]
             pass
@@ -207,3 +212,73 @@ def test_watching_refuses_what_it_cannot_share() -> None:
         raise KeyboardInterrupt
     assert not model._forward_hooks and not model._forward_pre_hooks
     assert not torch.overrides._get_current_function_mode_stack()
+
+
+# ---- models of Transformers, with the loss that they make themselves ------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["double_backprop", "finite_difference"])
+def test_the_second_forward_is_called_as_the_first(kind: str, method: Any) -> None:
+    """A decoder starts from the labels: without them BART's would start from nothing and T5's not at all."""
+    batch, model, expected = batch_of(kind), model_of(kind), model_of(kind)
+    penalty = FisherPenalty(model, 0.3, every=1, method=method, **seeded())
+    with penalty.watching() as forward:
+        output = model(**batch)
+    targets = targets_of(kind, batch["labels"])
+    assert torch.equal(targets, Alignments().targets(output.loss, forward.logits, batch["labels"]))
+    (output.loss + penalty.term(forward, targets)).backward()
+    by_hand = expected(**batch)
+    key = new_key(torch.Generator().manual_seed(9), torch.device("cpu"))
+    total, value = penalised(by_hand.loss, by_hand.logits, targets, expected, 0.3, key)
+    total.backward()
+    torch.testing.assert_close(penalty.value, value)
+    found, exact = (
+        flat([torch.zeros_like(p) if p.grad is None else p.grad for p in m.parameters()]) for m in (model, expected)
+    )
+    difference = 1e-2 if kind in ("llama", "t5") else 1e-3  # their norms are in float32
+    assert relative_error(found, exact) < (1e-6 if method == "double_backprop" else difference)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_inside_a_batch_leave_out_what_the_loss_leaves_out(kind: str) -> None:
+    batch = batch_of(kind)
+    assert torch.equal(split(model_of(kind), batch)[1], targets_of(kind, batch["labels"]))
+
+
+def test_arguments_by_position_and_by_name() -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(3, 4).double()
+
+        def forward(self, *parts: Tensor, scale: float = 1.0) -> Tensor:
+            return self.head(parts[0] * parts[1]) * scale
+
+    torch.manual_seed(0)
+    model, x, y = Parts(), torch.randn(2, 3).double(), torch.tensor([0, 3])
+    penalty = FisherPenalty(model, 1.0, every=1, labels="true", difference="central")
+    with penalty.watching() as forward:
+        logits = model(x, x, scale=2.0)
+    (0 * logits.sum() + penalty.term(forward, y)).backward()
+    weight, bias = model.head.weight, model.head.bias
+    loss = F.cross_entropy(F.linear(x * x, weight, bias) * 2.0, y)
+    squared = sum(g.square().sum() for g in torch.autograd.grad(loss, [weight, bias], create_graph=True))
+    for found, exact in zip((weight.grad, bias.grad), torch.autograd.grad(squared, [weight, bias]), strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_where_no_position_counts_there_is_no_penalty(every: int) -> None:
+    """A micro-batch of prompts: R would be a mean over nothing."""
+    model, (tokens, targets) = network().eval(), data()
+    penalty = FisherPenalty(model, 0.3, every=every, **seeded())
+    found = []
+    for some in (torch.full_like(targets, -100), targets, torch.full_like(targets, -100)):
+        with penalty.watching() as forward:
+            loss = model(tokens).sum() * 0
+        model.zero_grad()
+        (loss + penalty.term(forward, some)).backward()
+        found.append(flat([p.grad for p in model.parameters()]))
+    assert penalty.steps == 3 and not found[0].any()
+    assert found[1].any() == (every == 1) and all(g.isfinite().all() for g in found) and not found[2].any()

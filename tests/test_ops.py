@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import fastfisher
 from fastfisher import ops, reference
-from fastfisher.labels import cross_entropy
+from fastfisher.labels import Signs, cross_entropy
 
 needs_kernels = pytest.mark.skipif(ops.UNAVAILABLE is not None, reason=f"no compiled kernels: {ops.UNAVAILABLE}")
 
@@ -606,7 +606,7 @@ def test_rademacher_cotangents_have_the_covariance_of_the_score() -> None:
 
 def test_rademacher_cotangents_are_the_gradient_of_the_loss_at_signs() -> None:
     logits = torch.randn(7, 200, dtype=torch.float64, requires_grad=True)
-    loss = cross_entropy(logits, reference.rademacher_signs(7, 200, KEY))
+    loss = cross_entropy(logits, Signs(reference.rademacher_signs(7, 200, KEY)))
     (gradient,) = torch.autograd.grad(loss, logits)
     torch.testing.assert_close(gradient, ops.rademacher_cotangent(logits.detach(), KEY, 1 / 7))
 

@@ -291,15 +291,82 @@ def test_float32_errs_by_its_rounding() -> None:
     assert found.values == pytest.approx(exact, rel=1e-4)
 
 
+class Root(nn.Module):
+    """Its derivative at 0 is not finite."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.abs().sqrt()
+
+
 def test_what_is_not_finite_is_nan() -> None:
+    root = nn.Sequential(nn.Flatten(), nn.Linear(144, 3, dtype=torch.float64), Root())
+    nn.init.zeros_(root[1].weight)
+    nn.init.zeros_(root[1].bias)
+    found = top_eigenvalues(root, IMAGES, LABELS, k=2)
+    assert not found.converged
+    assert all(math.isnan(value) for value in found.values) and found.error_bounds == (math.inf, math.inf)
     model = build("linear")
     with torch.no_grad():
         model[1].weight.fill_(math.nan)  # type: ignore[index]
-    found = top_eigenvalues(model, IMAGES, LABELS, k=2)
-    assert not found.converged
-    assert all(math.isnan(value) for value in found.values) and found.error_bounds == (math.inf, math.inf)
+    with pytest.raises(ValueError, match="model: expected logits that are numbers"):
+        top_eigenvalues(model, IMAGES, LABELS, k=2)
     covariance = gradient_covariance(model, (IMAGES, LABELS))
     assert math.isnan(covariance.trace) and math.isnan(covariance.largest)
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 3 * ctx.saved_tensors[0] ** 2 * g
+
+
+class Through(nn.Module):
+    """A function between two layers."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.function = nn.Linear(144, 3), nn.Linear(3, 3), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.function(self.first(x.flatten(1))))
+
+
+def test_a_function_without_a_second_derivative_is_refused_with_the_way_out() -> None:
+    torch.manual_seed(0)
+    model = Through(Cube.apply).double()
+    with pytest.raises(NotImplementedError, match=r"Cube is once_differentiable.*use params= with the parameters of"):
+        top_eigenvalues(model, IMAGES, LABELS)
+    after = [*model.second.parameters()]
+    found = top_eigenvalues(model, IMAGES, LABELS, params=after, tolerance=1e-8)
+    assert found.values == pytest.approx(largest(explicit_hessian(model, params=after), 1), rel=1e-8)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_layers_whose_second_derivative_pytorch_lacks_or_has_wrong(k: int) -> None:
+    torch.manual_seed(0)
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(144, 3)).double()
+    model = nn.Sequential(nn.Flatten(), normed, nn.Tanh(), nn.Linear(3, 3).double())
+    leaves = {name: p.detach() for name, p in model.named_parameters()}
+    sizes = [p.numel() for p in leaves.values()]
+
+    def gradient(theta: Tensor) -> Tensor:
+        state = {name: part.view_as(p) for (name, p), part in zip(leaves.items(), theta.split(sizes), strict=True)}
+        loss = F.cross_entropy(torch.func.functional_call(model, state, (IMAGES,)), LABELS)
+        return torch.autograd.grad(loss, theta)[0]
+
+    theta = torch.cat([p.reshape(-1) for p in leaves.values()])
+    rows = [
+        gradient((theta + 1e-5 * e).requires_grad_()) - gradient((theta - 1e-5 * e).requires_grad_())
+        for e in torch.eye(len(theta), dtype=theta.dtype)
+    ]
+    found = top_eigenvalues(model, IMAGES, LABELS, k=k, tolerance=1e-8)
+    assert found.values == pytest.approx(largest(torch.stack(rows) / 2e-5, k), rel=1e-6)
 
 
 # ---- the covariance of gradients -------------------------------------------------------------------------------------

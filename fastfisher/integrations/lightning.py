@@ -5,16 +5,18 @@ They work with ``pytorch_lightning``, or with ``lightning.pytorch`` where the pr
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from fastfisher.alignment import Alignments, labels_in
+from fastfisher.integrations.tracing import TraceAtSteps
+from fastfisher.model import Call, logits_of
 from fastfisher.regularizer import FisherPenalty
-from fastfisher.traces import trace_fisher
 
 
 def _callback_class() -> Any:
@@ -41,9 +43,33 @@ def _network(module: nn.Module, name: str | None) -> nn.Module:
     return network
 
 
-def _second_of_pair(batch: Any) -> Tensor | None:
+def _labels_of(batch: Any) -> Tensor | None:
+    """The second of a pair, or the labels of a dict."""
     pair = isinstance(batch, list | tuple) and len(batch) == 2 and isinstance(batch[1], Tensor)
-    return batch[1] if pair else None
+    return batch[1] if pair else labels_in(batch)
+
+
+def _called(name: str | None, calls: int) -> str:
+    network = "the module itself" if name is None else name
+    return (
+        f"network: expected training_step to call {network} once, it did {calls} times; give the name of the submodule "
+        "that makes the logits"
+    )
+
+
+class _Targets:
+    """The targets of the logits of a batch: what the user states, or those that the loss has."""
+
+    def __init__(self, stated: Callable[[Any], Tensor | None] | None, class_dim: int | None) -> None:
+        self._stated, self._alignments = stated, Alignments(class_dim)
+
+    def of(self, batch: Any, loss: Tensor, logits: Tensor) -> Tensor | None:
+        if self._stated is not None:
+            return self._stated(batch)
+        try:
+            return self._alignments.targets(loss, logits, _labels_of(batch))
+        except ValueError as error:
+            raise ValueError(f"{error} by targets=") from None
 
 
 class FisherPenaltyCallback(_Callback):  # type: ignore[misc]
@@ -60,8 +86,10 @@ class FisherPenaltyCallback(_Callback):  # type: ignore[misc]
         alpha: the coefficient α ≥ 0.
         network: the name of the submodule that makes the logits, called once in a training step; None: the
             LightningModule itself, by its ``forward``.
-        targets: the targets of a batch; otherwise the second of a pair. For ``labels="true"``, and padding (−100).
-        options: as in :class:`fastfisher.FisherPenalty`, but for ``mixed``, ``examples``, ``graphs`` and
+        targets: the targets of the logits of a batch, −100 where a position does not count; None of it: all count.
+            Otherwise the labels are the second of a pair or "labels" of a dict, and the loss of the first batch says
+            how they lie to the logits (:func:`fastfisher.alignment.alignment_of`).
+        options: as in :class:`fastfisher.FisherPenalty`, but for ``mixed``, ``examples``, ``graphs``, ``loss`` and
             ``wrt="inputs"``, which need a forward of their own.
 
     Attributes:
@@ -69,7 +97,9 @@ class FisherPenaltyCallback(_Callback):  # type: ignore[misc]
 
     Raises:
         ValueError: at the start of the training: an option is out of range, the optimisation is manual, there are
-            several processes, or the network is not called exactly once; it is named.
+            several processes, gradients are scaled (16-mixed) or the module is compiled. In training: the network or
+            the training step is not called exactly once for a batch, or the loss is no cross-entropy of its logits and
+            ``targets`` is not given. It is named.
     """
 
     def __init__(
@@ -77,53 +107,68 @@ class FisherPenaltyCallback(_Callback):  # type: ignore[misc]
         alpha: float,
         *,
         network: str | None = None,
-        targets: Callable[[Any], Tensor | None] = _second_of_pair,
+        targets: Callable[[Any], Tensor | None] | None = None,
         **options: Any,
     ) -> None:
         self.alpha, self.network, self.targets, self.options = alpha, network, targets, options
         self.penalty: FisherPenalty | None = None
         self._state: dict[str, Any] | None = None
-        self._module: nn.Module | None = None
+        self._give_back: Callable[[], None] | None = None
+        self._stepped = False
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Takes its place around the training step."""
-        if not pl_module.automatic_optimization:
-            raise ValueError(
-                "pl_module: expected automatic optimization; where it is manual, call FisherPenalty.backward"
-            )
-        if trainer.world_size != 1:
-            raise ValueError(f"trainer: expected one process, got {trainer.world_size}")
+        _check_trainer(trainer, pl_module)
         penalty = FisherPenalty(_network(pl_module, self.network), self.alpha, **self.options)
         with penalty.watching():  # refuses an option now, not at the first step
             pass
         if self._state is not None:
             penalty.load_state_dict(self._state)
             self._state = None
-        self.penalty, self._module, training_step = penalty, pl_module, pl_module.training_step
+        self.penalty, targets, training_step = (
+            penalty,
+            _Targets(self.targets, penalty.class_dim),
+            pl_module.training_step,
+        )
 
+        @functools.wraps(training_step)  # Lightning looks at the signature
         def penalised(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._stepped:
+                raise ValueError(
+                    "optimizer: expected one that calls training_step once for a batch, got one that calls it again, "
+                    "as LBFGS does: the value of the loss is without the penalty"
+                )
+            self._stepped = True
             with penalty.watching() as forward:
                 output = training_step(batch, *args, **kwargs)
-            if output is None:  # the step is left out
-                return None
-            if forward.calls != 1:
-                name = "the module itself" if self.network is None else self.network
-                raise ValueError(
-                    f"network: expected training_step to call {name} once, it did {forward.calls} times; give the name "
-                    "of the submodule that makes the logits"
-                )
-            term = penalty.term(forward, self.targets(batch))
-            if isinstance(output, Tensor):
-                return output + term
-            return {**output, "loss": output["loss"] + term}
+            loss = output.get("loss") if isinstance(output, Mapping) else output
+            if loss is None:  # the step is left out
+                return output
+            if forward.calls != 1 or forward.logits is None:
+                raise ValueError(_called(self.network, forward.calls))
+            term = penalty.term(forward, targets.of(batch, loss, forward.logits))
+            return {**output, "loss": loss + term} if isinstance(output, Mapping) else loss + term
 
+        replaced = vars(pl_module).get("training_step")
         pl_module.training_step = penalised
+
+        def give_back() -> None:
+            if replaced is None:
+                del pl_module.training_step
+            else:
+                pl_module.training_step = replaced
+
+        self._give_back = give_back
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Another batch."""
+        self._stepped = False
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Gives the training step back."""
-        if self._module is not None:
-            del self._module.training_step
-            self._module = None
+        if self._give_back is not None:
+            self._give_back()
+            self._give_back = None
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Gives the training step back."""
@@ -138,11 +183,31 @@ class FisherPenaltyCallback(_Callback):  # type: ignore[misc]
         self._state = state_dict or None
 
 
+def _check_trainer(trainer: Any, pl_module: Any) -> None:
+    """Raises ValueError where the trainer does not go with a penalty."""
+    if not pl_module.automatic_optimization:
+        raise ValueError("pl_module: expected automatic optimization; where it is manual, call FisherPenalty.backward")
+    if trainer.world_size != 1:
+        raise ValueError(
+            f"trainer: expected one process, got {trainer.world_size}; for several, call FisherPenalty.backward"
+        )
+    if trainer.scaler is not None:
+        raise ValueError(
+            f"precision: expected gradients that are not scaled, got {trainer.precision!r}: in float16 they have to be "
+            'scaled before the norm is taken of them; use "bf16-mixed"'
+        )
+    if getattr(pl_module, "_compiler_ctx", None) is not None:
+        raise ValueError(
+            "pl_module: expected one that is not compiled, since compiled code hides the calls of the layers; compile "
+            "the network in it, of which the steps that do not recompute the penalty run compiled"
+        )
+
+
 class FisherTraceMonitor(_Callback):  # type: ignore[misc]
     """Logs Tr(F) = E_x E_ŷ ‖∇_θ ℓ(x, ŷ)‖² (eq. 2 of the paper) to every logger of the trainer.
 
-    The metrics are ``fisher_trace`` and ``fisher_trace_error``, its standard error. The draws come from a generator of
-    their own: the training's random numbers stay as they are.
+    The metrics are ``fisher_trace`` and ``fisher_trace_error``, its standard error. The draws depend on the step alone:
+    the training's random numbers stay as they are, and a resumed run has the draws of an uninterrupted one.
 
     Example:
         >>> monitor = FisherTraceMonitor(every_n_steps=100, network="model")
@@ -150,29 +215,91 @@ class FisherTraceMonitor(_Callback):  # type: ignore[misc]
 
     Args:
         every_n_steps: so many optimiser steps from one measurement to the next.
-        data: as in :func:`fastfisher.trace_fisher`; None: the batch of that step.
-        network: as in :class:`FisherPenaltyCallback`.
+        data: as in :func:`fastfisher.trace_fisher`; None: what the network was called with in that step, and the
+            targets of the batch.
+        network: as in :class:`FisherPenaltyCallback`. A module that training_step does not call takes the batch.
+        targets: as in :class:`FisherPenaltyCallback`, for the batch of a step.
         options: further options of :func:`fastfisher.trace_fisher`.
 
     Raises:
-        ValueError: ``every_n_steps`` is not an integer ≥ 1.
+        ValueError: ``every_n_steps`` is not an integer ≥ 1; in training, the network is called more than once for a
+            batch, or the loss is no cross-entropy of its logits and neither ``targets`` nor ``data`` is given.
+        TypeError: an option is none of ``trace_fisher``.
     """
 
-    def __init__(self, every_n_steps: int, data: Any = None, *, network: str | None = None, **options: Any) -> None:
-        if not (isinstance(every_n_steps, int) and every_n_steps >= 1):
-            raise ValueError(f"every_n_steps: expected an integer >= 1, got {every_n_steps!r}")
-        self.every_n_steps, self.data, self.network = every_n_steps, data, network
-        self.options: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), **options}
-        self._measured = 0
+    def __init__(
+        self,
+        every_n_steps: int,
+        data: Any = None,
+        *,
+        network: str | None = None,
+        targets: Callable[[Any], Tensor | None] | None = None,
+        **options: Any,
+    ) -> None:
+        self.data, self.network, self._trace = data, network, TraceAtSteps(every_n_steps, options)
+        self._class_dim = options.get("class_dim")
+        self._targets, self._measured = _Targets(targets, self._class_dim), 0
+        self._hook: Any = None
+        self._begin(None)
+
+    def _begin(self, batch: Any) -> None:
+        self._batch, self._calls = batch, 0
+        self._inputs: Call | None = None
+        self._logits: Tensor | None = None
+        self._labels: Tensor | None = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Where a run is resumed, the last measurement has been made."""
+        self._measured = trainer.global_step
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Notes what the network is called with, where the batch may be the one to measure on."""
+        self._begin(batch)
+        if self.data is not None or not self._trace.due(trainer.global_step + 1):
+            return
+
+        network = _network(pl_module, self.network)
+        own = next(network.parameters(), None)
+
+        def note(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if next(network.parameters(), None) is not own:  # a penalty's forward at other parameters
+                return
+            self._calls += 1
+            self._inputs, self._logits = Call(args, kwargs, self._class_dim), logits_of(output, -1)
+
+        self._hook = network.register_forward_hook(note, with_kwargs=True)
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        """Asks the loss which positions count, while its graph is there."""
+        if self._calls == 1 and self._logits is not None:
+            self._labels = self._targets.of(self._batch, loss, self._logits)
+        self._logits = None
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measures where it is time."""
+        self._release()
         step = trainer.global_step
-        if step == self._measured or step % self.every_n_steps:  # or the same step, which gathers micro-batches
-            return
-        self._measured = step
-        data = self.data if self.data is not None else tuple(batch) if isinstance(batch, list) else batch
-        trace = trace_fisher(_network(pl_module, self.network), data, **self.options)
-        metrics = {"fisher_trace": trace.value, "fisher_trace_error": trace.standard_error}
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=step)
+        if step != self._measured and self._trace.due(step):  # and not the same step, which gathers micro-batches
+            self._measured = step
+            metrics = self._trace.measure(_network(pl_module, self.network), self._data(batch), step)
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=step)
+        self._begin(None)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leaves no hook behind."""
+        self._release()
+
+    def _data(self, batch: Any) -> Any:
+        if self.data is not None:
+            return self.data
+        if self._calls > 1:
+            raise ValueError(_called(self.network, self._calls))
+        if self._calls == 1:
+            return self._inputs, self._labels
+        return tuple(batch) if isinstance(batch, list) else batch
+
+    def _release(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None

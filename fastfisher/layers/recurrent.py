@@ -279,7 +279,9 @@ class Unrolled:
     def layout(self, layout: Layout) -> Layout | None:
         """That of the rows, [steps, sequences, features], given that of the operand."""
         dim = 0 if self.batch_first or self.cell else 1
-        return replace(layout, dim=1) if layout.dim == dim or layout.examples == 1 else None
+        if layout.examples == 1:  # all sequences are its own
+            return Layout(1, 1, self.sizes[0])
+        return replace(layout, dim=1) if layout.dim == dim else None
 
     def run(self, run: Run) -> Any:
         """What the call gives, where ``run`` runs the forward of one layer in one direction."""

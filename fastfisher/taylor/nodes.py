@@ -23,7 +23,7 @@ class Node:
 
     def __init__(self, name: str, inputs: Sequence[int]) -> None:
         self.name, self.inputs = name, tuple(inputs)
-        self.output = -1
+        self.output, self.dtype = -1, torch.get_default_dtype()
         self.weight: Tensor | None = None
 
     def first(self, *moving: Tensor) -> Tensor:

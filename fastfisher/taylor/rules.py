@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastfisher import ops
+from fastfisher import ops, twice
 from fastfisher.taylor.nodes import Elementwise, LogSumExp, Normalise, Softmax
 from fastfisher.taylor.tape import RULES, NoRule, Tape, name_of, rule_for, tensors_in
 
@@ -30,21 +30,20 @@ def _outplace(function: Any) -> Any:
 
 @rule_for(
     "view reshape flatten unflatten permute transpose t swapaxes swapdims movedim moveaxis squeeze unsqueeze expand",
-    "expand_as view_as contiguous clone narrow select index_select gather take_along_dim __getitem__ chunk split",
+    "contiguous clone narrow select index_select gather take_along_dim __getitem__ chunk split",
     "tensor_split unbind sum mean cumsum roll flip avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d",
     "adaptive_avg_pool2d adaptive_avg_pool3d interpolate upsample tril triu diagonal repeat repeat_interleave tile",
     "neg negative __neg__ pixel_shuffle pixel_unshuffle channel_shuffle unfold fold to float double half bfloat16 type",
     "nll_loss broadcast_to adjoint diff trace rot90",
 )
 def _linear_in_first(tape: Tape, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    if "input" in kwargs or tape.slot(x) is None or any(tape.slot(y) is not None for y in tensors_in((args, kwargs))):
+    if tape.slot(x) is None or any(tape.slot(y) is not None for y in tensors_in((args, kwargs))):
         raise NoRule(f"{name_of(func)} has no rule for these arguments")
-    kwargs.pop("out", None)
     function = _outplace(func)
     value = function(x, *args, **kwargs)
+    if not any(part.requires_grad for part in tensors_in(value)):
+        return value  # of integers, or no tensor at all: x.type()
     if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            return value
         return tape.linear(name_of(func), lambda t: function(t, *args, **kwargs), [x], value)
     return type(value)(
         tape.linear(name_of(func), lambda t, i=i: function(t, *args, **kwargs)[i], [x], part)
@@ -56,11 +55,88 @@ for _attribute in ("T", "mT", "H", "mH"):
     RULES[getattr(Tensor, _attribute).__get__] = (_linear_in_first, False)
 
 
-@rule_for("masked_fill")
-def _masked_fill(tape: Tape, func: Any, x: Tensor, mask: Tensor, value: Any) -> Tensor:
-    if tape.slot(value) is not None or tape.slot(x) is None:
-        raise NoRule("masked_fill has no rule for a value that moves")
-    return tape.linear("masked_fill", lambda t: t.masked_fill(mask, 0), [x], x.masked_fill(mask, value))
+@rule_for("view_as reshape_as expand_as type_as")
+def _as(tape: Tape, func: Any, x: Tensor, other: Tensor) -> Tensor:
+    """``other`` gives its shape or dtype only, so that it may move."""
+    if tape.slot(x) is None:
+        return func(x, other.detach())  # type: ignore[no-any-return]
+    if func is Tensor.type_as:
+        return tape.linear("type_as", lambda t: t, [x], x.type_as(other.detach()))
+    shape = other.shape
+    form = Tensor.expand if func is Tensor.expand_as else Tensor.view if func is Tensor.view_as else Tensor.reshape
+    return tape.linear(func.__name__, lambda t: form(t, shape), [x], form(x, shape))
+
+
+_VALUES = {
+    "masked_fill": (0, 2),
+    "index_fill": (0, 3),
+    "index_put": (0, 2),
+    "index_copy": (0, 3),
+    "index_add": (0, 3),
+    "scatter": (0, 3),
+    "scatter_add": (0, 3),
+    "masked_scatter": (0, 2),
+    "select_scatter": (0, 1),
+    "slice_scatter": (0, 1),
+    "where": (1, 2),
+    "__setitem__": (0, 2),
+}
+"""Functions that put together what they are given, by the places of the arguments in which they are linear jointly."""
+
+
+def _put_together(name: str, tape: Tape, func: Any, *args: Any, **kwargs: Any) -> Tensor:
+    places = (0, 2) if func is Tensor.where else _VALUES[name]
+    values = [args[place] for place in places]
+    moves = [tape.slot(x) is not None for x in values]
+    others = [x for place, x in enumerate(args) if place not in places]
+    if kwargs.get("reduce") is not None or any(tape.slot(x) is not None for x in tensors_in((others, kwargs))):
+        raise NoRule(f"{name_of(func)} has no rule for these arguments")
+    function = _set if name == "__setitem__" else _outplace(func)
+    zeros = [_zero(x) for x in values]
+
+    def with_values(*given: Any) -> Tensor:
+        filled = list(args)
+        for place, x in zip(places, given, strict=True):
+            filled[place] = x
+        return function(*filled, **kwargs)
+
+    value = with_values(*values)
+    for place in places:
+        args = (*args[:place], None, *args[place + 1 :])
+
+    def derivative(*moving: Tensor) -> Tensor:
+        queue = iter(moving)
+        return with_values(*(next(queue) if move else zero for move, zero in zip(moves, zeros, strict=True)))
+
+    return tape.linear(name, derivative, [x for x, move in zip(values, moves, strict=True) if move], value)
+
+
+def _zero(x: Any) -> Any:
+    """Zeros in the form of a value that does not move, in the memory of one."""
+    return torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape) if isinstance(x, Tensor) else 0
+
+
+def _set(x: Tensor, index: Any, value: Any) -> Tensor:
+    """What ``x[index] = value`` makes of x."""
+    x = x.clone(memory_format=torch.contiguous_format)
+    x[index] = value
+    return x
+
+
+for _function in _VALUES:
+    rule_for(_function)(functools.partial(_put_together, _function))
+RULES[Tensor.__setitem__] = (functools.partial(_put_together, "__setitem__"), True)
+
+
+def _overwrite(tape: Tape, func: Any, x: Tensor, value: Any = 0, *_: Any) -> Tensor:
+    """``copy_``, ``fill_`` and ``zero_``: what a tensor was before plays no part any more."""
+    if tape.slot(value) is None:
+        return torch.empty_like(x).copy_(value) if isinstance(value, Tensor) else torch.full_like(x, value)
+    with tape:
+        return value.to(x.dtype).expand(x.shape).clone()  # type: ignore[no-any-return]
+
+
+RULES[Tensor.copy_] = RULES[Tensor.fill_] = RULES[Tensor.zero_] = RULES[torch.zero_] = (_overwrite, True)
 
 
 @rule_for("pad")
@@ -85,17 +161,23 @@ def _join(tape: Tape, func: Any, tensors: Any, *args: Any, **kwargs: Any) -> Ten
 @rule_for("add __add__ __radd__ sub subtract __sub__ rsub __rsub__")
 def _add(tape: Tape, func: Any, a: Any, b: Any, *, alpha: Any = 1) -> Tensor:
     name = func.__name__
-    sign_a, sign_b = (-1, 1) if "rsub" in name else (1, -1) if "sub" in name else (1, 1)
-    value = sign_a * a + (sign_b * alpha) * b if (sign_a, sign_b, alpha) != (1, 1, 1) else a + b
-    factors = [(x, s) for x, s in ((a, sign_a), (b, sign_b * alpha)) if tape.slot(x) is not None]
+    factors = (-alpha, 1) if "rsub" in name else (1, -alpha if "sub" in name else alpha)  # rsub: b − alpha a
+    value = a + b if factors == (1, 1) else factors[0] * a + factors[1] * b
+    moving = [(x, s) for x, s in zip((a, b), factors, strict=True) if tape.slot(x) is not None]
     shape = value.shape
 
-    def derivative(*moving: Tensor) -> Tensor:
-        parts = [t if s == 1 else s * t for t, (_, s) in zip(moving, factors, strict=True)]
+    def derivative(*given: Tensor) -> Tensor:
+        parts = [t if s == 1 else s * t for t, (_, s) in zip(given, moving, strict=True)]
         total = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         return total if total.shape == shape else total.expand(shape)
 
-    return tape.linear(name, derivative, [x for x, _ in factors], value)
+    return tape.linear(name, derivative, [x for x, _ in moving], value)
+
+
+@rule_for("lerp")
+def _lerp(tape: Tape, func: Any, start: Tensor, end: Tensor, weight: Any) -> Tensor:
+    with tape:
+        return start + weight * (end - start)  # type: ignore[no-any-return]
 
 
 @rule_for("mul multiply __mul__ __rmul__")
@@ -128,21 +210,6 @@ def _rdiv(tape: Tape, func: Any, a: Tensor, b: Any) -> Tensor:
 def _addcmul(tape: Tape, func: Any, x: Tensor, a: Tensor, b: Tensor, *, value: Any = 1) -> Tensor:
     with tape:
         return x + value * (a * b)  # type: ignore[no-any-return]
-
-
-@rule_for("where")
-def _where(tape: Tape, func: Any, condition: Tensor, a: Any = None, b: Any = None) -> Tensor:
-    if func is Tensor.where:  # x.where(condition, other)
-        condition, a = a, condition
-    value = torch.where(condition, a, b)
-    moves = [tape.slot(a) is not None, tape.slot(b) is not None]
-
-    def derivative(*moving: Tensor) -> Tensor:
-        return torch.where(condition, moving[0] if moves[0] else 0.0, moving[-1] if moves[1] else 0.0).expand(
-            value.shape
-        )
-
-    return tape.linear("where", derivative, [x for x, move in zip((a, b), moves, strict=True) if move], value)
 
 
 # ---- products ------------------------------------------------------------------------------------------------------
@@ -327,7 +394,8 @@ def _max(tape: Tape, func: Any, x: Tensor, dim: Any = None, keepdim: bool = Fals
     if isinstance(dim, Tensor):
         return _maximum(tape, torch.maximum if name == "max" else torch.minimum, x, dim)
     if dim is None:
-        raise NoRule(f"{name} over all elements has no rule")
+        with tape:
+            return x.amax() if name == "max" else x.amin()
     value, indices = func(x, dim, keepdim)
     full = indices if keepdim else indices.unsqueeze(dim)
 
@@ -338,17 +406,25 @@ def _max(tape: Tape, func: Any, x: Tensor, dim: Any = None, keepdim: bool = Fals
     return getattr(torch.return_types, name)((tape.linear(name, derivative, [x], value), indices))
 
 
-def _pool(tape: Tape, dims: int, name: str, with_indices: Any, args: Any, kwargs: Any) -> Any:
-    kwargs = dict(kwargs)
-    wants_indices = kwargs.pop("return_indices", False) or name.endswith("indices")
-    x, *rest = (kwargs.pop("input"), *args) if "input" in kwargs else args
+@rule_for("amax amin")
+def _amax(tape: Tape, func: Any, x: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
+    value = func(x, dim, keepdim)
+    is_it = (x == func(x, dim, True)).to(x.dtype).detach()
+    dims = list(range(x.dim())) if dim == () else dim
+    share = is_it / is_it.sum(dims, keepdim=True)  # equal elements share
+    return tape.linear(func.__name__, lambda t: (t * share).sum(dims, keepdim=keepdim), [x], value)
+
+
+def _pool(tape: Tape, dims: int, with_indices: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
+    wants_indices = kwargs.pop("return_indices", False) or func is with_indices
+    x, *rest = (kwargs.pop("input"), *args) if "input" in kwargs else args  # F.max_pool2d has no signature to ask for
     value, indices = with_indices(x, *rest, **kwargs)
     planes, shape = indices.flatten(-dims).flatten(0, -2).int().contiguous(), value.shape
 
     def derivative(t: Tensor) -> Tensor:
         return ops.gate_take(t.reshape(len(planes), -1).contiguous(), planes).view(shape)
 
-    out = tape.linear(name, derivative, [x], value)
+    out = tape.linear(f"max_pool{dims}d", derivative, [x], value)
     return (out, indices) if wants_indices else out
 
 
@@ -357,8 +433,10 @@ def _register_pools() -> None:
         for name in (f"max_pool{dims}d", f"adaptive_max_pool{dims}d"):
             with_indices = getattr(F, f"{name}_with_indices")
 
-            def rule(tape: Tape, func: Any, *args: Any, dims: int = dims, name: str = name, **kwargs: Any) -> Any:
-                return _pool(tape, dims, name, getattr(F, f"{name}_with_indices"), args, kwargs)
+            def rule(
+                tape: Tape, func: Any, *args: Any, dims: int = dims, form: Any = with_indices, **kwargs: Any
+            ) -> Any:
+                return _pool(tape, dims, form, func, *args, **kwargs)
 
             rule_for(name)(rule)
             RULES[with_indices] = (rule, False)
@@ -376,6 +454,18 @@ def _dropout(tape: Tape, func: Any, input: Tensor, p: float = 0.5, training: boo
     if inplace:
         tape.replace(input, out)
     return out
+
+
+@rule_for("round floor ceil trunc sign")
+def _flat(tape: Tape, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return _outplace(func)(x.detach(), *args, **kwargs)  # type: ignore[no-any-return]
+
+
+@rule_for("glu")
+def _glu(tape: Tape, func: Any, input: Tensor, dim: int = -1) -> Tensor:
+    with tape:
+        a, b = input.chunk(2, dim)
+        return a * b.sigmoid()
 
 
 # ---- smooth functions of each element ------------------------------------------------------------------------------
@@ -467,15 +557,14 @@ for _function in _DERIVATIVES:
 # ---- softmax, normalisation, attention -----------------------------------------------------------------------------
 
 
-def _dim_of(dim: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: Any) -> int:
-    if not isinstance(dim, int) or dtype is not None:
-        raise NoRule("softmax has no rule for an implicit dimension or another dtype")
-    return dim
-
-
 @rule_for("softmax log_softmax")
-def _softmax(tape: Tape, func: Any, input: Tensor, dim: Any = None, *args: Any, dtype: Any = None, **_: Any) -> Tensor:
-    dim = _dim_of(dim, args, {}, dtype)
+def _softmax(tape: Tape, func: Any, input: Tensor, dim: Any = None, *rest: Any, dtype: Any = None) -> Tensor:
+    dtype = next((given for given in rest if isinstance(given, torch.dtype)), dtype)  # torch's place is not F's
+    if not isinstance(dim, int):
+        raise NoRule("softmax has no rule for an implicit dimension")
+    if dtype is not None:
+        with tape:
+            input = input.to(dtype)
     slots = [tape.slots[id(input)]]
     if func.__name__ == "softmax":
         value = torch.softmax(input, dim)
@@ -487,7 +576,8 @@ def _softmax(tape: Tape, func: Any, input: Tensor, dim: Any = None, *args: Any, 
 
 @rule_for("logsumexp")
 def _logsumexp(tape: Tape, func: Any, input: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
-    dim = _dim_of(dim, (), {}, None)
+    if not isinstance(dim, int):
+        raise NoRule("logsumexp has no rule for several dimensions")
     p = torch.softmax(input.detach(), dim)
     node = LogSumExp("logsumexp", [tape.slots[id(input)]], p, dim, log_softmax=False, keepdim=keepdim)
     return tape.add(node, torch.logsumexp(input, dim, keepdim))
@@ -508,6 +598,8 @@ def _cross_entropy(
 ) -> Tensor:
     dim = 0 if input.dim() == 1 else 1
     soft = target.is_floating_point()
+    if size_average is not None or reduce is not None:
+        raise NoRule("cross_entropy has no rule for size_average= and reduce=")
     if label_smoothing or (soft and (weight is not None or reduction != "mean")):
         raise NoRule("cross_entropy has no rule for label smoothing, or for weighted or unreduced soft targets")
     with tape:
@@ -593,7 +685,7 @@ def _layer_norm(
 def _rms_norm(
     tape: Tape, func: Any, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
-    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    eps = torch.finfo(torch.promote_types(input.dtype, torch.float32)).eps if eps is None else eps
     n = _normalise(tape, "rms_norm", input, list(range(-len(normalized_shape), 0)), eps, centred=False)
     return _affine(tape, "rms_norm", n, weight, None, tuple(normalized_shape))
 
@@ -656,65 +748,40 @@ def _attention(
         scores = (query * (scale if scale is not None else query.shape[-1] ** -0.5)) @ key.transpose(-2, -1)
         if is_causal:
             attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        blind = None  # rows that see nothing, whose output is 0
         if attn_mask is not None and attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attn_mask, -math.inf)
+            blind = ~attn_mask.any(-1, keepdim=True)
+            scores = scores.masked_fill(~attn_mask & ~blind, -math.inf)
         elif attn_mask is not None:
-            scores = scores + attn_mask
-        return F.dropout(torch.softmax(scores, -1), dropout_p) @ value
+            blind = (attn_mask == -math.inf).all(-1, keepdim=True)
+            scores = scores + attn_mask.masked_fill(blind, 0.0)
+        p = torch.softmax(scores, -1)
+        if blind is not None and bool(blind.any()):
+            p = p.masked_fill(blind, 0.0)
+        return F.dropout(p, dropout_p) @ value
 
 
-@rule_for("multi_head_attention_forward")
-def _multi_head_attention(
-    tape: Tape,
-    func: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    embed_dim_to_check: int,
-    num_heads: int,
-    in_proj_weight: Tensor | None,
-    in_proj_bias: Tensor | None,
-    bias_k: Tensor | None,
-    bias_v: Tensor | None,
-    add_zero_attn: bool,
-    dropout_p: float,
-    out_proj_weight: Tensor,
-    out_proj_bias: Tensor | None,
-    training: bool = True,
-    key_padding_mask: Tensor | None = None,
-    need_weights: bool = True,
-    attn_mask: Tensor | None = None,
-    use_separate_proj_weight: bool = False,
-    q_proj_weight: Tensor | None = None,
-    k_proj_weight: Tensor | None = None,
-    v_proj_weight: Tensor | None = None,
-    static_k: Tensor | None = None,
-    static_v: Tensor | None = None,
-    average_attn_weights: bool = True,
-    is_causal: bool = False,
-) -> tuple[Tensor, None]:
-    if bias_k is not None or bias_v is not None or add_zero_attn or static_k is not None or static_v is not None:
-        raise NoRule("multi_head_attention_forward has no rule for bias_k, add_zero_attn or static keys")
-    if query.dim() != 3 or (is_causal and attn_mask is None):
-        raise NoRule("multi_head_attention_forward has a rule for batched inputs and given masks only")
+@rule_for("_weight_norm")
+def _weight_norm(tape: Tape, func: Any, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     with tape:
-        if use_separate_proj_weight:
-            weights = [q_proj_weight, k_proj_weight, v_proj_weight]
-        else:
-            assert in_proj_weight is not None
-            weights = list(in_proj_weight.chunk(3))
-        biases = list(in_proj_bias.chunk(3)) if in_proj_bias is not None else [None] * 3
-        # (tokens, batch, features) -> (batch, heads, tokens, features of a head)
-        q, k, v = (
-            F.linear(x, w, b).view(*x.shape[:2], num_heads, -1).permute(1, 2, 0, 3)  # type: ignore[arg-type]
-            for x, w, b in zip((query, key, value), weights, biases, strict=True)
-        )
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        masks = [attn_mask if attn_mask is None or attn_mask.dim() == 2 else attn_mask.view(scores.shape)]
-        masks.append(None if key_padding_mask is None else key_padding_mask[:, None, None, :])
-        for mask in masks:
-            if mask is not None:
-                scores = scores.masked_fill(mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-        p = F.dropout(torch.softmax(scores, -1), dropout_p, training)
-        out = (p @ v).permute(2, 0, 1, 3).flatten(2)
-        return F.linear(out, out_proj_weight, out_proj_bias), None
+        return twice.weight_norm(v, g, dim)
+
+
+@rule_for("embedding_bag")
+def _embedding_bag(tape: Tape, func: Any, *args: Any, **kwargs: Any) -> Tensor:
+    if func is torch.embedding_bag:
+        raise NoRule("torch.embedding_bag has no rule (torch.nn.functional.embedding_bag has)")
+    try:
+        with tape:
+            return twice.embedding_bag(*args, **kwargs)
+    except NotImplementedError as error:
+        raise NoRule(str(error)) from None
+
+
+@rule_for("norm vector_norm")
+def _norm(tape: Tape, func: Any, x: Tensor, p: Any = 2, dim: Any = None, keepdim: bool = False, *rest: Any) -> Tensor:
+    if p not in (2, "fro", None) or any(option is not None for option in rest):
+        raise NoRule(f"{name_of(func)} has a rule for the Euclidean norm only")
+    dim = list(range(x.dim())) if dim is None else dim
+    with tape:
+        return x.square().sum(dim, keepdim=keepdim).sqrt()

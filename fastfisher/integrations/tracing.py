@@ -1,0 +1,45 @@
+"""What the callbacks that note Tr(F) have in common: when, with which draws, under which names."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastfisher.arguments import check_generator, is_count
+from fastfisher.traces import trace_fisher
+
+
+class TraceAtSteps:
+    """Tr(F) every so many steps, with draws that depend on the step alone: a resumed run has those of a whole one.
+
+    Args:
+        every_n_steps: so many steps from one measurement to the next.
+        options: those of :func:`fastfisher.trace_fisher`; of a generator the seed is taken once.
+
+    Raises:
+        ValueError: ``every_n_steps`` is not an integer ≥ 1.
+        TypeError: an option is none of ``trace_fisher``.
+    """
+
+    def __init__(self, every_n_steps: int, options: dict[str, Any]) -> None:
+        if not is_count(every_n_steps):
+            raise ValueError(f"every_n_steps: expected an integer >= 1, got {every_n_steps!r}")
+        inspect.signature(trace_fisher).bind(None, None, **options)
+        generator = options.pop("generator", None)
+        check_generator(generator)
+        self.every_n_steps, self.options, self._seed = every_n_steps, options, 0
+        if generator is not None:
+            self._seed = int(torch.randint(1 << 62, (), generator=generator, device=generator.device))
+
+    def due(self, step: int) -> bool:
+        """Whether to measure after so many steps."""
+        return step % self.every_n_steps == 0
+
+    def measure(self, model: nn.Module, data: Any, step: int) -> dict[str, float]:
+        """What goes into the log."""
+        generator = torch.Generator().manual_seed(self._seed + step)
+        trace = trace_fisher(model, data, generator=generator, **self.options)
+        return {"fisher_trace": trace.value, "fisher_trace_error": trace.standard_error}
