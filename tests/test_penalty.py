@@ -531,6 +531,8 @@ def test_complex_parameters_count_by_their_absolute_value() -> None:
         assert not value.is_complex() and float(value) == pytest.approx(float(squared))
         for g, h in zip(torch.autograd.grad(value, list(model.parameters())), exact, strict=True):
             assert float((g - h).abs().max()) < 1e-6 * float(h.abs().max())
+
+
 def test_a_module_with_two_names_keeps_its_parameters() -> None:
     """As a wrapper has it that holds a module beside what it made of it; with the values of one name."""
 
