@@ -17,7 +17,7 @@ mappings at any depth, and anything that is no tensor. Each tensor has the examp
 all: a scalar, or of size 1 there.
 
 Data are one such batch, or an iterable of batches: a ``DataLoader``, a list, a generator. A tuple is always one batch.
-A list is one where a tensor is among its items, as in ``next(iter(loader))``.
+A list is one where a tensor or None is among its items, as in ``next(iter(loader))``.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset, IterableDataset
 
 from fastfisher.alignment import labels_in, targets_within
@@ -152,7 +153,7 @@ class Batches:
 def is_batch(data: Any) -> bool:
     """Whether data are one batch, and no iterable of batches."""
     return isinstance(data, Tensor | Mapping | tuple) or (
-        isinstance(data, list) and any(isinstance(item, Tensor) for item in data)
+        isinstance(data, list) and any(item is None or isinstance(item, Tensor) for item in data)
     )
 
 
@@ -163,7 +164,7 @@ def split(model: nn.Module, batch: Any, class_dim: int | None = None, name: str 
         TypeError: it is none; ``name`` is the argument that is named.
         ValueError: the model cannot be called with these inputs.
     """
-    if isinstance(batch, Tensor | Mapping):
+    if isinstance(batch, Tensor | Mapping | PackedSequence):
         return paired(model, batch, None, class_dim, name)
     if isinstance(batch, list | tuple) and batch:
         *inputs, last = batch
