@@ -57,13 +57,8 @@ def graph_nodes(*outputs: Tensor) -> Iterator[Any]:
         stack.extend(edge for edge, _ in node.next_functions)
 
 
-def refuse_recomputed(node: Any) -> None:
-    """Raises where the backward of a node of a graph recomputes a checkpoint.
-
-    Raises:
-        NotImplementedError: the node is a checkpoint with ``use_reentrant=True``, or a custom autograd.Function in a
-            checkpoint in which no function of torch was seen, so that :func:`keep_saved_tensors` never came.
-    """
+def refuse_reentrant(node: Any) -> None:
+    """Raises NotImplementedError where a node of a graph is a checkpoint with ``use_reentrant=True``."""
     if type(node).__name__ == "CheckpointFunctionBackward":
         raise NotImplementedError(
             "model: expected activation checkpointing with use_reentrant=False, got use_reentrant=True, which runs the "
@@ -71,6 +66,16 @@ def refuse_recomputed(node: Any) -> None:
             "torch.utils.checkpoint.checkpoint (in Transformers, "
             'gradient_checkpointing_kwargs={"use_reentrant": False})'
         )
+
+
+def refuse_recomputed(node: Any) -> None:
+    """Raises where the backward of a node of a graph recomputes a checkpoint.
+
+    Raises:
+        NotImplementedError: the node is a checkpoint with ``use_reentrant=True``, or a custom autograd.Function in a
+            checkpoint in which no function of torch was seen, so that :func:`keep_saved_tensors` never came.
+    """
+    refuse_reentrant(node)
     for saved in getattr(node, "_raw_saved_tensors", ()):
         if type(saved.data).__module__ == _MODULE:
             raise NotImplementedError(

@@ -130,7 +130,7 @@ def trace_hessian(
 
     Raises:
         ValueError: an unknown option, no examples, targets that do not fit, a parameter that is not the model's, or
-            logits that are NaN or +inf.
+            logits that are NaN or +inf, or second derivatives that are not finite.
         TypeError: the model, the inputs or the data are of a type that cannot be one.
         NotImplementedError: a parameter is complex, the forward changes parameters, or, where autograd serves, there is
             no second derivative: of a custom ``autograd.Function`` whose backward is ``once_differentiable``, of a
@@ -210,7 +210,7 @@ def logits_form(model: nn.Module, parameters: dict[str, Tensor], inputs: Call) -
     elif any(module.training for module in model.modules()):
         coupled = "the model is in train mode, and Tr(F) is taken in eval mode"
     elif not _same_alone(model, inputs, logits.detach()):
-        coupled = "the logits of an example are not the same where it is the only one of its batch"
+        coupled = "the logits of an example are not the same in another batch"
     return LogitsForm(logits.shape[-1], curved, coupled, unknown)
 
 
@@ -261,26 +261,25 @@ SAME = 3e-4
 
 
 def _same_alone(model: nn.Module, inputs: Call, logits: Tensor) -> bool:
-    """Whether the first example's logits are the same without the other examples."""
+    """Whether the logits of the first and the last example are the same without the others, and in the other order."""
     if len(logits) == 1:
         return True
     if count_examples(inputs) != len(logits):
         return False
-    first = torch.zeros(len(logits), dtype=torch.bool)
-    first[0] = True
+    two = torch.tensor([len(logits) - 1, 0])
+    expected = logits[two.to(logits.device)]
     try:
         with torch.enable_grad():  # models may go another way without
-            alone = call_copy(model, {}, take_rows(inputs, first)).detach()
+            alone = call_copy(model, {}, take_rows(inputs, two)).detach()
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # a model for batches of one size, or a norm over the batch
+    except Exception:  # a model for batches of one size
+        return False
+    if alone.shape != expected.shape:
         return False
     finite = logits[logits.isfinite()]
     tolerance = max(SAME, torch.finfo(logits.dtype).eps ** 0.5) * (finite.abs().max() if len(finite) else 0)
-    near = (
-        (alone == logits[:1]) | ((alone - logits[:1]).abs() <= tolerance) if alone.shape == logits[:1].shape else None
-    )
-    return near is not None and bool(near.all())
+    return bool(((alone == expected) | ((alone - expected).abs() <= tolerance)).all())
 
 
 def _fisher(
@@ -357,6 +356,11 @@ def _hutchinson(
         if rows == 0:
             raise ValueError("data: expected at least one example, got none")
         values += [value / rows for value in sums]
+        if not all(map(math.isfinite, values)):
+            raise ValueError(
+                f"model: expected finite second derivatives, got {sum(values)} by hvp={hvp!r} (as of a square root at "
+                'zero, or where PyTorch\'s own second derivative errs); hvp="finite_difference" needs first ones only'
+            )
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
         mean = statistics.fmean(values)
         if fisher is not None:

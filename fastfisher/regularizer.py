@@ -42,6 +42,7 @@ from fastfisher.labels import (
     cross_entropy,
     fit,
     label_loss,
+    looking_waits,
     new_key,
 )
 from fastfisher.model import (
@@ -211,9 +212,10 @@ class FisherPenalty:
         process_group: the processes that share a batch; by default those of ``DistributedDataParallel`` or
             ``fully_shard``, and none of any other model.
         timeout: seconds that a process waits for the others to get as far as it did.
-        verify: with finite differences, repeat the first forward of each kind of batch (shapes, dtypes, modes) with a
-            step of length 0, and refuse a model that then gives other logits: one with random numbers that are not
-            torch's, or with a state outside of its buffers. Costs a forward, once; with ``fully_shard`` it is not done.
+        verify: with finite differences, look once for each kind of batch (shapes, dtypes, modes) whether a step of
+            length 0 gives the same logits, and refuse a model that gives others: one with random numbers that are not
+            torch's, or with a state outside of its buffers; and whether half of the step gives the same gradient, and
+            warn where it does not. Costs three forwards and two backwards, once; not done with ``fully_shard``.
 
     Precision. Under autocast in bfloat16 or float16 the difference of two gradients would drown in rounding. With
     ``step="auto"`` and frozen gates R is therefore taken by two forwards and backwards in the precision of the
@@ -324,6 +326,7 @@ class FisherPenalty:
         self.mixed, self.examples, self.generator = mixed, 1 if reduction == "first" else examples, generator
         self.loss, self.scaler, self.class_dim, self.verify = loss, scaler, class_dim, verify
         self._sparse: set[int] = set()  # by id: parameters whose gradient autograd makes sparse, as .grad is then too
+        self._moving: dict[tuple[bool, ...], bool] = {}  # by the modules' modes: whether a forward moves buffers
         self._met_autocast: torch.dtype | None = None  # within the model, where its caller need not know of it
         self._few = self.examples
         if self._shared is not None and examples is not None:
@@ -792,20 +795,26 @@ class FisherPenalty:
         few = inputs
         if self._few is not None and self._few < batch:
             few, rest = (take_rows(inputs, part) for part in (slice(None, self._few), slice(self._few, None)))
-        coupled = few is not inputs and couples_examples(self.model)
+        modes = tuple(module.training for module in self.model.modules()) if few is not inputs else ()
+        coupled = few is not inputs and (couples_examples(self.model) or self._moves_buffers(modes))
         if coupled and self.ranks is not None and self.ranks.sharded:
-            raise ValueError("examples: expected None with fully_shard and a BatchNorm in train mode")
+            raise ValueError(
+                "examples: expected None with fully_shard where a forward moves buffers, as BatchNorm does"
+            )
         # With reduction="first", the first example is as the batch's statistics make it.
         first_only = coupled and self.settings.reduction == "first"
         penalised = inputs if first_only else few
         full = self._in_full_precision()
         if (full and not self.mixed) or (coupled and not first_only):
-            buffers = copy_buffers(self.model) if full else None
+            buffers = copy_buffers(self.model)
             with fused_forward(self.model):
                 logits = call_model(self.model, inputs)
+            self._note_moved(modes, buffers)
             return logits, self._own_forward(trainable, penalised, first_only, buffers)
         with self._record_gates(full_precision=full) as gates:
             part = call_model(self.model, penalised)
+        if first_only:
+            self._note_moved(modes, gates.buffers)
         logits = part
         if penalised is not inputs:
             with fused_forward(self.model):
@@ -813,6 +822,19 @@ class FisherPenalty:
         if self._learns_of_autocast(gates):
             return logits, self._own_forward(trainable, penalised, first_only, gates.buffers)
         return logits, _Point(part, penalised, first_only, gates)
+
+    def _moves_buffers(self, modes: tuple[bool, ...]) -> bool:
+        """Whether a forward in these modes moves buffers; where it is not known yet, whether there are any."""
+        return self._moving.get(modes, True) and next(self.model.buffers(), None) is not None
+
+    def _note_moved(self, modes: tuple[bool, ...], before: dict[str, Tensor]) -> None:
+        """Compares the buffers after a forward with those before it, once; on a GPU they count as moved."""
+        if modes and modes not in self._moving:
+            if any(looking_waits(buffer) for buffer in before.values()):
+                self._moving[modes] = True
+                return
+            pairs = ((buffer, before[name]) for name, buffer in self.model.named_buffers())
+            self._moving[modes] = any(not torch.equal(buffer, old) for buffer, old in pairs)
 
     def _own_forward(
         self, trainable: dict[str, Tensor], inputs: Inputs, first_only: bool, buffers: dict[str, Tensor] | None
@@ -848,7 +870,7 @@ class FisherPenalty:
         if not self.verify or (self.ranks is not None and self.ranks.sharded):  # of which others would have to know
             return
         if is_new_kind(self.model, inputs, self.settings.frozen, shift.gates.full_precision):
-            shift.check_repeatable()
+            shift.verify()
 
     @contextmanager
     def _record_gates(

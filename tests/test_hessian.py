@@ -425,6 +425,7 @@ def cached(m: Any, x: Tensor) -> Tensor:
 
 COUPLING = {
     "mean over the batch": lambda m, x: m.first(x) - m.first(x).mean(0),
+    "sums over earlier examples": lambda m, x: m.first(x).cumsum(0),
     "attention over the batch": lambda m, x: (x @ x.T).softmax(1) @ m.first(x),
     "batch statistics in eval mode": lambda m, x: F.batch_norm(m.first(x), None, None, training=True),
 }
@@ -447,7 +448,7 @@ def test_writes_in_place_and_coupled_examples_are_seen(case: str) -> None:
 def test_coupled_examples_are_named(case: str) -> None:
     model = two(COUPLING[case])
     form = logits_form(model, dict(model.named_parameters()), POINTS)
-    assert form.coupled == "the logits of an example are not the same where it is the only one of its batch"
+    assert form.coupled == "the logits of an example are not the same in another batch"
 
 
 def test_a_write_behind_autograds_back_is_as_autograd_has_it() -> None:

@@ -778,9 +778,15 @@ def _embedding_bag(tape: Tape, func: Any, *args: Any, **kwargs: Any) -> Tensor:
         raise NoRule(str(error)) from None
 
 
+@rule_for("linear_cross_entropy")
+def _linear_cross_entropy(tape: Tape, func: Any, *args: Any, options: Any = None, **kwargs: Any) -> Tensor:
+    with tape:
+        return twice.linear_cross_entropy(*args, **kwargs)
+
+
 @rule_for("norm vector_norm")
 def _norm(tape: Tape, func: Any, x: Tensor, p: Any = 2, dim: Any = None, keepdim: bool = False, *rest: Any) -> Tensor:
-    if p not in (2, "fro", None) or any(option is not None for option in rest):
+    if p not in (2, "fro", None) or any(option is not None for option in rest):  # out, dtype
         raise NoRule(f"{name_of(func)} has a rule for the Euclidean norm only")
     dim = list(range(x.dim())) if dim is None else dim
     with tape:

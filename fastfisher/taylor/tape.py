@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from types import MethodWrapperType
 from typing import Any
@@ -76,6 +77,7 @@ class Tape(TorchFunctionMode):
         self._held: set[int] = set()  # the storages of the first self._looked_at of self._kept
         self._looked_at = 0
         self._flaw: str | None = None
+        self._open: list[Any] = []  # the functions of torch whose insides are being looked at
         self._outputs: list[Tensor] = []
         self._current: dict[int, Tensor] = {}  # of a tensor changed in place: what it is now
         self._changed: set[int] = set()  # the storages of those
@@ -146,9 +148,13 @@ class Tape(TorchFunctionMode):
         found = RULES.get(func)
         if found is None:
             inside = opened(func, methods=True)
-            if inside is not None:
-                with self:
-                    return inside(*args, **kwargs)
+            if inside is not None and func not in self._open:  # some hand themselves on to overrides by a helper
+                self._open.append(func)
+                try:
+                    with self:
+                        return inside(*args, **kwargs)
+                finally:
+                    self._open.pop()
             out = self._unfollowed(func, args, kwargs, tensors)
             if any(x.requires_grad for x in tensors_in(out)):
                 raise NoRule(f"{name_of(func)} has no rule")
@@ -158,6 +164,9 @@ class Tape(TorchFunctionMode):
             if kwargs.pop("out", None) is not None:
                 raise NoRule(f"{name_of(func)} has no rule for out=")
         rule, inplace = found
+        taken = _keywords(rule) if kwargs else None
+        if taken is not None and not kwargs.keys() <= taken:
+            raise NoRule(f"{name_of(func)} has no rule for {min(kwargs.keys() - taken)}=")
         target: Any = args[0] if inplace else None
         if inplace and target.requires_grad and (target.is_leaf or (target._base is not None and target._base.is_leaf)):
             raise NoRule(f"{name_of(func)} writes into a parameter")
@@ -343,6 +352,13 @@ class Tape(TorchFunctionMode):
 def _common(node: Node, reached: dict[int, int]) -> int:
     """The parameters that reach both factors of a product, as a set of bits; of another operation, none."""
     return reached[node.inputs[0]] & reached[node.inputs[1]] if isinstance(node, Product) else 0
+
+
+@functools.cache
+def _keywords(rule: Callable[..., Any]) -> frozenset[str] | None:
+    """The names of the arguments that a rule takes; None for one that takes any."""
+    parameters = inspect.signature(rule).parameters
+    return None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else frozenset(parameters)
 
 
 def _writes_to(x: Tensor) -> int:
