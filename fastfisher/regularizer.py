@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastfisher import ops
 from fastfisher.arguments import check_flags, check_generator, is_count, is_number
-from fastfisher.batches import paired
+from fastfisher.batches import check_own_loss, paired
 from fastfisher.convolution import saving_memory
 from fastfisher.distributed import (
     TIMEOUT,
@@ -392,7 +392,8 @@ class FisherPenalty:
         Raises:
             ValueError: ``weight`` is not positive and finite, or not the same in each process (scope "global"), there
                 are no inputs, the targets do not fit, the loss is no scalar, a row of logits has no softmax to draw a
-                label from, or without ``loss`` the model returns another head, which would not be trained.
+                label from, or without ``loss`` the model returns another head, which would not be trained, or makes
+                another loss of the labels in a batch.
             TypeError: the inputs are of a type that cannot be any.
             RankFailure: another process raised.
         """
@@ -1010,13 +1011,15 @@ class FisherPenalty:
 
     def _batch(self, inputs: Inputs, targets: Any, trainable: int) -> tuple[Call, Any]:
         """The call of the model and the targets; the first forward of a kind looks for heads beside the logits."""
-        call, targets = paired(self.model, inputs, targets, self.class_dim)
+        given = targets
+        call, targets = paired(self.model, inputs, given, self.class_dim)
         check_examples(call)
         if self.loss is not None:
             return call, targets
         if targets is None:
             raise ValueError("targets: expected those of the training loss, got None")
-        return check_heads(self.model, call, trainable), targets
+        call = check_heads(self.model, call, trainable)
+        return (call if given is not None else check_own_loss(self.model, call, targets)), targets
 
     def _fitting(self, logits: Tensor, targets: Any) -> tuple[Any, Tensor | None]:
         """The targets of the training loss, and those of the rows of logits, where there are any.

@@ -380,6 +380,27 @@ def test_a_loss_that_says_nothing_of_the_targets_is_refused() -> None:
         fastfisher.trace_fisher(Language(1), {"input_ids": TOKENS, "labels": LABELS.masked_fill(LABELS < 0, 255)})
 
 
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.0}, {"method": "double_backprop"}, {"gates": "free"}], ids=str)
+def test_another_loss_of_the_models_own_is_not_left_out_in_silence(options: dict[str, Any]) -> None:
+    class Balanced(Language):
+        factor = 0.01
+
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+            out = super().forward(input_ids, labels)
+            return Out(logits=out.logits, loss=out.loss + self.factor * self.head.weight.square().mean())
+
+    model = Balanced(1).eval()
+    penalty = FisherPenalty(model, **{"alpha": 0.1, "every": 1, **options})
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^model: its own loss at the labels, .* which would be trained in"):
+            penalty.backward({"input_ids": TOKENS, "labels": LABELS})
+    assert all(p.grad is None for p in model.parameters()) and penalty.steps == 0
+    penalty.backward({"input_ids": TOKENS, "labels": LABELS}, FOLLOWING)  # the targets are stated
+    model.factor = 0.0
+    penalty.backward({"input_ids": TOKENS, "labels": LABELS})
+    assert penalty.steps == 2
+
+
 def test_labels_of_an_encoder_and_decoder_reach_its_forward() -> None:
     """The decoder's inputs are made of them; without, it starts from nothing."""
 
