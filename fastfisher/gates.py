@@ -118,6 +118,7 @@ class Gates:
         model: the model that ran.
         buffers: its buffers as they were when the recording began, by name.
         drew: whether the forward drew from the default random number generators: only then are they set back.
+        changed: the parameters that the forward wrote into, by name.
         autocast: the dtype of an autocast met within the forward, which its caller need not know of.
         precision: the coarsest floating dtype in which something was computed that depends on the parameters.
         full_precision: whether autocast is off within, wherever it is switched on.
@@ -129,6 +130,7 @@ class Gates:
     model: torch.nn.Module | None = None
     buffers: dict[str, Tensor] = field(default_factory=dict)
     drew: bool = True
+    changed: frozenset[str] = frozenset()
     autocast: torch.dtype | None = None
     precision: torch.dtype | None = None
     full_precision: bool = False
@@ -215,6 +217,7 @@ def record_gates(
         buffers = {} if model is None else copy_buffers(model)
     random = RandomState.current(devices) if rewind else None
     gates = Gates(random, frozen, model, buffers, full_precision=full_precision)
+    writes = {} if model is None else {name: (p, p._version) for name, p in model.named_parameters()}
     seen_drawing: Callable[[], bool] = lambda: True  # noqa: E731
     if frozen:
         if model is not None:
@@ -230,6 +233,7 @@ def record_gates(
             yield gates
     else:
         yield gates
+    gates.changed = frozenset(name for name, (p, version) in writes.items() if p._version != version)
     # Another thread may have drawn meanwhile. Its numbers are its own: they do not come twice because of us.
     gates.drew = gates.random is not None and seen_drawing() and gates.random.has_moved()
 
