@@ -232,7 +232,7 @@ class FisherPenalty:
     ``fully_shard`` made, and call :meth:`backward` on their parts of the batch; ``.grad`` is then the same on each, and
     no other reduction may follow. With P parameters of s bytes and the weights by rows, a plain step sends one sum of
     P·s bytes, a step that recomputes the penalty two, of P·s and of P·s (``every=1``) or 2P·s; each follows a message
-    of 72 bytes per process, and one more comes before the first. ``scope="local"`` sends one sum of P·s in any step.
+    of 88 bytes per process, and one more comes before the first. ``scope="local"`` sends one sum of P·s in any step.
     ``examples`` counts those of all processes, divided evenly; ``reduction="first"`` takes the first of rank 0.
     ``value`` is that of all, the loss and ``logits`` are each process's own. If a process raises, all others raise a
     :class:`fastfisher.RankFailure` in the same step.

@@ -190,7 +190,7 @@ def trace_fisher(
         params, generator, class_dim: as in :func:`per_example_grad_norms`.
         process_group: the processes that each have a part of the data; by default those of
             ``DistributedDataParallel`` around the model. The b-th batches of all are one batch, that of rank 0 first:
-            with its key, any number of processes draw the same labels for it. Each batch takes a message of 72 bytes
+            with its key, any number of processes draw the same labels for it. Each batch takes a message of 88 bytes
             per process, and one for each draw; at the end 16 bytes of each example go to each process. ``samples`` and
             ``batch_size`` are each process's own; ``minibatch`` needs a single one.
         verify: as in :func:`per_example_grad_norms`.
