@@ -23,14 +23,28 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastfisher.layers import Layer, Layout, bind, depends, tensors_in
+from fastfisher.checkpointing import graph_nodes, keep_saved_tensors, refuse_recomputed
+from fastfisher.gates import RandomState
+from fastfisher.layers import (
+    DECOMPOSED,
+    Layer,
+    Layout,
+    Recurrence,
+    Rows,
+    Unrolled,
+    bind,
+    depends,
+    tensors_in,
+    unrolled,
+)
 from fastfisher.model import (
     Inputs,
     call_model,
+    call_within,
     count_examples,
+    differentiable,
     input_tensors,
     map_inputs,
-    stateless,
     take_rows,
     uncompiled,
 )
@@ -50,23 +64,60 @@ class Part:
     tensor: Tensor
 
 
+class Receiver:
+    """What the nodes of a forward hand their gradients to.
+
+    They hold this and not the capture: the capture holds the logits, the logits their nodes, and Python's garbage
+    collector cannot see a cycle that goes through autograd's nodes, so that it would never be freed.
+
+    Attributes:
+        function: who receives during :meth:`Capture.backward`.
+        retain: whether another backward may follow.
+        strayed: whether a gradient came at another time, because the forward takes one itself.
+    """
+
+    def __init__(self) -> None:
+        self.function: Receive | None = None
+        self.retain, self.strayed = True, False
+
+    def __call__(self, layer: Layer, grad: Tensor) -> None:
+        """Called by the node after a layer."""
+        if self.function is None:
+            self.strayed = True
+            return
+        layer.check_unchanged()
+        self.function(layer, grad)
+        if not self.retain:
+            layer.release()
+
+
 class Capture:
     """One forward of a model whose layers are watched; :meth:`backward` may follow any number of times.
 
     Attributes:
         logits: the output of the forward, with its graph.
         parameters: stand-ins for the chosen parameters by name, leaves that share their memory.
-        direct: by name, the parts that make up a parameter without overlap: squared norms add up over them.
-        joint: by name, the parts of a parameter that is used more than once, or through functions of parameters: their
-            per-example gradients must be added before they are squared.
+        layers: the calls that have a formula, in order.
+        apart: by name, the parts that make up a parameter without overlap, each a list of uses that one formula serves
+            together (a layer that is called at every time step): squared norms add up over the parts.
+        joint: by name, the uses of a parameter through functions of parameters or with several formulas, in lists like
+            those of ``apart``: their per-example gradients must be added before they are squared.
         fallbacks: by name, why nothing here can follow a parameter.
+        random: whether the forward drew random numbers from torch's generators.
+
+    Args:
+        scattered: which of the ``layers`` have their examples in another order than the batch, as :meth:`misplaced`
+            found in an earlier capture.
 
     Raises:
         ValueError: there is no example, or the model couples examples (a batch norm on the statistics of the batch); it
             is named.
+        NotImplementedError: the model recomputes layers where they cannot be seen (reentrant checkpointing).
     """
 
-    def __init__(self, model: nn.Module, inputs: Inputs, names: Iterable[str]) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: Inputs, names: Iterable[str], scattered: frozenset[int] = frozenset()
+    ) -> None:
         found = dict(model.named_parameters())
         self.parameters = {name: found[name].data.requires_grad_() for name in names}
         others = {name: p.data for name, p in found.items() if name not in self.parameters}
@@ -76,68 +127,142 @@ class Capture:
             raise ValueError("inputs: expected at least one example, got none")
         self.anchor = torch.zeros((), device=input_tensors(inputs)[0].device, requires_grad=True)
         self.layers: list[Layer] = []
+        self.unplaced: list[Layer] = []
+        self.scattered = scattered
         self.fallbacks: dict[str, str] = {}
-        self._receive: Receive | None = None
-        self._retain = True
+        self.receiver = Receiver()
+        state = buffers | others | self.parameters
+        self.devices = frozenset(p.device.index for p in found.values() if p.device.type == "cuda")
+        before = RandomState.current(self.devices)
         mode = _Watch(self, model, inputs)
         with torch.enable_grad(), uncompiled(model, "the measurement"):
-            state = {f"model.{k}": v for k, v in (buffers | others | self.parameters).items()}
-            self.logits = stateless(_Caller(model), state, (mode,), {})
-        self.direct, self.joint = self._plan(mode)
+            self.logits = call_within(model, state, mode.run)
+        self.random = not same_state(before, RandomState.current(self.devices))
+        for node in graph_nodes(self.logits):
+            refuse_recomputed(node)
+            variable = getattr(node, "variable", None)
+            if variable is not None and id(variable) in mode.names:
+                reason = "it is used where no call can be seen, as in a custom autograd.Function"
+                self.fallbacks.setdefault(mode.names[id(variable)], reason)
+        if self.receiver.strayed:
+            reason = "a gradient is taken within the forward, of which it is a part"
+            self.fallbacks.update(dict.fromkeys(self.parameters, reason))
+        self.parts = self._parts(mode)
+        if self.unplaced:
+            self._place()
+        self.apart, self.joint = self._plan()
 
     def backward(self, cotangent: Tensor, receive: Receive, *, retain_graph: bool = False) -> None:
         """Pulls ``cotangent`` (shaped as the logits) back; ``receive(layer, gradient of its output)`` as it comes."""
         if not self.logits.requires_grad:
             return  # no parameter that could be followed takes part
-        self._receive, self._retain = receive, retain_graph
+        self.receiver.function, self.receiver.retain = receive, retain_graph
         try:
             with torch.enable_grad():  # a scalar: with grad_outputs= the first call imports sympy, 30 MB and a second
                 total = (self.logits * cotangent).sum()
             torch.autograd.grad(total, self.anchor, retain_graph=retain_graph, allow_unused=True)
         finally:
-            self._receive = None
+            self.receiver.function = None
 
-    def receive(self, layer: Layer, grad: Tensor) -> None:
-        """Called by the node after a layer."""
-        layer.check_unchanged()
-        if self._receive is not None:
-            self._receive(layer, grad)
-        if not self._retain:
-            layer.release()
+    def misplaced(self) -> frozenset[int]:
+        """Which of the layers have gradients in the places of examples whose logits get none.
 
-    def _plan(self, mode: _Watch) -> tuple[dict[str, list[Part]], dict[str, list[Part]]]:
+        Such a layer has its examples in another order than the batch, or it mixes them. Takes one backward.
+        """
+        if self.examples == 1:
+            return frozenset()
+        generator = torch.Generator().manual_seed(1)
+        order = torch.randperm(self.examples, generator=generator)
+        cotangent = random_cotangent(self.logits)
+        out = order[: self.examples // 2].to(cotangent.device)
+        cotangent[out] = 0
+        found: set[int] = set()
+        numbers = {id(layer): number for number, layer in enumerate(self.layers)}
+
+        def look(layer: Layer, grad: Tensor) -> None:
+            _, d = layer.seen(grad)
+            largest = d.detach().abs().reshape(len(d), -1).max(1).values if d.numel() else d.new_zeros(len(d))
+            if not bool((largest[out] <= 1e-6 * largest.max()).all()):
+                found.add(numbers[id(layer)])
+
+        self.backward(cotangent, look, retain_graph=True)
+        return frozenset(found)
+
+    def _parts(self, mode: _Watch) -> dict[str, list[Part]]:
+        """By name, the uses of each parameter: those of the tensors whose graphs lead to it."""
         parts: dict[str, list[Part]] = {name: [] for name in self.parameters}
+        sources: dict[int, list[str]] = {}
         for layer in self.layers:
             for slot, tensor in layer.tensors.items():
-                for name in mode.sources[id(tensor)]:
+                if id(tensor) not in sources:
+                    sources[id(tensor)] = mode.sources(tensor)
+                for name in sources[id(tensor)]:
                     parts[name].append(Part(layer, slot, tensor))
-        for name in _leaves_reached(self.logits, self.parameters):
-            self.fallbacks.setdefault(name, "it is used where no call can be seen, as in a custom autograd.Function")
-        direct: dict[str, list[Part]] = {}
-        joint: dict[str, list[Part]] = {}
+        return parts
+
+    def _plan(self) -> tuple[dict[str, list[list[Part]]], dict[str, list[list[Part]]]]:
+        apart: dict[str, list[list[Part]]] = {}
+        joint: dict[str, list[list[Part]]] = {}
         for name, leaf in self.parameters.items():
             if name not in self.fallbacks:
-                (direct if _disjoint(leaf, [p.tensor for p in parts[name]]) else joint)[name] = parts[name]
-        return direct, joint
+                groups = _together(self.parts[name])
+                (apart if _disjoint(leaf, [group[0].tensor for group in groups]) else joint)[name] = groups
+        return apart, joint
 
+    def _place(self) -> None:
+        """Finds which example each row of the ``unplaced`` layers belongs to.
 
-class _Caller(nn.Module):
-    """Calls the model within the mode, so that ``functional_call`` itself is not watched."""
+        The gradient of a row is linear in that of the logits. With that of example i times i + 1, the gradients of its
+        rows come i + 1 times as large; for many examples, digit by digit.
+        """
+        base = 8 if torch.finfo(self.logits.dtype).eps > 1e-4 else 256
+        cotangent = random_cotangent(self.logits)
+        plain = self._rows(cotangent)
+        norms = {key: d.square().sum(1) for key, d in plain.items()}
+        owners = {key: torch.zeros(len(d), dtype=torch.int64, device=d.device) for key, d in plain.items()}
+        certain = {key: torch.ones(len(d), dtype=torch.bool, device=d.device) for key, d in plain.items()}
+        step = 1
+        while step < self.examples:
+            digits = torch.arange(self.examples, device=cotangent.device) // step % base
+            factors = (digits + 1).to(cotangent).view(-1, *[1] * (cotangent.dim() - 1))
+            for key, scaled in self._rows(cotangent * factors).items():
+                d = plain[key]
+                ratio = ((scaled * d).sum(1) / norms[key]).nan_to_num(1.0).round().clamp(1, base)
+                rest = (scaled - ratio[:, None] * d).square().sum(1)
+                certain[key] &= rest <= 0.06 * norms[key]
+                owners[key] += (ratio.long() - 1) * step
+            step *= base
+        for layer in self.unplaced:
+            key = id(layer)
+            owner = torch.empty(0, dtype=torch.int64)  # where it does not lead to the logits
+            if key in plain and bool((certain[key] & (owners[key] < self.examples)).all()):
+                owner = owners[key].masked_fill(norms[key] == 0, -1)
+            elif key in plain:
+                reason = f"rows of a {type(layer).__name__} belong to several examples"
+                names = [name for name, parts in self.parts.items() if any(part.layer is layer for part in parts)]
+                self.fallbacks.update(dict.fromkeys(names, reason))
+            layer.layout = Rows.of(owner, self.examples, layer.leading)
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
+    def _rows(self, cotangent: Tensor) -> dict[int, Tensor]:
+        """What the outputs of the ``unplaced`` layers get, float64[rows, features]."""
+        found: dict[int, Tensor] = {}
+        wanted = {id(layer) for layer in self.unplaced}
 
-    def forward(self, mode: _Watch) -> Any:
-        return mode.run()
+        def keep(layer: Layer, grad: Tensor) -> None:
+            if id(layer) in wanted:
+                rows = layer.operand.shape[: layer.leading].numel()
+                found[id(layer)] = grad.reshape(rows, grad.numel() // max(1, rows)).double()
+
+        self.backward(cotangent, keep, retain_graph=True)
+        return found
 
 
 class _Tap(torch.autograd.Function):
     """The identity, in place; its backward hands the gradient of the layer's output over."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, anchor: Tensor, capture: Capture, layer: Layer) -> Tensor:
-        ctx.capture, ctx.layer = capture, layer
+    def forward(ctx: Any, out: Tensor, anchor: Tensor, receiver: Receiver, layer: Layer) -> Tensor:
+        ctx.receiver, ctx.layer = receiver, layer
         ctx.set_materialize_grads(False)
         ctx.mark_dirty(out)
         return out
@@ -145,7 +270,7 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Any:
         if grad is not None:
-            ctx.capture.receive(ctx.layer, grad)
+            ctx.receiver(ctx.layer, grad)
         return grad if ctx.needs_input_grad[0] else None, None, None, None
 
 
@@ -156,105 +281,174 @@ class _Own(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, operand: Tensor | None, anchor: Tensor, capture: Capture, layer: Layer) -> Tensor:
-        ctx.capture, ctx.layer = capture, layer
+    def forward(ctx: Any, operand: Tensor | None, anchor: Tensor, receiver: Receiver, layer: Layer) -> Tensor:
+        ctx.receiver, ctx.layer = receiver, layer
         ctx.set_materialize_grads(False)
         return layer.output()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Any:
         if grad is not None:
-            ctx.capture.receive(ctx.layer, grad)
+            ctx.receiver(ctx.layer, grad)
             grad = ctx.layer.pull_back(grad) if ctx.needs_input_grad[0] else None
         return grad, None, None, None
+
+
+class _Unrolled(torch.autograd.Function):
+    """A recurrent layer: its backward hands over the gradients of the products of all time steps, layer by layer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, h: Tensor, c: Tensor | None, anchor: Tensor, receiver: Receiver, recurrence: Recurrence
+    ) -> Any:
+        ctx.receiver, ctx.recurrence = receiver, recurrence
+        return recurrence.forward(rows, h, c)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        with torch.no_grad():
+            found, states = ctx.recurrence.backward(*grads)
+            inputs = ctx.recurrence.inputs(found[0][1]) if ctx.needs_input_grad[0] else None
+            for layer, grad in found:
+                ctx.receiver(layer, grad)
+        return inputs, *states, None, None, None
 
 
 class _Watch(TorchFunctionMode):
     """Sees every call of a forward.
 
-    ``sources`` names, for each parameter and each tensor computed from parameters alone (by id; ``alive`` keeps the ids
-    from being used again), the parameters it stems from. Everything else that depends on an example requires a gradient
-    or carries the mark of :func:`_mark`.
+    ``followed`` has, by id, the parameters and the tensors computed from parameters alone. What else depends on an
+    example requires a gradient or carries the mark of :func:`_mark`.
     """
 
-    def __init__(self, capture: Capture, model: nn.Module, inputs: Inputs, probe: list[Tensor] | None = None) -> None:
+    def __init__(self, capture: Capture, model: nn.Module, inputs: Inputs, probe: list[_Seen] | None = None) -> None:
         super().__init__()
         self.capture, self.model = capture, model
-        self.inputs = map_inputs(inputs, lambda x: _mark(x.detach()))
-        self.sources: dict[int, frozenset[str]] = {id(p): frozenset([n]) for n, p in capture.parameters.items()}
-        self.alive: list[Tensor] = []
+        examples = count_examples(inputs)
+
+        def mark(x: Tensor) -> Tensor:
+            shared = examples > 1 and (x.dim() == 0 or len(x) == 1)
+            x = differentiable(x.detach())
+            return x if shared else _mark(x)
+
+        self.inputs = map_inputs(inputs, mark)
+        self.names = {id(p): name for name, p in capture.parameters.items()}
+        self.followed: dict[int, Tensor] = {id(p): p for p in capture.parameters.values()}
         self.calls = 0
         self.probing = probe
-        self.probed: list[Tensor] | None = None
+        self.probed: list[_Seen] | None = None
 
     def run(self) -> Any:
         """The model's output."""
         with self:
             return call_model(self.model, self.inputs)
 
+    def sources(self, tensor: Tensor) -> list[str]:
+        """The names of the parameters that a followed tensor is computed from."""
+        if id(tensor) in self.names:
+            return [self.names[id(tensor)]]
+        leaves = [getattr(node, "variable", None) for node in graph_nodes(tensor)]
+        return [self.names[id(leaf)] for leaf in leaves if id(leaf) in self.names]
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = list(tensors_in(args)) + list(tensors_in(kwargs.values()))
-        tracked = [t for t in tensors if id(t) in self.sources]
-        mixed = any(depends(t) for t in tensors if id(t) not in self.sources)
-        if not tracked or not torch.is_grad_enabled():
+        if func in _LOOKS:
+            return func(*args, **kwargs)
+        keep_saved_tensors()
+        tracked, level = [], 0
+        for tensor in itertools.chain(tensors_in(args), tensors_in(kwargs.values())):
+            if id(tensor) in self.followed:
+                tracked.append(tensor)
+            else:
+                level = max(level, _level(tensor))
+        if level and _scatters(func, args):
+            level = _SCATTERED
+        if not tracked or not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
             out = func(*args, **kwargs)
-            if mixed:
-                _mark_all(out)
-                if func is Tensor.__setitem__:
-                    _mark(args[0])
-            return out
-        if not mixed:
-            return self._follow(func(*args, **kwargs), tracked)
-        opened = _open(func)
-        if opened is not None:
+        elif not level:
+            out = func(*args, **kwargs)
+            self._follow([out, *_written(func, args)])
+        elif (opened := _open(func)) is not None:
             with self:
                 return opened(*args, **kwargs)
-        out = self._mixed(func, args, kwargs, tracked)
-        _mark_all(out)
+        elif (written := _written(func, args)) and id(written[0]) in self.followed:
+            # Examples are written into a function of parameters: from here on it depends on them, with all that shares
+            # its memory, and the parameters keep their place in its graph.
+            self._forget(written[0])
+            out = func(*args, **kwargs)
+        else:
+            out = self._mixed(func, args, kwargs, tracked)
+        if level:
+            _mark_all([out, *_written(func, args)], level)
         return out
 
-    def _follow(self, out: Any, tracked: list[Tensor]) -> Any:
+    def _follow(self, found: Any) -> None:
         """Notes what a function of parameters alone gave."""
-        names = frozenset().union(*(self.sources[id(t)] for t in tracked))
-        for tensor in tensors_in([out]):
-            if tensor.requires_grad:  # one changed in place has further sources
-                self.sources[id(tensor)] = self.sources.get(id(tensor), frozenset()) | names
-                self.alive.append(tensor)
-        return out
+        for tensor in tensors_in(found):
+            if tensor.requires_grad:
+                self.followed[id(tensor)] = tensor
+
+    def _forget(self, written: Tensor) -> None:
+        memory = written.untyped_storage().data_ptr()
+        shared = [key for key, t in self.followed.items() if t.untyped_storage().data_ptr() == memory]
+        for key in shared:
+            del self.followed[key]
 
     def _mixed(self, func: Any, args: Any, kwargs: Any, tracked: list[Tensor]) -> Any:
         """A call that joins parameters and examples."""
-        layer = bind(func, args, kwargs, lambda t: id(t) in self.sources)
-        others = [t for t in tensors_in([*args, *kwargs.values()]) if id(t) not in self.sources and depends(t)]
-        if layer is not None and not layer.replaces and len(others) != 1:
+        recurrent = unrolled(func, args, kwargs, lambda t: id(t) in self.followed)
+        if recurrent is not None:
+            return self._recurrent(func, args, kwargs, recurrent, tracked)
+        layer = bind(func, args, kwargs, lambda t: id(t) in self.followed)
+        others = [t for t in tensors_in([*args, *kwargs.values()]) if id(t) not in self.followed and depends(t)]
+        if layer is not None and not (layer.replaces or layer.several) and len(others) != 1:
             layer = None  # the formulas know of one argument that depends on the examples
-        operand = layer.operand if layer is not None else None
+        if layer is None and func in DECOMPOSED:
+            with self:
+                return DECOMPOSED[func](*args, **kwargs)
+        index = self._count(func, tracked, layer.operand if layer is not None else None)
+        if self.probing is None:
+            if layer is None:
+                self._give_up(tracked, f"there is no formula for its use in {_name(func)}")
+            elif self._find(layer, index):
+                return self._tap(layer, func, args, kwargs)
+            else:
+                self._give_up(tracked, f"{_name(func)} has its examples where they cannot be told apart")
+        return func(*_replace(args, self._detached), **_replace(kwargs, self._detached))
+
+    def _count(self, func: Any, tracked: list[Tensor], operand: Tensor | None) -> int:
+        """The number of this call; with ``probing``, what it saw is noted."""
         index = self.calls
         self.calls += 1
         if self.probing is not None:
-            self.probing.append(operand if operand is not None else torch.empty(0))
-        elif layer is not None and operand is not None:
-            layout = self._layout(index, operand, layer.leading)
-            if layout is not None and layer.accepts(layout):
-                return self._tap(layer, layout, func, args, kwargs)
-            reason = f"{_name(func)} has its examples where they cannot be told apart"
-            self._give_up(tracked, reason)
-        else:
-            self._give_up(tracked, f"there is no formula for its use in {_name(func)}")
-        return func(*_replace(args, self._detached), **_replace(kwargs, self._detached))
+            self.probing.append(_Seen(func, [tuple(t.shape) for t in tracked], operand))
+        return index
 
-    def _tap(self, layer: Layer, layout: Layout, func: Any, args: Any, kwargs: Any) -> Any:
+    def _find(self, layer: Layer, index: int) -> bool:
+        """Finds the examples in what a layer works on; False where they cannot be told apart."""
+        misplaced = len(self.capture.layers) in self.capture.scattered
+        scattered = misplaced or _level(layer.operand) == _SCATTERED
+        if not (scattered and layer.by_rows) and not misplaced:
+            layout = self._layout(index, layer.operand, layer.leading, scattered)
+            if layout is not None and layer.accepts(layout):
+                layer.layout = layout
+                return True
+        if layer.by_rows:
+            self.capture.unplaced.append(layer)
+        return layer.by_rows
+
+    def _tap(self, layer: Layer, func: Any, args: Any, kwargs: Any) -> Any:
+        anchor, receiver = self.capture.anchor, self.capture.receiver
         self.capture.layers.append(layer)
-        layer.layout = layout
         if layer.pulls_back:
-            return _Own.apply(layer.operand, self.capture.anchor, self.capture, layer)  # type: ignore[no-untyped-call]
+            return _Own.apply(layer.operand, anchor, receiver, layer)  # type: ignore[no-untyped-call]
         if not layer.replaces:
-            tapped = _Tap.apply(layer.output(), self.capture.anchor, self.capture, layer)  # type: ignore[no-untyped-call]
+            tapped = _Tap.apply(layer.output(), anchor, receiver, layer)  # type: ignore[no-untyped-call]
             return layer.finish(tapped)
         (original,) = layer.tensors.values()
-        narrowed = self._follow(layer.narrow(), [original])
-        copies = _Own.apply(None, self.capture.anchor, self.capture, layer)  # type: ignore[no-untyped-call]
+        narrowed = layer.narrow()
+        self._follow([narrowed])
+        copies = _Own.apply(None, anchor, receiver, layer)  # type: ignore[no-untyped-call]
 
         def swap(tensor: Tensor) -> Tensor:
             return copies if tensor is original else self._detached(tensor)
@@ -262,42 +456,100 @@ class _Watch(TorchFunctionMode):
         layer.tensors = {"value": narrowed}
         return func(*_replace(args, swap), **_replace(kwargs, swap))
 
+    def _recurrent(self, func: Any, args: Any, kwargs: Any, call: Unrolled, tracked: list[Tensor]) -> Any:
+        """A recurrent network: each of its layers is a few linear layers, whose inputs come out one after the other."""
+        call.states = [self._for_each_example(state) for state in call.states]
+        index = self._count(func, tracked, call.operand)
+        if self.probing is not None:
+            return func(*_replace(args, self._detached), **_replace(kwargs, self._detached))
+        here = range(len(self.capture.layers), len(self.capture.layers) + call.products)
+        scattered = call.packed or _level(call.operand) == _SCATTERED or any(i in self.capture.scattered for i in here)
+        layout = None if scattered else self._layout(index, call.operand, 2, False)
+        if layout is not None:
+            layout = call.layout(layout)
+
+        def run(recurrence: Recurrence, rows: Tensor, h: Tensor, c: Tensor | None) -> Any:
+            for layer in recurrence.layers:
+                self.capture.layers.append(layer)
+                if layout is not None:
+                    layer.layout = layout
+                else:
+                    self.capture.unplaced.append(layer)
+            return _Unrolled.apply(rows, h, c, self.capture.anchor, self.capture.receiver, recurrence)  # type: ignore[no-untyped-call]
+
+        return call.run(run)
+
+    def _for_each_example(self, state: Tensor) -> Tensor:
+        """An initial state that is learned, with its formula: that of a sum."""
+        if id(state) not in self.followed:
+            return state
+        with self:
+            return torch.add(_mark(torch.zeros_like(state, requires_grad=False)), state)
+
     def _detached(self, tensor: Tensor) -> Tensor:
-        return tensor.detach() if id(tensor) in self.sources else tensor
+        return tensor.detach() if id(tensor) in self.followed else tensor
 
     def _give_up(self, tracked: list[Tensor], reason: str) -> None:
         for tensor in tracked:
-            for name in self.sources[id(tensor)]:
+            for name in self.sources(tensor):
                 self.capture.fallbacks.setdefault(name, reason)
 
-    def _layout(self, index: int, operand: Tensor, leading: int) -> Layout | None:
+    def _layout(self, index: int, operand: Tensor, leading: int, scattered: bool) -> Layout | None:
         """Where the examples are in ``operand``, or None where that cannot be told.
 
-        Certain where dimension 0 has their number and no other dimension a multiple of it. Otherwise the forward is run
-        once more with a few examples, and the dimension that shrinks is theirs.
+        Certain where dimension 0 has their number and no other dimension a multiple of it, unless the operand has been
+        indexed by what the examples say. Otherwise the forward is run once more with a few examples, and the dimension
+        that shrinks is theirs.
         """
         examples, shape = self.capture.examples, operand.shape[:leading]
         if examples == 1:
             return Layout(1, 0, shape[0] if shape else 1)
-        if shape and shape[0] == examples and all(size % examples for size in shape[1:]):
+        if not scattered and shape and shape[0] == examples and all(size % examples for size in shape[1:]):
             return Layout(examples, 0)
         few = 2 if examples > 2 else 3
         if self.probed is None:
-            inputs = take_rows(self.inputs, torch.arange(few) % examples)
             self.probed = []
+            inputs = take_rows(self.inputs, torch.arange(few) % examples)
             probe = _Watch(self.capture, self.model, inputs, self.probed)
+            random = RandomState.current(self.capture.devices)
             try:
                 probe.run()
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:
                 return None  # a model for this one batch size
-        if index >= len(self.probed) or self.probed[index].dim() != operand.dim():
+            finally:
+                random.restore()
+        seen = self.probed[index] if index < len(self.probed) else None
+        if seen is None or seen.operand is None or seen.operand.dim() != operand.dim():
             return None
-        return Layout.between(operand, self.probed[index], examples, few, leading)
+        return Layout.between(operand, seen.operand, examples, few, leading, compared=scattered)
+
+
+@dataclass
+class _Seen:
+    """A call in the forward of a few examples."""
+
+    func: Any
+    shapes: list[tuple[int, ...]]
+    operand: Tensor | None
 
 
 # ---- small things ----------------------------------------------------------------------------------------------------
+
+
+def random_cotangent(logits: Tensor) -> Tensor:
+    """Numbers shaped as the logits, none near 0, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    values = 0.5 + torch.rand(logits.shape, generator=generator)
+    signs = torch.randint(2, logits.shape, generator=generator) * 2 - 1
+    return (values * signs).to(logits.device, logits.dtype)
+
+
+def same_state(one: RandomState, two: RandomState) -> bool:
+    """Whether nothing was drawn between two states of the generators."""
+    cuda = all(torch.equal(state, two.cuda[i]) for i, state in one.cuda.items())
+    return torch.equal(one.cpu, two.cpu) and cuda
 
 
 def _replace(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -310,16 +562,71 @@ def _replace(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def _mark(tensor: Tensor) -> Tensor:
+_LOOKS = frozenset(
+    [Tensor.dim, Tensor.size, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__]
+    + [getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_nested")]
+)
+"""Functions that give no tensor."""
+
+_DEPENDS, _SCATTERED = 1, 2
+
+
+def _level(tensor: Tensor) -> int:
+    """0 for what does not depend on the examples, 2 (``_SCATTERED``) for what was indexed by them, 1 for the rest."""
+    return getattr(tensor, "_fastfisher_depends", 0) or (_DEPENDS if tensor.requires_grad else 0)
+
+
+def _mark(tensor: Tensor, level: int = _DEPENDS) -> Tensor:
     """Notes on the tensor that it depends on the examples, also where it requires no gradient."""
-    tensor._fastfisher_depends = True  # type: ignore[attr-defined]
+    tensor._fastfisher_depends = level  # type: ignore[attr-defined]
     return tensor
 
 
-def _mark_all(out: Any) -> None:
-    for tensor in tensors_in([out]):
-        if not tensor.requires_grad:
-            _mark(tensor)
+def _mark_all(found: Any, level: int) -> None:
+    for tensor in tensors_in(found):
+        if level == _SCATTERED or not tensor.requires_grad:
+            _mark(tensor, level)
+
+
+_INDEXING = (
+    "index_select gather take take_along_dim scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ "
+    "index_add index_add_ index_copy index_copy_ index_put index_put_ index_reduce index_reduce_ repeat_interleave "
+    "masked_select masked_scatter masked_scatter_ __getitem__ __setitem__"
+)
+
+
+_INDEXING_NAMES = frozenset(_INDEXING.split())
+
+
+def _scatters(func: Any, args: Any) -> bool:
+    """Whether a call moves rows along dimension 0 to where the examples say, as a router of tokens to experts does."""
+    name = getattr(func, "__name__", "")
+    if name not in _INDEXING_NAMES or len(args) < 2:
+        return False
+    if name in ("__getitem__", "__setitem__", "index_put", "index_put_"):
+        first = args[1][0] if isinstance(args[1], tuple | list) and args[1] else args[1]
+        return isinstance(first, Tensor) and depends(first)
+    if isinstance(args[1], int) and args[1] % max(1, args[0].dim()):
+        return False
+    return any(depends(t) for t in tensors_in(args[1:]) if not t.is_floating_point())
+
+
+def _mutates(func: Any) -> bool:
+    """Whether a function writes into its first argument, by PyTorch's names for those that do."""
+    name = getattr(func, "__name__", "")
+    return name.endswith("_") and (not name.endswith("__") or name == "__setitem__" or name[2:-2] in _AUGMENTED_NAMES)
+
+
+_AUGMENTED = "iadd isub imul itruediv idiv ifloordiv imod ipow iand ior ixor ilshift irshift imatmul"
+_AUGMENTED_NAMES = frozenset(_AUGMENTED.split())
+
+
+def _written(func: Any, args: Any) -> list[Tensor]:
+    """What a call writes into, and the tensor that it is a view of."""
+    if not (args and isinstance(args[0], Tensor) and _mutates(func)):
+        return []
+    base = args[0]._base
+    return [args[0]] if base is None else [args[0], base]
 
 
 def _name(func: Any) -> str:
@@ -343,20 +650,17 @@ def _open(func: Any) -> Any:
     return _OPENED[func]
 
 
-def _leaves_reached(out: Tensor, parameters: dict[str, Tensor]) -> list[str]:
-    """The parameters that the graph of ``out`` leads to: none, where every use was seen."""
-    names = {id(p): name for name, p in parameters.items()}
-    found, seen, stack = [], set(), [out.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) in names:
-            found.append(names[id(variable)])
-        stack.extend(edge for edge, _ in node.next_functions)
-    return found
+def _together(parts: list[Part]) -> list[list[Part]]:
+    """The uses of the same tensor in the same role, where one formula serves for all of them."""
+    groups: list[list[Part]] = []
+    places: dict[tuple[int, str], int] = {}
+    for part in parts:
+        place = places.setdefault((id(part.tensor), part.slot), len(groups))
+        if place < len(groups) and groups[place][0].layer.joins(part.layer):
+            groups[place].append(part)
+        else:
+            groups.append([part])
+    return groups
 
 
 def _disjoint(leaf: Tensor, tensors: list[Tensor]) -> bool:

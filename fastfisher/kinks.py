@@ -2,8 +2,8 @@
 
 One table, :data:`KNOWN`, says of each function of torch one of three things:
 
-- it has a :class:`Rule`: its kinks (the sign of each element, the place of a maximum, …) are recorded at θ and repeated
-  at θ + ρd, so that what is left is smooth in ρ;
+- it has a :class:`Rule`: its kinks (the sign of each element, the place of a maximum, …) are recorded at θ and
+  repeated at θ + ρd, so that what is left is smooth in ρ;
 - it is smooth: it has a continuous first derivative, or is linear, or moves elements about. A jump of the second
   derivative does no harm, because the gradient changes little where a short step crosses it. Whatever has a rule in
   :mod:`fastfisher.taylor` and none here is smooth;
@@ -572,9 +572,9 @@ eq ne lt le gt ge equal not_equal less less_equal greater greater_equal __eq__ _
 __and__ __or__ __xor__ __rand__ __ror__ __rxor__ __invert__ logical_and logical_or logical_not logical_xor bitwise_and
 bitwise_or bitwise_not bitwise_xor isnan isinf isfinite isclose isposinf isneginf isreal signbit isin any all
 count_nonzero argmax argmin argsort argwhere nonzero bucketize searchsorted one_hot unique unique_consecutive bincount
-tril_indices triu_indices detach detach_ zeros ones full empty arange eye tensor as_tensor from_numpy range empty_strided
-zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_tensor int long short bool byte char
-allclose is_nonzero item tolist numpy cumulative_trapezoid result_type
+tril_indices triu_indices detach detach_ zeros ones full empty arange eye tensor as_tensor from_numpy range
+empty_strided zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_tensor int long
+short bool byte char allclose is_nonzero item tolist numpy cumulative_trapezoid result_type
 """
 """Functions that give what autograd holds fixed, or that depend on nothing; they draw no random numbers."""
 
@@ -585,7 +585,7 @@ alpha_dropout feature_dropout feature_alpha_dropout
 
 _DRAWN = """
 rand rand_like randn randn_like randint randint_like randperm bernoulli bernoulli_ normal normal_ uniform_ exponential_
-geometric_ cauchy_ log_normal_ random_ multinomial poisson binomial rrelu rrelu_ gumbel_softmax
+geometric_ cauchy_ log_normal_ random_ multinomial poisson binomial rrelu rrelu_
 """
 
 _CONDITIONAL: dict[str, Callable[..., bool]] = {
@@ -735,7 +735,9 @@ _DROPOUT_NAMES = """
 alpha_dropout alpha_dropout_ feature_dropout feature_alpha_dropout feature_dropout_ feature_alpha_dropout_ dropout
 dropout_ dropout1d dropout2d dropout3d
 """
-_RANDOM = {function: name for name in (_DRAWN + _DROPOUT_NAMES).split() for function in _names_of(name)}
+_RANDOM = {
+    function: name for name in (_DRAWN + _DROPOUT_NAMES + " gumbel_softmax").split() for function in _names_of(name)
+}
 
 
 def refuse_random(function: Function, args: Any, kwargs: Any) -> None:

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,6 +19,8 @@ from torch.nn.utils.stateless import _reparametrize_module
 from fastfisher.arguments import check_model
 from fastfisher.placement import check_held
 from fastfisher.slow_path import warn_slow_path
+
+Result = TypeVar("Result")
 
 See = Callable[[Any, Tensor], None]
 """Gets what a forward returned and the logits in it."""
@@ -349,10 +351,17 @@ def stateless(model: nn.Module, state: dict[str, Tensor], args: tuple[Any, ...],
         return model(*args, **kwargs)
 
 
+def call_within(model: nn.Module, state: dict[str, Tensor], function: Callable[[], Result]) -> Result:
+    """``function()``, while the model has the tensors of ``state`` in the places of its own."""
+    with _reparametrize_module(model, state, tie_weights=True, stack_weights=True):
+        return function()
+
+
 def _seen(call: Call, output: Any) -> Tensor:
     logits = logits_of(output, call.class_dim)
     if call.see is not None:
-        call.see(output, logits)
+        with torch._C.DisableTorchFunction():  # what it does is no part of a forward that is recorded
+            call.see(output, logits)
     return logits
 
 
@@ -485,13 +494,39 @@ def couples_examples(model: nn.Module) -> bool:
     return any(m.training and isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
 
+def check_differentiable(model: nn.Module) -> None:
+    """Raises ValueError where a parameter was made in inference mode, and can never have a gradient; it is named."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ValueError(
+                f"model: expected parameters that can have a gradient, got {name}, which was made within "
+                "torch.inference_mode(); make or load the model outside of it"
+            )
+
+
+def differentiable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy that autograd may save, where it was made in inference mode and that has been left."""
+    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
+
+
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts the model in eval mode and, on leaving, every module back in the mode it was in."""
+    """Puts the model in eval mode and, on leaving, every module back in the mode it was in.
+
+    The flags are set one by one: ``model.eval()`` would call the modules' own ``train``, and some of those change the
+    model, such as adapters that are merged into their weights. Within, gradients can be taken whatever the caller's
+    mode: ``torch.inference_mode`` is left.
+
+    Raises:
+        ValueError: a parameter was made in inference mode; it is named.
+    """
+    check_differentiable(model)
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        yield
+        for module, _ in modes:
+            module.training = False
+        with torch.inference_mode(False):
+            yield
     finally:
         for module, training in modes:
             module.training = training

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher import ops
-from fastfisher.arguments import is_count, is_number
+from fastfisher.arguments import check_flags, is_count, is_number
 from fastfisher.batches import Batches, Pair
 from fastfisher.gates import RandomState
 from fastfisher.hessian import Pairs, hessian_product, labelled, measuring
 from fastfisher.labels import count_targets, fit, label_loss, new_key
-from fastfisher.layers import chunks, computing
+from fastfisher.layers import chunks, computing, flat_rows
 from fastfisher.model import Call, call_model, count_examples, eval_mode, trainable_parameters
 from fastfisher.placement import whole
 from fastfisher.rollback import undoing
@@ -291,6 +291,7 @@ def gradient_covariance(
     params: Iterable[Tensor] | None = None,
     generator: torch.Generator | None = None,
     class_dim: int | None = None,
+    verify: bool = True,
 ) -> GradientCovariance:
     """The covariance K of the gradients of single examples, or of mini-batches; eval mode meanwhile.
 
@@ -316,6 +317,7 @@ def gradient_covariance(
         params: the parameters whose gradient is meant; all trainable ones otherwise.
         generator: where examples and labels are drawn; torch's default generator otherwise.
         class_dim: as in :func:`fastfisher.trace_fisher`.
+        verify: as in :func:`fastfisher.per_example_grad_norms`.
 
     Returns:
         Trace and eigenvalues; NaN where a gradient is not finite.
@@ -328,6 +330,7 @@ def gradient_covariance(
         raise ValueError(f'labels: expected "true" or "sampled", got {labels!r}')
     if not (batch_size is None or is_count(batch_size)):
         raise ValueError(f"batch_size: expected an integer >= 1 or None, got {batch_size!r}")
+    check_flags(verify=verify)
     model = whole(model, "the covariance of gradients")
     names = parameter_names(model, params)
     together = batch_size if batch_size is not None and batch_size != 1 else None
@@ -349,12 +352,12 @@ def gradient_covariance(
             raise ValueError("data: expected at least one example, got none")
 
         def seen(pair: Pair) -> Side:
-            side = one_backward(model, pair[0], names, "true", pair[1])
+            side = one_backward(model, pair[0], names, "true", pair[1], verify=verify)
             fallbacks.update(side.capture.fallbacks)
             return side
 
         if together is None:
-            gram = _gram(batches, seen, lambda x, y: torch.stack([x.gram(name, y) for name in names]).sum(0))
+            gram = _gram(batches, seen, Side.gram)
         else:
             found = dict(model.named_parameters())
             elements = sum(found[name].numel() for name in names)
@@ -398,8 +401,8 @@ def _complete(batches: list[Pair], size: int) -> list[Pair]:
 
 def _mean(side: Side, names: Iterable[str]) -> Tensor:
     """The gradient of the mean loss of a batch, flat, at least float32."""
-    pieces = [piece for name in names for piece in side.totals(name)]
-    return torch.cat([computing(piece).reshape(-1) / side.capture.examples for piece in pieces])
+    totals = side.totals()
+    return torch.cat([flat_rows(computing(totals[name])[None])[0] / side.capture.examples for name in names])
 
 
 def _products(x: Tensor, y: Tensor) -> Tensor:

@@ -18,24 +18,23 @@ from fastfisher import ops
 from fastfisher.arguments import check_flags, is_count, is_number
 from fastfisher.batches import Batches, paired, split
 from fastfisher.capture import Capture, Part
+from fastfisher.completeness import verified_capture
 from fastfisher.distributed import Ranks, digest, measuring_together, shared_by
 from fastfisher.estimate import TraceEstimate
 from fastfisher.labels import IGNORED, check_classes, cross_entropy, fit, ignored, new_key
-from fastfisher.layers import Layer, chunks, squares
+from fastfisher.layers import GRAM_ELEMENTS, Layer, chunks, dots, flat_rows, squares
 from fastfisher.model import (
     Call,
     Inputs,
     as_given,
-    call_with,
     check_class_dim,
     chosen_names,
+    differentiable,
     eval_mode,
-    input_tensors,
-    is_shared,
     map_inputs,
     trainable_parameters,
-    uncompiled,
 )
+from fastfisher.one_by_one import Gradients, gradients_of_each
 from fastfisher.placement import placement_of, whole
 from fastfisher.rollback import undoing
 from fastfisher.slow_path import warn_slow_path
@@ -66,6 +65,7 @@ def per_example_grad_norms(
     loss: Loss | None = None,
     generator: torch.Generator | None = None,
     class_dim: int | None = None,
+    verify: bool = True,
 ) -> Tensor:
     """‖∇_θ ℓ(x_i, ŷ_i)‖² for each example i, with ℓ = −log p(ŷ_i | x_i) summed over the positions of an example.
 
@@ -92,22 +92,27 @@ def per_example_grad_norms(
         generator: where labels are drawn; torch's default generator otherwise.
         class_dim: which dimension of the logits holds the classes; by default the last, but where logits have four
             dimensions or more, or targets fit another one, it has to be said.
+        verify: compare the first capture of a model and kind of batch with its ordinary gradient: a forward and about
+            three backwards, once.
 
     Returns:
         float64 (N,), or (draws, N) for more than one draw.
 
     Raises:
-        ValueError: an argument is none of the above; it is named.
+        ValueError: an argument is none of the above, or the per-example gradients do not add up to the ordinary one; it
+            is named.
+        NotImplementedError: the model recomputes layers with reentrant checkpointing.
         TypeError: the model, the inputs or the data are of a type that cannot be one.
     """
-    check_flags(squared=squared)
+    check_flags(squared=squared, verify=verify)
     check_class_dim(class_dim)
     model = placement_of(model).module  # the norms of this process's examples are right in any case
     names = parameter_names(model, params)
     with eval_mode(model):
         inputs, targets = paired(model, inputs, targets, of_loss(class_dim, loss))
+        inputs, targets = _savable(inputs, targets)
         _check(labels, draws, loss, targets)
-        capture = _capture(model, inputs, names)
+        capture = _capture(model, inputs, names, verify)
         cotangents = _Cotangents(capture.logits.detach(), labels, targets, loss, generator, inputs.class_dim)
         found = [sum(n.values()) for n in _draws(model, inputs, capture, cotangents, draws)]
     norms = torch.stack([n if isinstance(n, Tensor) else _zeros(capture) for n in found])
@@ -125,6 +130,19 @@ class FisherTrace(TraceEstimate):
 
     minibatch: float | None = None
 
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """The interval that holds the trace with probability ``level``, by Student's t.
+
+        Norms are positive, and a few of them are large: those of few examples mostly have a mean that is too low. So
+        the upper end is that of the interval of log Tr(F), value·exp(t·standard_error/value), and the lower end, which
+        is at least 0, value − t·standard_error.
+        """
+        reach = self._reach(level)
+        if not reach or not self.value > 0:
+            return self.value - reach, self.value + reach
+        ratio = reach / self.value
+        return max(0.0, self.value - reach), self.value * math.exp(ratio) if ratio < 700 else math.inf
+
 
 @undoing
 def trace_fisher(
@@ -141,6 +159,7 @@ def trace_fisher(
     generator: torch.Generator | None = None,
     class_dim: int | None = None,
     process_group: ProcessGroup | None = None,
+    verify: bool = True,
 ) -> FisherTrace:
     """Tr(F) = E_x E_ŷ ‖∇_θ ℓ(x, ŷ)‖², ŷ ~ p(y|x): the trace of the Fisher Information Matrix (eq. 2 of the paper).
 
@@ -148,12 +167,14 @@ def trace_fisher(
 
     Example:
         >>> print(fastfisher.trace_fisher(model, loader))
-        41.3 ± 0.52 (fisher, labels=rademacher; over labels and examples, 5000 examples)
+        41.3 ± 0.52 (fisher, labels=rademacher; over labels and examples, 5000 examples; 95 %: 40.28 to 42.33)
 
     The error bar. With more than one draw, or a label that is not drawn, ``standard_error`` is that of the trace over
     the examples given (0 for "exact" and "true"), plus, with ``samples``, that of having taken only some of the data.
     With a single draw the noise of the labels cannot be told from the differences between examples, and the error bar
     is that of the trace over the distribution the examples come from; ``method`` says which. It is NaN for one example.
+    ``interval()`` is the confidence interval, which is printed too: of 16 examples or fewer it is much wider than two
+    standard errors.
 
     Args:
         model: as in :func:`per_example_grad_norms`; in eval mode meanwhile.
@@ -172,6 +193,7 @@ def trace_fisher(
             with its key, any number of processes draw the same labels for it. Each batch takes a message of 72 bytes
             per process, and one for each draw; at the end 16 bytes of each example go to each process. ``samples`` and
             ``batch_size`` are each process's own; ``minibatch`` needs a single one.
+        verify: as in :func:`per_example_grad_norms`.
 
     Returns:
         The estimate over the data of all processes, split by parameter, with the parameters that took a slower way.
@@ -184,7 +206,7 @@ def trace_fisher(
     if isinstance(labels, Tensor):
         raise ValueError(f"labels: expected one of {', '.join(LABELS)}, got a tensor")
     _check(labels, draws, None, None, data_has_targets=True)
-    check_flags(minibatch=minibatch)
+    check_flags(minibatch=minibatch, verify=verify)
     check_class_dim(class_dim)
     if tolerance is not None and not (is_number(tolerance) and tolerance > 0):
         raise ValueError(f"tolerance: expected a number > 0, got {tolerance!r}")
@@ -208,8 +230,8 @@ def trace_fisher(
                     for _ in range(rounds if drawn else 0):
                         draw_key(generator, device, 0, ranks)
                     continue
-                inputs, targets = batch
-                capture = _capture(model, inputs, names)
+                inputs, targets = _savable(*batch)
+                capture = _capture(model, inputs, names, verify)
                 sums.fallbacks.update(capture.fallbacks)
                 cotangents = _Cotangents(capture.logits.detach(), labels, targets, None, generator, class_dim, ranks)
                 sums.add(_draws(model, inputs, capture, cotangents, rounds, sums.means if minibatch else None))
@@ -237,6 +259,7 @@ def trace_fisher(
         method=f"fisher, labels={labels}" + (f"; over {over}" if over else ""),
         per_parameter=found.per_parameter(),
         fallbacks=found.fallbacks,
+        degrees=found.degrees(drawn, fraction),
         minibatch=found.minibatch() if minibatch else None,
     )
 
@@ -267,6 +290,7 @@ def grad_inner_products(
     loss: Loss | None = None,
     generator: torch.Generator | None = None,
     class_dim: int | None = None,
+    verify: bool = True,
 ) -> GradInnerProducts:
     """Inner products of the gradients of two batches, such as clean and mislabelled examples (figure 12).
 
@@ -276,15 +300,18 @@ def grad_inner_products(
         model: as in :func:`per_example_grad_norms`; in eval mode meanwhile.
         first, second: batches, as in :func:`trace_fisher`: pairs (inputs, targets).
         labels: "true", or "sampled" or "rademacher" for drawn ones (the targets may then be None).
-        params, loss, generator, class_dim: as in :func:`per_example_grad_norms`.
+        params, loss, generator, class_dim, verify: as in :func:`per_example_grad_norms`.
 
     Raises:
-        ValueError: an argument is none of the above; it is named.
+        ValueError: an argument is none of the above, or the per-example gradients do not add up to the ordinary one; it
+            is named.
+        NotImplementedError: the model recomputes layers with reentrant checkpointing.
         TypeError: the model, the inputs or the data are of a type that cannot be one.
     """
     check_class_dim(class_dim)
     if isinstance(labels, str) and labels == "exact":
         raise ValueError('labels: expected "true", "sampled" or "rademacher", got "exact"')
+    check_flags(verify=verify)
     model = whole(model, "the inner product of mean gradients")
     names = parameter_names(model, params)
     sides = []
@@ -296,22 +323,20 @@ def grad_inner_products(
         for _, targets in pairs:
             _check(labels, 1, loss, targets)
         for inputs, targets in pairs:
-            sides.append(one_backward(model, inputs, names, labels, targets, loss, generator))
+            sides.append(one_backward(model, inputs, names, labels, targets, loss, generator, verify))
         one, two = sides
         matched = one.capture.examples == two.capture.examples
-        per_example = _zeros(one.capture)
+        per_example = one.inner_products(two) if matched else None
         mean = norm_one = norm_two = 0.0
+        totals = [side.totals() for side in sides]
         for name in names:
-            if matched:
-                per_example = per_example + one.inner_products(name, two)
-            totals = [side.totals(name) for side in sides]
-            for g, h in zip(*totals, strict=True):
-                g, h = g.double() / one.capture.examples, h.double() / two.capture.examples
-                mean += float((g * h).sum())
-                norm_one += float(g.square().sum())
-                norm_two += float(h.square().sum())
+            g, h = (flat_rows(side[name][None])[0].double() for side in totals)
+            g, h = g / one.capture.examples, h / two.capture.examples
+            mean += float(g @ h)
+            norm_one += float(g @ g)
+            norm_two += float(h @ h)
     size = math.sqrt(norm_one * norm_two)
-    return GradInnerProducts(per_example if matched else None, mean, mean / size if size else math.nan)
+    return GradInnerProducts(per_example, mean, mean / size if size else math.nan)
 
 
 # ---- arguments ----------------------------------------------------------------------------------------------
@@ -344,11 +369,21 @@ def of_loss(class_dim: int | None, loss: Loss | None) -> int | None:
     return -1 if class_dim is None and loss is not None else class_dim
 
 
-def _capture(model: nn.Module, inputs: Call, names: Iterable[str]) -> Capture:
-    capture = Capture(model, inputs, names)
+def _savable(inputs: Call, targets: Tensor | None) -> tuple[Call, Tensor | None]:
+    """A batch that autograd may save, also where it was made in inference mode."""
+    return map_inputs(inputs, differentiable), None if targets is None else differentiable(targets)
+
+
+def _capture(model: nn.Module, inputs: Call, names: Iterable[str], verify: bool) -> Capture:
+    capture = (verified_capture if verify else Capture)(model, inputs, names)
+    if capture.random and capture.fallbacks:
+        raise ValueError(
+            f"model: expected a forward without random numbers, as {', '.join(capture.fallbacks)} have no formula and "
+            "take a forward for each example, which would draw others; got one that draws (dropout in eval mode?)"
+        )
     for reason in dict.fromkeys(capture.fallbacks.values()):
         slow = ", ".join(name for name, why in capture.fallbacks.items() if why == reason)
-        warn_slow_path(f"per-example gradients of {slow} go by vmap(grad): {reason}")
+        warn_slow_path(f"per-example gradients of {slow} take a backward for each example: {reason}")
     logits = capture.logits
     if logits.dim() < 2 or len(logits) != capture.examples:
         raise ValueError(
@@ -412,6 +447,9 @@ class _Cotangents:
             check_classes(logits)
             if targets is not None:
                 self.targets = fit(logits, targets, class_dim=class_dim)
+        drawn = isinstance(labels, str) and labels in ("rademacher", "sampled", "exact")
+        if drawn and (logits.isnan() | (logits == math.inf)).any():
+            raise ValueError("model: expected logits of which labels can be drawn, got NaN or +inf among them")
         if isinstance(labels, Tensor):
             given = fit(logits, labels, class_dim=class_dim, name="labels")
             out = ignored(logits, self.targets)
@@ -526,15 +564,28 @@ def _draws(
 def _squared_norms(
     model: nn.Module, inputs: Call, capture: Capture, cotangent: Tensor, retain_graph: bool, with_mean: bool
 ) -> tuple[dict[str, Tensor], float]:
-    """One backward: squared norms by parameter, each taken when its layer's gradient arrives; and ‖mean gradient‖²."""
+    """One backward: squared norms by parameter, each taken when its layer's gradient arrives; and ‖mean gradient‖².
+
+    What the layers of parameters with several uses saw is kept until all are there.
+    """
     direct: dict[int, list[tuple[str, str]]] = {}
-    for name, parts in capture.direct.items():
-        for part in parts:
-            direct.setdefault(id(part.layer), []).append((part.slot, name))
-    held = {id(part.layer) for parts in capture.joint.values() for part in parts}
+    held: set[int] = set()
+    for name, groups in capture.apart.items():
+        for group in groups:
+            if len(group) == 1:
+                direct.setdefault(id(group[0].layer), []).append((group[0].slot, name))
+            else:
+                held.update(id(part.layer) for part in group)
+    held.update(id(part.layer) for groups in capture.joint.values() for group in groups for part in group)
     norms = {name: _zeros(capture) for name in capture.parameters}
     kept: Seen = {}
-    totals: list[Tensor] = []
+    squared_total = 0.0
+
+    def note(layer: Layer, slot: str, name: str, found: Tensor, a: Tensor, d: Tensor) -> None:
+        nonlocal squared_total
+        norms[name] += found
+        if with_mean:
+            squared_total += float(squares(layer.total(slot, a, d)[None]))
 
     def receive(layer: Layer, grad: Tensor) -> None:
         if id(layer) not in direct and id(layer) not in held:
@@ -543,21 +594,24 @@ def _squared_norms(
         slots = direct.get(id(layer), [])
         found = layer.squared_norms([slot for slot, _ in slots], a, d)
         for slot, name in slots:
-            norms[name] += found[slot]
-            if with_mean:
-                totals.append(layer.total(slot, a, d))
+            note(layer, slot, name, found[slot], a, d)
         if id(layer) in held:
             kept[id(layer)] = (a, d)
 
     capture.backward(cotangent, receive, retain_graph=retain_graph)
     side = Side(model, inputs, capture, cotangent, kept)
-    for name in [*capture.joint, *capture.fallbacks]:
-        chunked = [(squares(g), g.sum(0) if with_mean else g[:0]) for g in side.gradients(name)]
-        norms[name] = torch.cat([squared for squared, _ in chunked])
-        if with_mean:
-            totals.append(torch.stack([total for _, total in chunked]).sum(0))
-    mean = sum(float(t.double().square().sum()) for t in totals) / capture.examples**2
-    return norms, mean
+    for name, groups in capture.apart.items():
+        for use in side.uses([group for group in groups if len(group) > 1]):
+            found = use.layer.squared_norms([use.slot], use.a, use.d)[use.slot]
+            note(use.layer, use.slot, name, found, use.a, use.d)
+    totals: dict[str, Tensor] = {}
+    for rows, gradients in side.made():
+        for name, g in gradients.items():
+            norms[name][rows] = squares(g)
+            if with_mean:
+                totals[name] = totals.get(name, 0) + g.sum(0)
+    squared_total += sum(float(squares(total[None])) for total in totals.values())
+    return norms, squared_total / capture.examples**2
 
 
 def one_backward(
@@ -568,9 +622,11 @@ def one_backward(
     targets: Tensor | None,
     loss: Loss | None = None,
     generator: torch.Generator | None = None,
+    verify: bool = True,
 ) -> Side:
     """A capture, one backward of it, and what its layers saw there; the model is in eval mode."""
-    capture = _capture(model, inputs, names)
+    inputs, targets = _savable(inputs, targets)
+    capture = _capture(model, inputs, names, verify)
     cotangents = _Cotangents(capture.logits.detach(), labels, targets, loss, generator, inputs.class_dim)
     (cotangent,) = cotangents.draw()
     kept: Seen = {}
@@ -583,6 +639,17 @@ def one_backward(
 
 
 @dataclass
+class Use:
+    """One use of a parameter, or several that one formula serves together, and what its layer saw."""
+
+    layer: Layer
+    slot: str
+    tensor: Tensor
+    a: Tensor
+    d: Tensor
+
+
+@dataclass
 class Side:
     """A capture with what its layers saw in one backward; gradients are made a chunk of examples at a time."""
 
@@ -592,114 +659,126 @@ class Side:
     cotangent: Tensor
     seen: Seen
 
-    def inner_products(self, name: str, other: Side) -> Tensor:
-        """⟨g_i, h_i⟩ for one parameter, float64[N]."""
-        if name in self.capture.direct and name in other.capture.direct:
-            total = _zeros(self.capture)
-            for mine, theirs in zip(self.capture.direct[name], other.capture.direct[name], strict=True):
-                if id(mine.layer) in self.seen and id(theirs.layer) in other.seen:
-                    pair = (*self.seen[id(mine.layer)], *other.seen[id(theirs.layer)])
-                    total = total + mine.layer.inner_products(mine.slot, *pair)
-            return total
-        both = zip(self.gradients(name), other.gradients(name), strict=True)
-        return torch.cat([(g.double() * h.double()).flatten(1).sum(1) for g, h in both])
+    def uses(self, groups: list[list[Part]]) -> Iterator[Use]:
+        """Those of which a gradient came."""
+        for group in groups:
+            came = [part for part in group if id(part.layer) in self.seen]
+            if came:
+                a, d = zip(*(self.seen[id(part.layer)] for part in came), strict=True)
+                first = came[0]
+                both = (a[0], d[0]) if len(came) == 1 else (torch.cat(a, 1), torch.cat(d, 1))
+                yield Use(first.layer, first.slot, first.tensor, *both)
 
-    def gram(self, name: str, other: Side) -> Tensor:
-        """⟨g_i, h_j⟩ for one parameter and all pairs of examples, float64[N, M]."""
-        total = self.cotangent.new_zeros(self.capture.examples, other.capture.examples, dtype=torch.float64)
-        if name in self.capture.direct and name in other.capture.direct:
-            for mine, theirs in zip(self.capture.direct[name], other.capture.direct[name], strict=True):
-                if id(mine.layer) in self.seen and id(theirs.layer) in other.seen:
-                    pair = (*self.seen[id(mine.layer)], *other.seen[id(theirs.layer)])
-                    total += mine.layer.gram(mine.slot, *pair)
-            return total
-        row = 0
-        for g in self.gradients(name):
-            column = 0
-            for h in other.gradients(name):
-                block = total[row : row + len(g), column : column + len(h)]
-                block += g.reshape(len(g), -1).double() @ h.reshape(len(h), -1).double().mT
-                column += len(h)
-            row += len(g)
+    def inner_products(self, other: Side) -> Tensor:
+        """⟨g_i, h_i⟩, float64[N]."""
+        total = _zeros(self.capture)
+        alike, rest = self._alike(other)
+        for mine, theirs in alike:
+            total += mine.layer.inner_products(mine.slot, mine.a, mine.d, theirs.a, theirs.d)
+        for (rows, g), (_, h) in zip(self.made(rest), other.made(rest), strict=True):
+            for name in g:
+                total[rows] += dots(g[name], h[name])
         return total
 
-    def totals(self, name: str) -> list[Tensor]:
-        """The summed gradient of one parameter, in the pieces in which it is used."""
-        if name not in self.capture.direct:
-            return [torch.stack([g.sum(0) for g in self.gradients(name)]).sum(0)]
-        found = []
-        for part in self.capture.direct[name]:
-            if id(part.layer) in self.seen:
-                found.append(part.layer.total(part.slot, *self.seen[id(part.layer)]))
-            else:
-                found.append(torch.zeros_like(part.tensor, requires_grad=False))
+    def gram(self, other: Side) -> Tensor:
+        """⟨g_i, h_j⟩ for all pairs of examples, float64[N, M]."""
+        total = self.cotangent.new_zeros(self.capture.examples, other.capture.examples, dtype=torch.float64)
+        alike, rest = self._alike(other)
+        for mine, theirs in alike:
+            total += mine.layer.gram(mine.slot, mine.a, mine.d, theirs.a, theirs.d)
+        for rows, g in self.made(rest, GRAM_ELEMENTS):
+            for columns, h in other.made(rest, GRAM_ELEMENTS):
+                for name in g:
+                    if name in h:
+                        total[rows, columns] += flat_rows(g[name]).double() @ flat_rows(h[name]).double().mT
+        return total
+
+    def totals(self) -> dict[str, Tensor]:
+        """The summed gradient of each parameter."""
+        found = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.capture.parameters.items()}
+        for name, groups in (self.capture.apart | self.capture.joint).items():
+            for use in self.uses(groups):
+                total = use.layer.total(use.slot, use.a, use.d)
+                found[name] += _pull_back(use.tensor, self.capture.parameters[name], total[None])[0]
+        for _, gradients in self._each(self.capture.fallbacks):
+            for name, g in gradients.items():
+                found[name] += g.sum(0)
         return found
 
-    def gradients(self, name: str) -> Iterator[Tensor]:
-        """The gradients of one parameter, [n, *shape] for one chunk of examples after the other."""
-        leaf = self.capture.parameters[name]
-        if name in self.capture.fallbacks:
-            yield from _fallback(self.model, self.inputs, self.capture, name, self.cotangent)
-            return
-        parts = self.capture.direct.get(name) or self.capture.joint.get(name) or []
-        for rows in chunks(self.capture.examples, leaf.numel()):
-            total = torch.zeros(rows.stop - rows.start, *leaf.shape, dtype=leaf.dtype, device=leaf.device)
-            for part in parts:
-                if id(part.layer) in self.seen:
-                    a, d = self.seen[id(part.layer)]
-                    total += _pull_back(part, leaf, part.layer.gradients(part.slot, a[rows], d[rows]))
-            yield total
+    def made(self, names: Iterable[str] | None = None, limit: int | None = None) -> Iterator[tuple[slice, Gradients]]:
+        """The gradients of parameters whose parts overlap or that have no formula, some parameters after the other.
+
+        Args:
+            names: of which parameters instead.
+            limit: how many elements a chunk may have.
+        """
+        wanted = {*self.capture.joint, *self.capture.fallbacks} if names is None else set(names)
+        for name in self.capture.parameters:
+            if name in wanted and name not in self.capture.fallbacks:
+                leaf = self.capture.parameters[name]
+                groups = self.capture.apart.get(name) or self.capture.joint.get(name) or []
+                for rows in chunks(self.capture.examples, leaf.numel(), limit):
+                    shape = (rows.stop - rows.start, *leaf.shape)
+                    total = torch.zeros(shape, dtype=leaf.dtype, device=leaf.device)
+                    for use in self.uses(groups):
+                        g = use.layer.gradients(use.slot, use.a[rows], use.d[rows])
+                        total += _pull_back(use.tensor, leaf, g)
+                    yield rows, {name: total}
+        yield from self._each([name for name in self.capture.fallbacks if name in wanted], limit)
+
+    def _each(self, names: Iterable[str], limit: int | None = None) -> Iterator[tuple[slice, Gradients]]:
+        names = list(names)
+        start = 0
+        for found in (
+            gradients_of_each(self.model, self.inputs, self.capture.parameters, names, self.cotangent, limit)
+            if names
+            else ()
+        ):
+            count = len(found[names[0]])
+            yield slice(start, start + count), found
+            start += count
+
+    def _alike(self, other: Side) -> tuple[list[tuple[Use, Use]], list[str]]:
+        """Pairs of uses whose inner products add up, and the parameters whose gradients have to be made."""
+        pairs: list[tuple[Use, Use]] = []
+        rest = []
+        for name in self.capture.parameters:
+            mine, theirs = self.capture.apart.get(name), other.capture.apart.get(name)
+            if mine is None or theirs is None or [_place(g) for g in mine] != [_place(g) for g in theirs]:
+                rest.append(name)
+                continue
+            for one, two in zip(mine, theirs, strict=True):
+                pairs += zip(self.uses([one]), other.uses([two]), strict=False)
+        return pairs, rest
 
 
-def _pull_back(part: Part, leaf: Tensor, gradients: Tensor) -> Tensor:
-    """Gradients in ``part.tensor``, pulled back to the parameter that it was computed from."""
-    if part.tensor is leaf:
+def _place(group: list[Part]) -> tuple[Any, ...]:
+    """Which formula serves for which elements of a parameter."""
+    part = group[0]
+    return type(part.layer), part.slot, part.tensor.storage_offset(), part.tensor.shape, part.tensor.stride()
+
+
+def _pull_back(tensor: Tensor, leaf: Tensor, gradients: Tensor) -> Tensor:
+    """Gradients in a function of parameters, pulled back to one of them."""
+    if tensor is leaf:
         return gradients
-    pulled = []
-    for gradient in gradients.to(part.tensor.dtype):
-        (found,) = torch.autograd.grad(part.tensor, leaf, gradient, retain_graph=True, allow_unused=True)
-        pulled.append(torch.zeros_like(leaf, requires_grad=False) if found is None else found)
-    return torch.stack(pulled)
+    gradients = gradients.to(tensor.dtype)
 
+    def pull(gradient: Tensor, batched: bool) -> Tensor:
+        (found,) = torch.autograd.grad(
+            tensor, leaf, gradient, retain_graph=True, allow_unused=True, is_grads_batched=batched
+        )
+        return gradient.new_zeros(len(gradient), *leaf.shape) if batched and found is None else found
 
-def _fallback(model: nn.Module, inputs: Call, capture: Capture, name: str, cotangent: Tensor) -> Iterator[Tensor]:
-    """The gradients of one parameter by vmap(grad), the other parameters held."""
-    parameter = capture.parameters[name].detach()
-    state = {n: b.clone() for n, b in model.named_buffers()} | {n: p.detach() for n, p in model.named_parameters()}
-    tensors = input_tensors(inputs)
-    shared = [is_shared(x, capture.examples) for x in tensors]
-
-    def value(parameter: Tensor, cotangent: Tensor, *example: Tensor) -> Tensor:
-        rest = iter(zip(example, shared, strict=True))
-
-        def place(_: Tensor) -> Tensor:
-            x, alike = next(rest)
-            return x if alike else x[None]
-
-        one = map_inputs(inputs, place)
-        logits = call_with(model, state | {name: parameter}, one)
-        return (logits[0] * cotangent).sum()
-
-    gradient = torch.func.grad(value)
-    dims = tuple(None if alike else 0 for alike in shared)
-    for rows in chunks(capture.examples, 8 * max(parameter.numel(), tensors[0][0].numel())):
-        some = [x if alike else x[rows] for x, alike in zip(tensors, shared, strict=True)]
-        with uncompiled(model, "the measurement"):
-            try:
-                found = torch.func.vmap(gradient, in_dims=(None, 0, *dims))(parameter, cotangent[rows], *some)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:  # an operation that vmap does not know: one example at a time
-                each = [
-                    gradient(
-                        parameter,
-                        cotangent[i],
-                        *(x if alike else x[i] for x, alike in zip(tensors, shared, strict=True)),
-                    )
-                    for i in range(rows.start, rows.stop)
-                ]
-                found = torch.stack(each)
-        yield found
+    if len(gradients) > 1:
+        try:
+            return pull(gradients, True)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # a function that vmap does not know
+            pass
+    pulled = [pull(gradient, False) for gradient in gradients]
+    return torch.stack([torch.zeros_like(leaf, requires_grad=False) if g is None else g for g in pulled])
 
 
 class _Sums:
@@ -760,6 +839,26 @@ class _Sums:
         """Tr(F_B); the mean over batches and draws."""
         return sum(self.means) / len(self.means)
 
+    def degrees(self, drawn: bool, fraction: float) -> float:
+        """The degrees of freedom of :meth:`standard_error`, by Satterthwaite's rule where the noise of labels differs.
+
+        Of n examples with d draws each, n (d − 1) where all are as noisy, fewer where a few have most of the noise.
+        """
+        if not drawn and fraction == 1.0:
+            return math.inf
+        between = float(self.examples - 1)
+        if not drawn or self.draws == 1:
+            return between
+        noise = self._noise()
+        total = float(noise.sum())
+        within = (self.draws - 1) * total**2 / float(noise.square().sum()) if total else math.inf
+        return within if fraction == 1.0 else min(within, between)
+
+    def _noise(self) -> Tensor:
+        """The variance of the draws of each example."""
+        mean = torch.cat(self.first) / self.draws
+        return ((torch.cat(self.second) - self.draws * mean.square()) / (self.draws - 1)).clamp(min=0)
+
     def standard_error(self, drawn: bool, fraction: float) -> float:
         """Of the mean over n examples, ``fraction`` of all: √(((1 − f) s² + f w)/n).
 
@@ -773,8 +872,7 @@ class _Sums:
         elif self.draws == 1:
             within = between
         else:
-            each = (torch.cat(self.second) - self.draws * mean.square()) / (self.draws - 1)
-            within = float(each.clamp(min=0).mean()) / self.draws
+            within = float(self._noise().mean()) / self.draws
         if fraction == 1.0:
             return math.sqrt(within / len(mean))
         return math.sqrt(((1 - fraction) * between + fraction * within) / len(mean))

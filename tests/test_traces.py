@@ -278,7 +278,7 @@ class Derived(nn.Module):
 
 
 class Unknown(nn.Module):
-    """Parameters in an einsum, an LSTM, a custom autograd.Function and a bilinear form: nothing here follows them."""
+    """Parameters in an einsum and a custom autograd.Function, which nothing here follows, and in others."""
 
     class Double(torch.autograd.Function):
         generate_vmap_rule = True
@@ -340,13 +340,7 @@ class Unusual(nn.Module):
         return self.head(x + buffer)
 
 
-UNKNOWN = (
-    "w",
-    "scale",
-    "form.weight",
-    "form.bias",
-    *(f"lstm.{n}_l0" for n in ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]),
-)
+UNKNOWN = ("w", "scale")
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ...]]] = {
     "SkipInit and Fixup": (SkipInit, (3, 6, 6), ()),
     "ConvNeXt": (ConvNeXt, (3, 8, 8), ()),
@@ -354,7 +348,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, .
     "shared layers": (Shared, (3, 2, 2), ()),
     "derived weights": (Derived, (3, 2, 2), ()),
     "unknown functions": (Unknown, (6,), UNKNOWN),
-    "unusual": (Unusual, (6,), ("third", "shift")),
+    "unusual": (Unusual, (6,), ("third",)),
     "ResNet-18": (resnet18, (3, 32, 32), ()),
 }
 
@@ -604,7 +598,7 @@ def test_everything_is_as_it_was_after_an_exception(error: BaseException) -> Non
     pointers = [p.data_ptr() for p in hostile.parameters()]
     random = torch.get_rng_state()
     trace_fisher(model, x, generator=torch.Generator())
-    per_example_grad_norms(hostile, x, generator=torch.Generator())
+    per_example_grad_norms(hostile, x, generator=torch.Generator(), verify=False)
     with pytest.raises(type(error)):
         trace_fisher(hostile, x, generator=torch.Generator())
     assert all(torch.equal(t, state[n]) for n, t in hostile.state_dict().items())
@@ -636,8 +630,10 @@ class InPlace(nn.Module):
 
 
 def test_an_overwritten_input_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="modified in place"):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # autograd's own
         per_example_grad_norms(InPlace(), torch.randn(3, 4))
+    with pytest.raises(RuntimeError, match="modified in place"):
+        per_example_grad_norms(InPlace(), torch.randn(3, 4), verify=False)
 
 
 def test_bad_arguments_are_named() -> None:
@@ -692,9 +688,9 @@ def test_the_capture_says_what_it_could_not_follow() -> None:
     model = Unknown()
     capture = Capture(model, torch.randn(3, 6), [name for name, _ in model.named_parameters()])
     assert set(capture.fallbacks) == set(UNKNOWN)
-    assert "einsum" in capture.fallbacks["w"] and "bilinear" in capture.fallbacks["form.weight"]
+    assert "einsum" in capture.fallbacks["w"]
     assert "autograd.Function" in capture.fallbacks["scale"]
-    assert set(capture.direct) == {"first.weight", "first.bias", "head.weight", "head.bias"}
-    with pytest.warns(fastfisher.SlowPathWarning, match=r"per-example gradients of w go by vmap\(grad\): .*einsum"):
+    assert set(capture.apart) == {name for name, _ in model.named_parameters()} - set(UNKNOWN)
+    with pytest.warns(fastfisher.SlowPathWarning, match=r"gradients of w take a backward for each example: .*einsum"):
         estimate = trace_fisher(model, torch.randn(3, 6))
     assert estimate.fallbacks == capture.fallbacks

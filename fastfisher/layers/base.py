@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,8 +39,14 @@ class Layout:
         return _unflatten(x, self.dim, self.examples, self.repeat).movedim(self.dim, 0)
 
     @staticmethod
-    def between(full: Tensor, part: Tensor, examples: int, few: int, leading: int) -> Layout | None:
-        """The layout of ``full``, given the same tensor ``part`` for the first ``few`` examples alone; or None."""
+    def between(
+        full: Tensor, part: Tensor, examples: int, few: int, leading: int, *, compared: bool = False
+    ) -> Layout | None:
+        """The layout of ``full``, given the same tensor ``part`` for the first ``few`` examples alone; or None.
+
+        Shapes tell which dimension it is, and values which index is the fast one; they are also ``compared`` where
+        shapes may agree by chance.
+        """
         changed = [d for d in range(full.dim()) if full.shape[d] != part.shape[d]]
         if len(changed) != 1 or changed[0] >= leading:
             return None
@@ -48,7 +54,7 @@ class Layout:
         repeat = full.shape[dim] // examples
         if full.shape[dim] != repeat * examples or part.shape[dim] != repeat * few:
             return None
-        if repeat == 1:
+        if repeat == 1 and not compared:
             return Layout(examples, dim)
         full, part = full.detach(), part.detach()
         if few > examples:  # the probe repeated an example
@@ -66,11 +72,42 @@ class Layout:
             difference = (rows.double() - expected.double()).abs().max()
             if difference <= 1e-3 * expected.double().abs().max():
                 matches.append(is_inner)
+        if repeat == 1:
+            return Layout(examples, dim) if matches else None
         return Layout(examples, dim, repeat, matches[0]) if len(matches) == 1 else None
 
 
 def _unflatten(x: Tensor, dim: int, slow: int, fast: int) -> Tensor:
     return x.reshape(*x.shape[:dim], slow, fast, *x.shape[dim + 1 :])
+
+
+@dataclass(frozen=True)
+class Rows(Layout):
+    """Examples whose rows are anywhere: those of a mixture of experts, of packed sequences, of a sorted batch.
+
+    ``index[i]`` has the rows of example i, filled up with the number of a row of zeros behind the last one. The rows
+    are the first ``leading`` dimensions, flattened.
+    """
+
+    index: Tensor = field(default_factory=lambda: torch.empty(0))
+    leading: int = 1
+
+    @staticmethod
+    def of(owner: Tensor, examples: int, leading: int) -> Rows:
+        """The layout of rows of which row r belongs to example ``owner[r]``, or to none where that is −1."""
+        order = owner.argsort(stable=True)
+        counts = torch.bincount(owner[owner >= 0], minlength=examples)
+        most = int(counts.max())
+        index = torch.full((examples, most), len(owner), dtype=torch.int64, device=owner.device)
+        order = order[len(owner) - int(counts.sum()) :]
+        starts = counts.cumsum(0) - counts
+        index[owner[order], torch.arange(len(order), device=owner.device) - starts[owner[order]]] = order
+        return Rows(examples, 0, index=index, leading=leading)
+
+    def split(self, x: Tensor) -> Tensor:
+        """[examples, rows of an example, the other dimensions]."""
+        rows = x.reshape(-1, *x.shape[self.leading :])
+        return torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])[self.index]
 
 
 class Layer:
@@ -81,10 +118,15 @@ class Layer:
         operand: the argument that holds the examples.
         leading: how many of its dimensions, from the first on, may be the examples'.
         pulls_back: whether the layer knows the gradient of its input itself (:meth:`pull_back`), cheaper than autograd.
+        by_rows: whether the formula only needs to know which example each row (the ``leading`` dimensions, flattened)
+            belongs to, which the backward can tell; see :class:`Rows`.
+        several: whether further arguments may depend on the examples.
         replaces: whether the call is made as it is on one copy of the parameter per example (see expand.py).
         layout: where the examples are; set by the capture.
     """
 
+    by_rows = False
+    several = False
     replaces = False
     pulls_back = False
     tensors: dict[str, Tensor]
@@ -108,13 +150,20 @@ class Layer:
         """With ``pulls_back``: the gradient of the input."""
         raise NotImplementedError
 
-    def finish(self, out: Tensor) -> Tensor:
+    def finish(self, out: Tensor) -> Any:
         """The output in the shape that the caller expects."""
         return out
 
     def narrow(self) -> Tensor:
         """With ``replaces``: the part of the parameter that is copied for each example."""
         raise NotImplementedError
+
+    def joins(self, other: Layer) -> bool:
+        """Whether what :meth:`seen` gives of another use of the same parameter may be put behind this one's positions.
+
+        Then the formulas serve for both uses together.
+        """
+        return False
 
     def check_unchanged(self) -> None:
         """Raises RuntimeError where the input was overwritten between forward and backward."""
@@ -171,7 +220,7 @@ class Layer:
     def _flat_gradients(self, slot: str, a: Tensor, d: Tensor) -> Tensor:
         """float64[n, elements of the parameter]."""
         parts = [self.gradients(slot, a[rows], d[rows]) for rows in self.chunks(slot, len(d))]
-        return torch.cat([part.reshape(len(part), -1).double() for part in parts])
+        return torch.cat([flat_rows(part).double() for part in parts])
 
     def chunks(self, slot: str, examples: int) -> Iterator[slice]:
         """Slices of examples whose gradients may exist at once."""
@@ -215,15 +264,19 @@ def gram_of_positions(
     return found
 
 
+def flat_rows(x: Tensor) -> Tensor:
+    """x[i] as a vector of real numbers, for each i."""
+    return (torch.view_as_real(x) if x.is_complex() else x).reshape(len(x), -1)
+
+
 def squares(x: Tensor) -> Tensor:
     """The sum of squares of each row x[i], in float64."""
-    x = computing(x).reshape(len(x), -1)
-    return x.square().sum(1, dtype=torch.float64)
+    return flat_rows(computing(x)).square().sum(1, dtype=torch.float64)
 
 
 def dots(x: Tensor, y: Tensor) -> Tensor:
-    """The inner product of each x[i] with y[i], in float64."""
-    return (computing(x) * computing(y)).reshape(len(x), -1).sum(1, dtype=torch.float64)
+    """The inner product of each x[i] with y[i], in float64; of complex numbers Re⟨x, y⟩."""
+    return (flat_rows(computing(x)) * flat_rows(computing(y))).sum(1, dtype=torch.float64)
 
 
 def computing(x: Tensor) -> Tensor:

@@ -6,6 +6,9 @@ the copies is the gradient of each example.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
 from fastfisher.layers.base import Layer, Layout, computing
@@ -18,14 +21,14 @@ class Expand(Layer):
 
     def __init__(self, parameter: Tensor, operand: Tensor) -> None:
         super().__init__(operand, operand.dim(), {"value": parameter})
-        self.parameter = parameter
+        self.parameter, self.dims = parameter, operand.dim()  # the operand is released before the formula is used
 
     def check_unchanged(self) -> None:
         """The operand is autograd's business."""
 
     def _dim(self, layout: Layout) -> int:
         """The parameter's own dimension that faces the examples; negative where it has none there."""
-        return layout.dim - (self.operand.dim() - self.parameter.dim())
+        return layout.dim - (self.dims - self.parameter.dim())
 
     def accepts(self, layout: Layout) -> bool:
         if layout.examples == 1:
@@ -33,18 +36,26 @@ class Expand(Layer):
         if self.parameter.dim() > self.operand.dim():
             return False
         dim = self._dim(layout)
-        # One row for all examples, or the same row for each (a class token expanded to the batch).
-        return dim < 0 or self.parameter.shape[dim] == 1 or self.parameter.stride(dim) == 0
+        # One row for all examples, the same row for each (a class token expanded to the batch), or a row of its own.
+        return dim < 0 or self.parameter.shape[dim] in (1, self.operand.shape[layout.dim])
+
+    def _own_rows(self) -> bool:
+        """Whether each example uses rows of its own, as of an embedding of positions that was looked up for each."""
+        dim = self._dim(self.layout)
+        return self.layout.examples > 1 and dim >= 0 and self.parameter.shape[dim] > 1 and not self._copied(dim)
+
+    def _copied(self, dim: int) -> bool:
+        return self.parameter.stride(dim) == 0
 
     def narrow(self) -> Tensor:
         dim = self._dim(self.layout)
-        if self.layout.examples > 1 and dim >= 0 and self.parameter.shape[dim] > 1:
+        if self.layout.examples > 1 and dim >= 0 and self.parameter.shape[dim] > 1 and self._copied(dim):
             return self.parameter.narrow(dim, 0, 1)
         return self.parameter
 
     def output(self) -> Tensor:
         value = self.narrow().detach()
-        if self.layout.examples == 1:
+        if self.layout.examples == 1 or self._own_rows():
             return value.view_as(value)
         value = value.view(*[1] * (self.operand.dim() - value.dim()), *value.shape)
         sizes = list(value.shape)
@@ -52,14 +63,24 @@ class Expand(Layer):
         return value.expand(sizes)
 
     def seen(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        examples = torch.arange(self.layout.examples, device=grad.device)
         if self.layout.examples == 1:
-            d = grad[None]
-        else:
-            d = self.layout.split(grad)
-            if self.layout.repeat > 1:
-                d = d.sum(1)
-        d = computing(d).reshape(self.layout.examples, *self.tensors["value"].shape)
-        return d, d
+            return examples, computing(grad)[None]
+        if self._own_rows():
+            return examples, computing(self._place().split(grad))
+        d = self.layout.split(grad)
+        if self.layout.repeat > 1:
+            d = d.sum(1)
+        return examples, computing(d).reshape(self.layout.examples, *self.tensors["value"].shape)
+
+    def _place(self) -> Layout:
+        """Where the examples are in the parameter."""
+        return replace(self.layout, dim=self._dim(self.layout))
 
     def gradients(self, slot: str, a: Tensor, d: Tensor) -> Tensor:
-        return d
+        if not self._own_rows():
+            return d
+        found = d.new_zeros(len(d), *self.tensors["value"].shape)
+        for gradient, example, rows in zip(found, a.tolist(), d, strict=True):
+            self._place().split(gradient)[example].copy_(rows)
+        return found

@@ -26,6 +26,8 @@ def gram_is_cheaper(positions: int, inputs: int, outputs: int, device: torch.dev
 class Linear(Layer):
     """F.linear. With inputs a_t and output gradients d_t, t = 1 … T, an example's gradient is Σ_t d_t a_tᵀ."""
 
+    by_rows = True
+
     def __init__(
         self, input: Tensor, weight: Tensor, bias: Tensor | None, tensors: dict[str, Tensor], transposed: bool = False
     ) -> None:
@@ -47,6 +49,10 @@ class Linear(Layer):
         a, d = computing(a.reshape(n, -1, a.shape[-1])), computing(d.reshape(n, -1, d.shape[-1]))
         common = torch.promote_types(a.dtype, d.dtype)
         return a.to(common), d.to(common)
+
+    def joins(self, other: Layer) -> bool:
+        """Whether the positions of another use of the same parameter may be put beside this one's."""
+        return isinstance(other, Linear) and other.transposed == self.transposed
 
     def gradients(self, slot: str, a: Tensor, d: Tensor) -> Tensor:
         if slot == "bias":

@@ -99,6 +99,8 @@ class BatchNorm(ChannelNorm):
 class TrailingNorm(_Affine):
     """torch.layer_norm and rms_norm: one weight for each element of the last ``len(shape)`` dimensions."""
 
+    by_rows = True
+
     def __init__(
         self, input: Tensor, shape: tuple[int, ...], function: Callable[..., Tensor], tensors: dict[str, Tensor],
         weight: Tensor | None, bias: Tensor | None,

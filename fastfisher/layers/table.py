@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfisher.calls import positional
 from fastfisher.layers.base import Layer, depends, tensors_in
 from fastfisher.layers.conv import Conv
-from fastfisher.layers.embedding import Embedding
+from fastfisher.layers.embedding import Embedding, EmbeddingBag
 from fastfisher.layers.expand import Expand
 from fastfisher.layers.linear import Linear
 from fastfisher.layers.norm import BatchNorm, ChannelNorm, TrailingNorm
@@ -21,11 +22,15 @@ Binder = Callable[..., Layer | None]
 
 def bind(func: Any, args: Any, kwargs: Any, tracked: Tracked) -> Layer | None:
     """The formula for a call of ``func``, or None. ``tracked`` tells the parameters from what depends on examples."""
-    if func in _BINDERS:
-        return _BINDERS[func](tracked, *args, **kwargs)
     if func in _BROADCASTING:
         return _expand(tracked, args, kwargs)
-    return None
+    if func not in _BINDERS or any(t.is_complex() for t in tensors_in([*args, *kwargs.values()])):
+        return None
+    args, kwargs = positional(func, args, kwargs)
+    try:
+        return _BINDERS[func](tracked, *args, **kwargs)
+    except TypeError:  # arguments that the formula does not know of
+        return None
 
 
 def _slots(tracked: Tracked, **tensors: Tensor | None) -> dict[str, Tensor]:
@@ -148,6 +153,17 @@ def _embedding(
     return Embedding(weight, indices, {"weight": weight}, padding_idx)
 
 
+def _embedding_bag(
+    tracked: Tracked, weight: Tensor, indices: Tensor, offsets: Tensor, scale_grad_by_freq: bool = False,
+    mode: int = 0, sparse: bool = False, per_sample_weights: Tensor | None = None, include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Layer | None:  # fmt: skip
+    scales = per_sample_weights
+    if scale_grad_by_freq or (scales is not None and (tracked(scales) or scales.requires_grad)):
+        return None
+    return EmbeddingBag(weight, indices, offsets, mode, scales, include_last_offset, padding_idx)
+
+
 def _expand(tracked: Tracked, args: Any, kwargs: Any) -> Layer | None:
     tensors = list(tensors_in([*args, *kwargs.values()]))
     parameters = [t for t in tensors if tracked(t)]
@@ -170,6 +186,7 @@ _BINDERS: dict[Any, Binder] = {
     torch.layer_norm: _layer_norm,
     torch.rms_norm: _rms_norm,
     torch.embedding: _embedding,
+    torch.embedding_bag: _embedding_bag,
     **dict.fromkeys(_functions("matmul mm __matmul__", torch, Tensor), _matmul),
     **dict.fromkeys(_functions("conv1d conv2d conv3d", torch), _conv),
     **dict.fromkeys(_functions("conv_transpose1d conv_transpose2d conv_transpose3d", torch), _conv_transpose),
