@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastfisher
 from fastfisher import SlowPathWarning, TraceEstimate, trace_hessian
-from fastfisher.hessian import logits_form
+from fastfisher.hessian import LogitsForm, _agreed, logits_form
 from fastfisher.model import as_call
 from tests.networks import Hostile, Shared
 
@@ -445,6 +445,21 @@ def test_writes_in_place_and_coupled_examples_are_seen(case: str) -> None:
     assert abs(fisher - truth) > 1e-3 * abs(truth), "the identity holds here: the test shows nothing"
 
 
+class Others:
+    """Processes that found the examples coupled, as far as the method asks."""
+
+    size = 2
+
+    def gather(self, mine: Tensor) -> Tensor:
+        return torch.cat([mine, torch.tensor([1.0, 1.0, 0.0], dtype=mine.dtype)])
+
+
+def test_processes_go_the_same_way_whatever_each_found() -> None:
+    mine = LogitsForm(4, None, None, False)
+    agreed = _agreed(mine, Others(), torch.device("cpu"))  # type: ignore[arg-type]
+    assert agreed == LogitsForm(4, "another process found so", "another process found so", False)
+
+
 @pytest.mark.parametrize("case", COUPLING)
 def test_coupled_examples_are_named(case: str) -> None:
     model = two(COUPLING[case])
@@ -687,7 +702,7 @@ def test_checkpointing_changes_nothing(options: Any) -> None:
 @pytest.mark.filterwarnings("ignore::fastfisher.SlowPathWarning")
 def test_a_reentrant_checkpoint_is_refused_by_name() -> None:
     model = Checkpointed(True).double()
-    for hvp in ("taylor", "autograd"):
+    for hvp in ("taylor", "autograd", "finite_difference"):
         with pytest.raises(NotImplementedError, match="use_reentrant=False"):
             trace_hessian(model, POINTS, LABELS, hvp=hvp)
     with pytest.raises(NotImplementedError, match="use_reentrant=False"):
