@@ -28,6 +28,7 @@ from fastfisher.model import (
     Inputs,
     as_given,
     check_class_dim,
+    check_examples,
     chosen_names,
     differentiable,
     eval_mode,
@@ -359,6 +360,7 @@ def _savable(inputs: Call, targets: Any) -> tuple[Call, Any]:
 
 
 def _capture(model: nn.Module, inputs: Call, names: Iterable[str], verify: bool) -> Capture:
+    check_examples(inputs)
     capture = (verified_capture if verify else Capture)(model, inputs, names)
     if capture.random and capture.fallbacks:
         raise ValueError(
