@@ -367,6 +367,14 @@ def _hutchinson(
             mean, error = mean + fisher.value, math.hypot(error, fisher.standard_error)
         if tolerance is None or error <= tolerance * abs(mean):
             break
+    degrees = len(values) - 1.0
+    if fisher is not None and fisher.standard_error > 0:  # of two independent errors, by Satterthwaite's rule
+        rest = math.sqrt(max(0.0, error**2 - fisher.standard_error**2))
+        degrees = (
+            min(degrees, fisher.degrees)
+            if not rest
+            else error**4 / (rest**4 / max(degrees, 1e-9) + fisher.standard_error**4 / fisher.degrees)
+        )
     if fisher is not None:
         name = f"{fisher.method} + reduced hutchinson, {distribution} probes"
         fallbacks = dict(fisher.fallbacks)
@@ -374,7 +382,7 @@ def _hutchinson(
         name = f"reduced hutchinson, {distribution} probes"
     else:
         name = f"hutchinson, {distribution} probes, hvp={hvp}"
-    return TraceEstimate(mean, error, samples, len(values), name, fallbacks=fallbacks)
+    return TraceEstimate(mean, error, samples, len(values), name, fallbacks=fallbacks, degrees=degrees)
 
 
 QuadraticForm = Callable[[Tensor], Tensor]

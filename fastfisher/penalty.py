@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from fastfisher import ops
 from fastfisher.arguments import check_flags, is_number
 from fastfisher.batches import paired
+from fastfisher.checkpointing import REENTRANT
 from fastfisher.gates import AccuracyWarning, Gates, fused_forward, record_gates
 from fastfisher.labels import (
     Signs,
@@ -655,9 +656,18 @@ def dense(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def autograd_gradients(loss: Tensor, sources: Sequence[Tensor], retain_graph: bool) -> Sequence[Tensor | None]:
-    """∂loss/∂source for each source, None where it is not used; without what hooks on the sources make of it."""
-    with unhooked(sources):
-        return torch.autograd.grad(loss, sources, retain_graph=retain_graph, allow_unused=True)
+    """∂loss/∂source for each source, None where it is not used; without what hooks on the sources make of it.
+
+    Raises:
+        NotImplementedError: the forward has a checkpoint with ``use_reentrant=True``.
+    """
+    try:
+        with unhooked(sources):
+            return torch.autograd.grad(loss, sources, retain_graph=retain_graph, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" in str(error):
+            raise NotImplementedError(REENTRANT) from error
+        raise
 
 
 def gradient_at(

@@ -537,7 +537,7 @@ class FisherPenalty:
         rows, gates = point.rows, point.gates
         true = targets[:1] if first_only and targets is not None else targets
         check_targets(self.settings.labels, true)
-        chosen = chosen_names(trainable, self.params)
+        chosen = self._chosen(trainable)
         with torch.enable_grad():
             loss, labels = label_loss(rows, self.settings.labels, true, self._next_key(rows.device))
         if self.settings.method == "double_backprop":
@@ -555,6 +555,13 @@ class FisherPenalty:
             value = shift.value
         self.value, self._rows = value, counted_rows(rows, true)
         return gradient
+
+    def _chosen(self, trainable: dict[str, Tensor]) -> frozenset[str]:
+        """The names of the parameters in ``params``; one that is frozen meanwhile drops out."""
+        if self.params is None:
+            return frozenset(trainable)
+        kept = [p for p in self.params if p.requires_grad]
+        return chosen_names(trainable, kept) if kept else frozenset()
 
     def _due(self) -> bool:
         """Whether the next step recomputes R."""

@@ -11,6 +11,7 @@ import scipy.stats
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import fastfisher
 from fastfisher import SlowPathWarning, TraceEstimate, trace_hessian
@@ -651,6 +652,46 @@ def test_layers_without_a_second_derivative_in_pytorch_or_with_a_wrong_one(name:
             generator=generator,
         )
         assert within(estimate, truth)
+
+
+class Checkpointed(nn.Module):
+    """A block whose activations are computed again in the backward."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.first, self.block, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        if self.reentrant is None:
+            return self.head(self.inside(h))
+        return self.head(checkpoint(self.inside, h, use_reentrant=self.reentrant))
+
+    def inside(self, h: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(self.block(h).tanh(), h, h).relu()  # over the batch of six: no Tr(F)
+
+
+@pytest.mark.parametrize("options", [{"hvp": "taylor"}, {"hvp": "autograd"}, {"hvp": "finite_difference"}])
+def test_checkpointing_changes_nothing(options: Any) -> None:
+    values = []
+    for reentrant in (None, False):
+        torch.manual_seed(0)
+        model = Checkpointed(reentrant).double()
+        options |= {"method": "hutchinson", "probes": 3, "generator": torch.Generator().manual_seed(3)}
+        values.append(trace_hessian(model, POINTS, LABELS, **options).value)
+        values.append(float(fastfisher.top_eigenvalues(model, POINTS, LABELS, tolerance=1e-8)))
+    assert values[:2] == pytest.approx(values[2:], rel=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore::fastfisher.SlowPathWarning")
+def test_a_reentrant_checkpoint_is_refused_by_name() -> None:
+    model = Checkpointed(True).double()
+    for hvp in ("taylor", "autograd"):
+        with pytest.raises(NotImplementedError, match="use_reentrant=False"):
+            trace_hessian(model, POINTS, LABELS, hvp=hvp)
+    with pytest.raises(NotImplementedError, match="use_reentrant=False"):
+        fastfisher.top_eigenvalues(model, POINTS, LABELS)
 
 
 def test_in_train_mode_every_forward_starts_from_the_same_buffers() -> None:
