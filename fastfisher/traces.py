@@ -28,6 +28,7 @@ from fastfisher.model import (
     Inputs,
     as_given,
     check_class_dim,
+    check_examples,
     chosen_names,
     differentiable,
     eval_mode,
@@ -369,12 +370,13 @@ def of_loss(class_dim: int | None, loss: Loss | None) -> int | None:
     return -1 if class_dim is None and loss is not None else class_dim
 
 
-def _savable(inputs: Call, targets: Tensor | None) -> tuple[Call, Tensor | None]:
+def _savable(inputs: Call, targets: Any) -> tuple[Call, Any]:
     """A batch that autograd may save, also where it was made in inference mode."""
-    return map_inputs(inputs, differentiable), None if targets is None else differentiable(targets)
+    return map_inputs(inputs, differentiable), differentiable(targets) if isinstance(targets, Tensor) else targets
 
 
 def _capture(model: nn.Module, inputs: Call, names: Iterable[str], verify: bool) -> Capture:
+    check_examples(inputs)
     capture = (verified_capture if verify else Capture)(model, inputs, names)
     if capture.random and capture.fallbacks:
         raise ValueError(
