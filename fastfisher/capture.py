@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import types
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -92,6 +92,19 @@ class Receiver:
             layer.release()
 
 
+@dataclass
+class Known:
+    """What captures of a model and of batches of the same shapes have in common.
+
+    Attributes:
+        scattered: which layers have their examples in another order than the batch, as :meth:`Capture.misplaced` finds.
+        layouts: where the examples are, by the number of the call, for the function and the shape that were met there.
+    """
+
+    scattered: frozenset[int] = frozenset()
+    layouts: dict[int, tuple[Any, torch.Size, Layout | None]] = field(default_factory=dict)
+
+
 class Capture:
     """One forward of a model whose layers are watched; :meth:`backward` may follow any number of times.
 
@@ -108,8 +121,7 @@ class Capture:
         random: whether the forward drew random numbers from torch's generators.
 
     Args:
-        scattered: which of the ``layers`` have their examples in another order than the batch, as :meth:`misplaced`
-            found in an earlier capture.
+        known: what earlier captures of the same model and shapes have found out.
 
     Raises:
         ValueError: there is no example, or the model couples examples (a batch norm on the statistics of the batch); it
@@ -117,9 +129,7 @@ class Capture:
         NotImplementedError: the model recomputes layers where they cannot be seen (reentrant checkpointing).
     """
 
-    def __init__(
-        self, model: nn.Module, inputs: Inputs, names: Iterable[str], scattered: frozenset[int] = frozenset()
-    ) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs, names: Iterable[str], known: Known | None = None) -> None:
         found = dict(model.named_parameters())
         self.parameters = {name: found[name].data.requires_grad_() for name in names}
         others = {name: p.data for name, p in found.items() if name not in self.parameters}
@@ -130,7 +140,7 @@ class Capture:
         self.anchor = torch.zeros((), device=input_tensors(inputs)[0].device, requires_grad=True)
         self.layers: list[Layer] = []
         self.unplaced: list[list[Layer]] = []  # those in one list have the same rows
-        self.scattered = scattered
+        self.known = known or Known()
         self.fallbacks: dict[str, str] = {}
         self.told = False
         self.receiver = Receiver()
@@ -433,30 +443,30 @@ class _Watch(TorchFunctionMode):
         if layer is None and func in DECOMPOSED:
             with self:
                 return DECOMPOSED[func](*args, **kwargs)
-        index = self._count(func, tracked, layer.operand if layer is not None else None)
+        index = self._count(func, layer.operand if layer is not None else None)
         if self.probing is None:
             if layer is None:
                 self._give_up(tracked, f"there is no formula for its use in {_name(func)}")
-            elif self._find(layer, index):
+            elif self._find(layer, func, index):
                 return self._tap(layer, func, args, kwargs)
             else:
                 self._give_up(tracked, f"{_name(func)} has its examples where they cannot be told apart")
         return func(*_replace(args, self._detached), **_replace(kwargs, self._detached))
 
-    def _count(self, func: Any, tracked: list[Tensor], operand: Tensor | None) -> int:
+    def _count(self, func: Any, operand: Tensor | None) -> int:
         """The number of this call; with ``probing``, what it saw is noted."""
         index = self.calls
         self.calls += 1
         if self.probing is not None:
-            self.probing.append(_Seen(func, [tuple(t.shape) for t in tracked], operand))
+            self.probing.append(_Seen(func, operand))
         return index
 
-    def _find(self, layer: Layer, index: int) -> bool:
+    def _find(self, layer: Layer, func: Any, index: int) -> bool:
         """Finds the examples in what a layer works on; False where they cannot be told apart."""
-        misplaced = len(self.capture.layers) in self.capture.scattered
+        misplaced = len(self.capture.layers) in self.capture.known.scattered
         scattered = misplaced or _level(layer.operand) == _SCATTERED
         if not (scattered and layer.by_rows) and not misplaced:
-            layout = self._layout(index, layer.operand, layer.leading, scattered)
+            layout = self._layout(index, func, layer.operand, layer.leading, scattered)
             if layout is not None and layer.accepts(layout):
                 layer.layout = layout
                 return True
@@ -486,12 +496,14 @@ class _Watch(TorchFunctionMode):
     def _recurrent(self, func: Any, args: Any, kwargs: Any, call: Unrolled, tracked: list[Tensor]) -> Any:
         """A recurrent network: each of its layers is a few linear layers, whose inputs come out one after the other."""
         call.states = [self._for_each_example(state) for state in call.states]
-        index = self._count(func, tracked, call.operand)
+        index = self._count(func, call.operand)
         if self.probing is not None:
             return func(*_replace(args, self._detached), **_replace(kwargs, self._detached))
         here = range(len(self.capture.layers), len(self.capture.layers) + call.products)
-        scattered = call.packed or _level(call.operand) == _SCATTERED or any(i in self.capture.scattered for i in here)
-        layout = None if scattered else self._layout(index, call.operand, 2, False)
+        scattered = (
+            call.packed or _level(call.operand) == _SCATTERED or any(i in self.capture.known.scattered for i in here)
+        )
+        layout = None if scattered else self._layout(index, func, call.operand, 2, False)
         if layout is not None:
             layout = call.layout(layout)
 
@@ -521,7 +533,7 @@ class _Watch(TorchFunctionMode):
             for name in self.sources(tensor):
                 self.capture.fallbacks.setdefault(name, reason)
 
-    def _layout(self, index: int, operand: Tensor, leading: int, scattered: bool) -> Layout | None:
+    def _layout(self, index: int, func: Any, operand: Tensor, leading: int, scattered: bool) -> Layout | None:
         """Where the examples are in ``operand``, or None where that cannot be told.
 
         Certain where dimension 0 has their number and no other dimension a multiple of it, unless the operand has been
@@ -533,6 +545,16 @@ class _Watch(TorchFunctionMode):
             return Layout(1, 0, shape[0] if shape else 1)
         if not scattered and shape and shape[0] == examples and all(size % examples for size in shape[1:]):
             return Layout(examples, 0)
+        met = self.capture.known.layouts.get(index)
+        if met is None or scattered or met[:2] != (func, operand.shape):
+            met = func, operand.shape, self._shrunk(index, func, operand, leading, scattered)
+            if not scattered:
+                self.capture.known.layouts[index] = met
+        return met[2]
+
+    def _shrunk(self, index: int, func: Any, operand: Tensor, leading: int, scattered: bool) -> Layout | None:
+        """By the operand of the same call in a forward of a few examples."""
+        examples = self.capture.examples
         few = 2 if examples > 2 else 3
         if self.probed is None:
             self.probed = []
@@ -548,7 +570,7 @@ class _Watch(TorchFunctionMode):
             finally:
                 random.restore()
         seen = self.probed[index] if index < len(self.probed) else None
-        if seen is None or seen.operand is None or seen.operand.dim() != operand.dim():
+        if seen is None or seen.func != func or seen.operand is None or seen.operand.dim() != operand.dim():
             return None
         return Layout.between(operand, seen.operand, examples, few, leading, compared=scattered)
 
@@ -558,7 +580,6 @@ class _Seen:
     """A call in the forward of a few examples."""
 
     func: Any
-    shapes: list[tuple[int, ...]]
     operand: Tensor | None
 
 
