@@ -233,9 +233,9 @@ def trace_fisher(
                     continue
                 inputs, targets = _savable(*batch)
                 capture = _capture(model, inputs, names, verify)
-                sums.fallbacks.update(capture.fallbacks)
                 cotangents = _Cotangents(capture.logits.detach(), labels, targets, None, generator, class_dim, ranks)
                 sums.add(_draws(model, inputs, capture, cotangents, rounds, sums.means if minibatch else None))
+                sums.fallbacks.update(capture.fallbacks)
                 del capture, cotangents  # before the next forward
             fraction = batches.fraction
             found = sums
@@ -378,6 +378,23 @@ def _savable(inputs: Call, targets: Any) -> tuple[Call, Any]:
 def _capture(model: nn.Module, inputs: Call, names: Iterable[str], verify: bool) -> Capture:
     check_examples(inputs)
     capture = (verified_capture if verify else Capture)(model, inputs, names)
+    logits = capture.logits
+    if logits.dim() < 2 or len(logits) != capture.examples:
+        raise ValueError(
+            f"model: expected logits (N, ..., C) for N = {capture.examples} examples, got shape {tuple(logits.shape)}"
+        )
+    return capture
+
+
+def _tell_fallbacks(capture: Capture) -> None:
+    """Says which parameters go a slower way; known for certain after a backward.
+
+    Raises:
+        ValueError: they cannot, because the forward draws random numbers.
+    """
+    if capture.told or not capture.fallbacks:
+        return
+    capture.told = True
     if capture.random and capture.fallbacks:
         raise ValueError(
             f"model: expected a forward without random numbers, as {', '.join(capture.fallbacks)} have no formula and "
@@ -386,12 +403,6 @@ def _capture(model: nn.Module, inputs: Call, names: Iterable[str], verify: bool)
     for reason in dict.fromkeys(capture.fallbacks.values()):
         slow = ", ".join(name for name, why in capture.fallbacks.items() if why == reason)
         warn_slow_path(f"per-example gradients of {slow} take a backward for each example: {reason}")
-    logits = capture.logits
-    if logits.dim() < 2 or len(logits) != capture.examples:
-        raise ValueError(
-            f"model: expected logits (N, ..., C) for N = {capture.examples} examples, got shape {tuple(logits.shape)}"
-        )
-    return capture
 
 
 def whole_model(model: nn.Module, process_group: ProcessGroup | None) -> tuple[Ranks | None, nn.Module]:
@@ -581,13 +592,12 @@ def _squared_norms(
     held.update(id(part.layer) for groups in capture.joint.values() for group in groups for part in group)
     norms = {name: _zeros(capture) for name in capture.parameters}
     kept: Seen = {}
-    squared_total = 0.0
+    squared_totals = dict.fromkeys(capture.parameters, 0.0)
 
     def note(layer: Layer, slot: str, name: str, found: Tensor, a: Tensor, d: Tensor) -> None:
-        nonlocal squared_total
         norms[name] += found
         if with_mean:
-            squared_total += float(squares(layer.total(slot, a, d)[None]))
+            squared_totals[name] += float(squares(layer.total(slot, a, d)[None]))
 
     def receive(layer: Layer, grad: Tensor) -> None:
         if id(layer) not in direct and id(layer) not in held:
@@ -601,6 +611,7 @@ def _squared_norms(
             kept[id(layer)] = (a, d)
 
     capture.backward(cotangent, receive, retain_graph=retain_graph)
+    _tell_fallbacks(capture)
     side = Side(model, inputs, capture, cotangent, kept)
     for name, groups in capture.apart.items():
         for use in side.uses([group for group in groups if len(group) > 1]):
@@ -612,8 +623,8 @@ def _squared_norms(
             norms[name][rows] = squares(g)
             if with_mean:
                 totals[name] = totals.get(name, 0) + g.sum(0)
-    squared_total += sum(float(squares(total[None])) for total in totals.values())
-    return norms, squared_total / capture.examples**2
+    squared_totals |= {name: float(squares(total[None])) for name, total in totals.items()}
+    return norms, sum(squared_totals.values()) / capture.examples**2
 
 
 def one_backward(
@@ -637,6 +648,7 @@ def one_backward(
         kept[id(layer)] = layer.seen(grad)
 
     capture.backward(cotangent, keep)
+    _tell_fallbacks(capture)
     return Side(model, inputs, capture, cotangent, kept)
 
 
