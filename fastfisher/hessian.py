@@ -149,14 +149,14 @@ def trace_hessian(
     with ExitStack() as stack:
         told = {"method": method, "probes": probes, "distribution": distribution, "hvp": hvp, "tolerance": tolerance}
         trainable = trainable_parameters(model)
-        chosen = digest(sorted(chosen_names(trainable, params)))
+        chosen = sorted(chosen_names(trainable, params))  # read once: params may be an iterator
         stack.enter_context(
-            measuring_together(ranks, "trace_hessian", model, trainable, mode=mode, params=chosen, **told)
+            measuring_together(ranks, "trace_hessian", model, trainable, mode=mode, params=digest(chosen), **told)
         )
         key, _ = draw_key(generator, torch.device("cpu"), 0, ranks)
         device = next(iter(trainable.values())).device
         batches = labelled(model, data, targets, batch_size, device, class_dim)
-        parameters = stack.enter_context(measuring(model, params, mode))
+        parameters = stack.enter_context(measuring(model, [trainable[name] for name in chosen], mode))
         product: str = "reduced" if method == "reduced" else hvp
         fisher = None
         if method in ("auto", "fisher", "split"):
