@@ -425,7 +425,8 @@ def _by_taylor(
     z = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters.values()]
 
     def quadratic_form(key: Tensor) -> Tensor:
-        ops.perturb(z, [], key, 1.0, distribution)
+        if tape.nodes:  # else every direction gives the same
+            ops.perturb(z, [], key, 1.0, distribution)
         return tape.curvature(z)
 
     return quadratic_form
