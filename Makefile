@@ -9,7 +9,7 @@ TIMER ?= time.perf_counter
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 NATIVE := $(SOURCES) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: run test nightly sanitize lint format bench gpu docs dist clean
+.PHONY: run test nightly sanitize oldest lint format bench gpu docs dist clean
 
 run: $(VENV)/built-train ## the demonstration: half-wrong labels on real digits, without and with the penalty
 	$(BIN)/python -m fastfisher.paper.noisy_digits
@@ -19,7 +19,7 @@ test: $(VENV)/built-test ## the whole test suite
 
 nightly: $(VENV)/built-test ## 10,000 random cases for each operator and public function, every error at every call
 	$(BIN)/python -m pytest -n auto --dist worksteal --hypothesis-profile=nightly tests/test_properties.py tests/test_fuzz.py \
-	  tests/test_faults.py
+	  tests/test_faults.py tests/test_everything.py
 
 # A tree of its own, so that the libraries that everything else uses stay as they are. libasan has to be there before
 # Python, and libstdc++ with it, or it finds no function to intercept where an exception is thrown.
@@ -40,6 +40,25 @@ sanitize: $(VENV)/built-test ## the operators' tests with AddressSanitizer and U
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  "$(CURDIR)/$(BIN)/python" -m pytest -n auto --dist worksteal $(SANITIZED_TESTS)
+
+# What the README promises at its lower end: the package, installed as it says there, beside the oldest torch that
+# pyproject.toml names, in an environment and a tree of their own. The sources go once they are installed, so that what
+# the tests import is what was installed.
+OLDEST := build/oldest
+OLDEST_TORCH := torch==$(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]/\1/p' pyproject.toml)
+OLDEST_TESTS := $(addprefix tests/,test_ops.py test_calls.py test_penalty.py test_regularizer.py test_gates.py \
+  test_gated.py test_convolution.py test_normalization.py test_traces.py test_taylor.py test_hessian.py)
+
+oldest: $(OLDEST)/venv/torch ## the tests of operators, penalty and traces with the oldest torch that pyproject.toml names
+	rm -rf $(OLDEST)/tree
+	mkdir -p $(OLDEST)/tree
+	cp -r csrc kernels fastfisher bench tests CMakeLists.txt setup.py pyproject.toml README.md LICENSE $(OLDEST)/tree
+	rm -f $(OLDEST)/tree/fastfisher/*.so
+	cd $(OLDEST)/tree && PATH="$(CURDIR)/$(OLDEST)/venv/bin:$$PATH" FASTFISHER_BUILD=1 \
+	  pip install --quiet --disable-pip-version-check --no-build-isolation .
+	rm -r $(OLDEST)/tree/fastfisher
+	cd $(OLDEST)/tree && ../venv/bin/fastfisher info && \
+	  ../venv/bin/python -m pytest -n auto --dist worksteal $(OLDEST_TESTS)
 
 lint: $(VENV)/built-test ## ruff, clang-format, mypy --strict
 	$(BIN)/ruff check .
@@ -82,6 +101,14 @@ clean:
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77" cmake ninja pybind11 numpy
+	touch $@
+
+# The tests' packages by name: the extra "test" has some that want a newer torch.
+$(OLDEST)/venv/torch: pyproject.toml
+	rm -rf $(OLDEST)
+	$(PYTHON) -m venv $(OLDEST)/venv
+	$(OLDEST)/venv/bin/pip install --quiet --disable-pip-version-check "$(OLDEST_TORCH)" "setuptools>=77" cmake ninja \
+	  pybind11 numpy scipy scikit-learn pytest pytest-xdist hypothesis
 	touch $@
 
 # Isolated, pip would fetch another torch to build against; torch is named again so that what comes with it fits it.

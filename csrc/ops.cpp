@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <atomic>
@@ -66,12 +67,13 @@ void check_same(const Tensor& a, const char* a_name, const Tensor& b, const char
 }
 
 // An uninitialised contiguous CPU tensor, straight from the C shim: the dispatcher's new_empty costs a
-// microsecond more, which counts at 128 rows of 10.
+// microsecond more, which counts at 128 rows of 10. STABLE_TORCH_ERROR_CODE_CHECK came with torch 2.13; for the
+// version that CMakeLists.txt targets it is this macro, which every torch from 2.11 on has.
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   int64_t strides[2] = {1, 1};
   if (sizes.size() == 2) strides[0] = std::max<int64_t>(1, sizes.begin()[1]);
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
                                aoti_torch_device_type_cpu(), 0, &handle));

@@ -17,26 +17,30 @@ mappings at any depth, and anything that is no tensor. Each tensor has the examp
 all: a scalar, or of size 1 there.
 
 Data are one such batch, or an iterable of batches: a ``DataLoader``, a list, a generator. A tuple is always one batch.
-A list is one where a tensor is among its items, as in ``next(iter(loader))``.
+A list is one where a tensor or None is among its items, as in ``next(iter(loader))``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset, IterableDataset
 
 from fastfisher.alignment import labels_in, targets_within
 from fastfisher.arguments import is_count
+from fastfisher.labels import cross_entropy, fit
 from fastfisher.model import (
     Call,
     as_call,
     check_class_dim,
     count_examples,
+    known_of,
     map_inputs,
     signature_of,
     take_rows,
@@ -152,7 +156,7 @@ class Batches:
 def is_batch(data: Any) -> bool:
     """Whether data are one batch, and no iterable of batches."""
     return isinstance(data, Tensor | Mapping | tuple) or (
-        isinstance(data, list) and any(isinstance(item, Tensor) for item in data)
+        isinstance(data, list) and any(item is None or isinstance(item, Tensor) for item in data)
     )
 
 
@@ -163,7 +167,7 @@ def split(model: nn.Module, batch: Any, class_dim: int | None = None, name: str 
         TypeError: it is none; ``name`` is the argument that is named.
         ValueError: the model cannot be called with these inputs.
     """
-    if isinstance(batch, Tensor | Mapping):
+    if isinstance(batch, Tensor | Mapping | PackedSequence):
         return paired(model, batch, None, class_dim, name)
     if isinstance(batch, list | tuple) and batch:
         *inputs, last = batch
@@ -202,6 +206,39 @@ def paired(
         asked = "labels" in call.kwargs and not labels.is_floating_point()
         targets = targets_within(model, call, labels) if asked else labels
     return call, targets
+
+
+def check_own_loss(model: nn.Module, call: Call, targets: Tensor) -> Call:
+    """The call, whose forward raises where the model makes another loss of the labels in it than the mean cross-entropy
+    of its logits: one with a term that balances experts, say, or smoothed labels.
+
+    Looked for once for each model and kind of call, in that forward itself.
+    """
+    kind = "own loss", tuple(sorted(call.kwargs)), model.training
+    known, before = known_of(model), call.see
+    if "labels" not in call.kwargs or kind in known:
+        return call
+
+    def see(output: Any, logits: Tensor) -> None:
+        if before is not None:
+            before(output, logits)
+        own = getattr(output, "loss", None)
+        if kind in known or len(logits) != len(targets):  # a part of the batch
+            return
+        if isinstance(own, Tensor) and own.numel() == 1:
+            wide = logits.detach() if logits.dtype == torch.float64 else logits.detach().float()
+            ours = cross_entropy(wide, fit(logits, targets, class_dim=call.class_dim))
+            own, tolerance = own.detach(), max(1e-5, 8 * torch.finfo(own.dtype).eps)
+            if not math.isclose(float(own), float(ours), rel_tol=tolerance, abs_tol=tolerance):
+                raise ValueError(
+                    f"model: its own loss at the labels, {float(own):.6g}, is not the mean cross-entropy of its "
+                    f"logits, {float(ours):.6g}, which would be trained in its place; make the loss yourself, with "
+                    "FisherPenalty.watching() and term(), or give the targets beside the inputs to train the "
+                    "cross-entropy"
+                )
+        known[kind] = True
+
+    return dataclasses.replace(call, see=see)
 
 
 # ---- lengths ---------------------------------------------------------------------------------------------------------

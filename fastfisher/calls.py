@@ -122,7 +122,8 @@ def opened(func: Callable[..., Any], methods: bool = False) -> Callable[..., Any
     tensors are opened too.
     """
     places = (*_FUNCTIONS, "torch._tensor") if methods else _FUNCTIONS
-    if not (isinstance(func, types.FunctionType) and func.__module__ in places):
+    # By where it was written: F.max_pool2d only chooses one of two functions, which ask for overrides of F.max_pool2d.
+    if not (isinstance(func, types.FunctionType) and func.__globals__.get("__name__") in places):
         return None
     scope = {**func.__globals__, **{check: lambda *_: False for check in _CHECKS}}
     copy = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)

@@ -17,6 +17,13 @@ from torch import Tensor
 _autograd: Any = torch._C._autograd  # the stack of default hooks, one for each thread
 _MODULE = "torch.utils.checkpoint"
 
+REENTRANT = (
+    "model: expected activation checkpointing with use_reentrant=False, got use_reentrant=True, which runs the layers "
+    "without a graph and again in the backward, where they cannot be seen; pass use_reentrant=False to "
+    'torch.utils.checkpoint.checkpoint (in Transformers, gradient_checkpointing_kwargs={"use_reentrant": False})'
+)
+"""Why the older kind of checkpoint is refused, and the way out."""
+
 
 def keep_saved_tensors() -> None:
     """Makes the checkpoint that the caller is in, if any, keep what it saves from here on.
@@ -60,12 +67,7 @@ def graph_nodes(*outputs: Tensor) -> Iterator[Any]:
 def refuse_reentrant(node: Any) -> None:
     """Raises NotImplementedError where a node of a graph is a checkpoint with ``use_reentrant=True``."""
     if type(node).__name__ == "CheckpointFunctionBackward":
-        raise NotImplementedError(
-            "model: expected activation checkpointing with use_reentrant=False, got use_reentrant=True, which runs the "
-            "layers without a graph and again in the backward, where they cannot be seen; pass use_reentrant=False to "
-            "torch.utils.checkpoint.checkpoint (in Transformers, "
-            'gradient_checkpointing_kwargs={"use_reentrant": False})'
-        )
+        raise NotImplementedError(REENTRANT)
 
 
 def refuse_recomputed(node: Any) -> None:

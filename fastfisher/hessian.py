@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from fastfisher import ops
 from fastfisher.arguments import is_count, is_number
 from fastfisher.batches import Batches
+from fastfisher.checkpointing import graph_nodes, refuse_recomputed
 from fastfisher.distributed import Ranks, digest, measuring_together
 from fastfisher.estimate import TraceEstimate
 from fastfisher.gates import RandomState, record_gates
@@ -130,7 +131,7 @@ def trace_hessian(
 
     Raises:
         ValueError: an unknown option, no examples, targets that do not fit, a parameter that is not the model's, or
-            logits that are NaN or +inf.
+            logits that are NaN or +inf, or second derivatives that are not finite.
         TypeError: the model, the inputs or the data are of a type that cannot be one.
         NotImplementedError: a parameter is complex, the forward changes parameters, or, where autograd serves, there is
             no second derivative: of a custom ``autograd.Function`` whose backward is ``once_differentiable``, of a
@@ -148,18 +149,20 @@ def trace_hessian(
     with ExitStack() as stack:
         told = {"method": method, "probes": probes, "distribution": distribution, "hvp": hvp, "tolerance": tolerance}
         trainable = trainable_parameters(model)
-        chosen = digest(sorted(chosen_names(trainable, params)))
+        chosen = sorted(chosen_names(trainable, params))  # read once: params may be an iterator
         stack.enter_context(
-            measuring_together(ranks, "trace_hessian", model, trainable, mode=mode, params=chosen, **told)
+            measuring_together(ranks, "trace_hessian", model, trainable, mode=mode, params=digest(chosen), **told)
         )
         key, _ = draw_key(generator, torch.device("cpu"), 0, ranks)
         device = next(iter(trainable.values())).device
         batches = labelled(model, data, targets, batch_size, device, class_dim)
-        parameters = stack.enter_context(measuring(model, params, mode))
+        parameters = stack.enter_context(measuring(model, [trainable[name] for name in chosen], mode))
         product: str = "reduced" if method == "reduced" else hvp
         fisher = None
         if method in ("auto", "fisher", "split"):
             form = logits_form(model, parameters, batches.first()[0])
+            if ranks is not None:
+                form = _agreed(form, ranks, device)
             exact = form.curved is None and form.coupled is None
             if method == "fisher" and not exact:
                 reason = form.coupled or form.curved
@@ -210,8 +213,22 @@ def logits_form(model: nn.Module, parameters: dict[str, Tensor], inputs: Call) -
     elif any(module.training for module in model.modules()):
         coupled = "the model is in train mode, and Tr(F) is taken in eval mode"
     elif not _same_alone(model, inputs, logits.detach()):
-        coupled = "the logits of an example are not the same where it is the only one of its batch"
+        coupled = "the logits of an example are not the same in another batch"
     return LogitsForm(logits.shape[-1], curved, coupled, unknown)
+
+
+def _agreed(form: LogitsForm, ranks: Ranks, device: torch.device) -> LogitsForm:
+    """The form on which all processes go on: each looked at a batch of its own, and they must take the same way."""
+    flags = [form.curved is not None, form.coupled is not None, form.unknown]
+    everyone = ranks.gather(torch.tensor(flags, dtype=torch.float64, device=device)).view(ranks.size, -1)
+    curved, coupled, unknown = (bool(flag) for flag in everyone.any(0))
+    elsewhere = "another process found so"
+    return LogitsForm(
+        form.classes,
+        form.curved or (elsewhere if curved else None),
+        form.coupled or (elsewhere if coupled else None),
+        unknown,
+    )
 
 
 def _forward(model: nn.Module, inputs: Call, watch: TorchFunctionMode | None = None) -> Tensor:
@@ -261,26 +278,25 @@ SAME = 3e-4
 
 
 def _same_alone(model: nn.Module, inputs: Call, logits: Tensor) -> bool:
-    """Whether the first example's logits are the same without the other examples."""
+    """Whether the logits of the first and the last example are the same without the others, and in the other order."""
     if len(logits) == 1:
         return True
     if count_examples(inputs) != len(logits):
         return False
-    first = torch.zeros(len(logits), dtype=torch.bool)
-    first[0] = True
+    two = torch.tensor([len(logits) - 1, 0])
+    expected = logits[two.to(logits.device)]
     try:
         with torch.enable_grad():  # models may go another way without
-            alone = call_copy(model, {}, take_rows(inputs, first)).detach()
+            alone = call_copy(model, {}, take_rows(inputs, two)).detach()
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # a model for batches of one size, or a norm over the batch
+    except Exception:  # a model for batches of one size
+        return False
+    if alone.shape != expected.shape:
         return False
     finite = logits[logits.isfinite()]
     tolerance = max(SAME, torch.finfo(logits.dtype).eps ** 0.5) * (finite.abs().max() if len(finite) else 0)
-    near = (
-        (alone == logits[:1]) | ((alone - logits[:1]).abs() <= tolerance) if alone.shape == logits[:1].shape else None
-    )
-    return near is not None and bool(near.all())
+    return bool(((alone == expected) | ((alone - expected).abs() <= tolerance)).all())
 
 
 def _fisher(
@@ -357,6 +373,11 @@ def _hutchinson(
         if rows == 0:
             raise ValueError("data: expected at least one example, got none")
         values += [value / rows for value in sums]
+        if not all(map(math.isfinite, values)):
+            raise ValueError(
+                f"model: expected finite second derivatives, got {sum(values)} by hvp={hvp!r} (as of a square root at "
+                'zero, or where PyTorch\'s own second derivative errs); hvp="finite_difference" needs first ones only'
+            )
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
         mean = statistics.fmean(values)
         if fisher is not None:
@@ -404,7 +425,8 @@ def _by_taylor(
     z = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters.values()]
 
     def quadratic_form(key: Tensor) -> Tensor:
-        ops.perturb(z, [], key, 1.0, distribution)
+        if tape.nodes:  # else every direction gives the same
+            ops.perturb(z, [], key, 1.0, distribution)
         return tape.curvature(z)
 
     return quadratic_form
@@ -457,7 +479,9 @@ def _by_difference(
     before = _writes(model)
     with torch.enable_grad(), record_gates(model) as gates:  # as in the replays: without, some modules take other paths
         logits = call_copy(model, {}, inputs)
+    list(map(refuse_recomputed, graph_nodes(logits)))
     targets = _fit(model, _checked(model, logits, before), inputs, targets)
+    del logits  # with its graph
     shifted = {name: torch.empty_like(p, memory_format=torch.contiguous_format) for name, p in parameters.items()}
     coarsest = max((p.dtype for p in parameters.values()), key=lambda dtype: torch.finfo(dtype).eps)
     step = DIFFERENCE_STEP[coarsest]

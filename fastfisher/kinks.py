@@ -2,8 +2,8 @@
 
 One table, :data:`KNOWN`, says of each function of torch one of three things:
 
-- it has a :class:`Rule`: its kinks (the sign of each element, the place of a maximum, …) are recorded at θ and repeated
-  at θ + ρd, so that what is left is smooth in ρ;
+- it has a :class:`Rule`: its kinks (the sign of each element, the place of a maximum, …) are recorded at θ and
+  repeated at θ + ρd, so that what is left is smooth in ρ;
 - it is smooth: it has a continuous first derivative, or is linear, or moves elements about. A jump of the second
   derivative does no harm, because the gradient changes little where a short step crosses it. Whatever has a rule in
   :mod:`fastfisher.taylor` and none here is smooth;
@@ -212,8 +212,8 @@ def _keep_sides(x: Tensor, low: Any = None, high: Any = None) -> Tensor:
     sides = torch.zeros_like(x, dtype=torch.int8)
     if low is not None:
         sides = sides - (x < low).to(torch.int8)
-    if high is not None:
-        sides = torch.where(x > high, 1, sides)
+    if high is not None:  # which wins where the lower bound is above it
+        sides = torch.where((x if low is None else x.clamp(min=low)) > high, 1, sides)
     return sides.to(torch.int8)
 
 
@@ -418,6 +418,11 @@ class Embedding(Rule):
     """An embedding with a padding index: autograd gives its row no gradient there, so there it is as it was at θ."""
 
     def record(self, run: Run, function: Function, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        if _by_frequency(*args):
+            raise NotImplementedError(
+                "model: an embedding with scale_grad_by_freq=True divides its gradient by how often an index occurs, "
+                "which is the gradient of no function: R has no derivative. Use scale_grad_by_freq=False"
+            )
         weight, _, padding = self.arguments(args)
         row = weight[padding].detach().clone()
         return function(*args, **kwargs), row
@@ -439,6 +444,12 @@ class Embedding(Rule):
         """The padding index; None where there is none."""
         none = padding is None or (padding < 0 and first.is_floating_point())  # torch.embedding has -1 for none
         return None if none else padding
+
+
+def _by_frequency(first: Tensor, *rest: Any) -> bool:
+    """Whether the arguments of F.embedding, or of torch.embedding, have ``scale_grad_by_freq``."""
+    place = 2 if first.is_floating_point() else 4
+    return len(rest) > place and bool(rest[place])
 
 
 class RandomizedLeaky(Rule):
@@ -572,9 +583,9 @@ eq ne lt le gt ge equal not_equal less less_equal greater greater_equal __eq__ _
 __and__ __or__ __xor__ __rand__ __ror__ __rxor__ __invert__ logical_and logical_or logical_not logical_xor bitwise_and
 bitwise_or bitwise_not bitwise_xor isnan isinf isfinite isclose isposinf isneginf isreal signbit isin any all
 count_nonzero argmax argmin argsort argwhere nonzero bucketize searchsorted one_hot unique unique_consecutive bincount
-tril_indices triu_indices detach detach_ zeros ones full empty arange eye tensor as_tensor from_numpy range empty_strided
-zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_tensor int long short bool byte char
-allclose is_nonzero item tolist numpy cumulative_trapezoid result_type
+tril_indices triu_indices detach detach_ zeros ones full empty arange eye tensor as_tensor from_numpy range
+empty_strided zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_tensor int long
+short bool byte char allclose is_nonzero item tolist numpy cumulative_trapezoid result_type
 """
 """Functions that give what autograd holds fixed, or that depend on nothing; they draw no random numbers."""
 
@@ -585,7 +596,7 @@ alpha_dropout feature_dropout feature_alpha_dropout
 
 _DRAWN = """
 rand rand_like randn randn_like randint randint_like randperm bernoulli bernoulli_ normal normal_ uniform_ exponential_
-geometric_ cauchy_ log_normal_ random_ multinomial poisson binomial rrelu rrelu_ gumbel_softmax
+geometric_ cauchy_ log_normal_ random_ multinomial poisson binomial rrelu rrelu_
 """
 
 _CONDITIONAL: dict[str, Callable[..., bool]] = {
@@ -596,7 +607,7 @@ _CONDITIONAL: dict[str, Callable[..., bool]] = {
     "grid_sample": lambda x, grid, *_, **__: not grid.requires_grad,
     "grid_sampler": lambda x, grid, *_, **__: not grid.requires_grad,
     "index_reduce": lambda *args, **kwargs: args[-1] in ("prod", "mean"),
-    "embedding": lambda *args, **__: Embedding.padding_of(*args) is None,
+    "embedding": lambda *args, **__: Embedding.padding_of(*args) is None and not _by_frequency(*args),
     "scatter_reduce": lambda *args, **__: args[-1] not in ("amax", "amin"),
     "elu": lambda x, alpha=1.0, *_, **__: alpha == 1.0,
     "norm": _norm_is_smooth,
@@ -735,7 +746,9 @@ _DROPOUT_NAMES = """
 alpha_dropout alpha_dropout_ feature_dropout feature_alpha_dropout feature_dropout_ feature_alpha_dropout_ dropout
 dropout_ dropout1d dropout2d dropout3d
 """
-_RANDOM = {function: name for name in (_DRAWN + _DROPOUT_NAMES).split() for function in _names_of(name)}
+_RANDOM = {
+    function: name for name in (_DRAWN + _DROPOUT_NAMES + " gumbel_softmax").split() for function in _names_of(name)
+}
 
 
 def refuse_random(function: Function, args: Any, kwargs: Any) -> None:

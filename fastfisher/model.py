@@ -360,7 +360,8 @@ def call_within(model: nn.Module, state: dict[str, Tensor], function: Callable[[
 def _seen(call: Call, output: Any) -> Tensor:
     logits = logits_of(output, call.class_dim)
     if call.see is not None:
-        call.see(output, logits)
+        with torch._C.DisableTorchFunction():  # what it does is no part of a forward that is recorded
+            call.see(output, logits)
     return logits
 
 
@@ -506,6 +507,18 @@ def check_differentiable(model: nn.Module) -> None:
 def differentiable(tensor: Tensor) -> Tensor:
     """The tensor, or a copy that autograd may save, where it was made in inference mode and that has been left."""
     return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
+
+
+@contextmanager
+def taking_gradients(model: nn.Module) -> Iterator[None]:
+    """Within, gradients can be taken whatever the caller's mode: ``inference_mode`` and ``no_grad`` are left.
+
+    Raises:
+        ValueError: a parameter was made in inference mode; it is named.
+    """
+    check_differentiable(model)
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 @contextmanager

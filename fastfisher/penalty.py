@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from fastfisher import ops
 from fastfisher.arguments import check_flags, is_number
 from fastfisher.batches import paired
+from fastfisher.checkpointing import REENTRANT
 from fastfisher.gates import AccuracyWarning, Gates, fused_forward, record_gates
 from fastfisher.labels import (
     Signs,
@@ -39,6 +40,7 @@ from fastfisher.labels import (
     cross_entropy,
     fit,
     label_loss,
+    looking_waits,
     new_key,
 )
 from fastfisher.model import (
@@ -49,6 +51,7 @@ from fastfisher.model import (
     chosen_names,
     class_last,
     couples_examples,
+    differentiable,
     input_tensors,
     map_inputs,
     requiring_grad,
@@ -58,7 +61,7 @@ from fastfisher.model import (
     unhooked,
 )
 from fastfisher.placement import whole
-from fastfisher.repeatable import check_repeatable, is_new_kind
+from fastfisher.repeatable import check_repeatable, is_new_kind, look_at
 from fastfisher.rollback import undoing
 from fastfisher.slow_path import warn_slow_path
 from fastfisher.twice import differentiable_gradients, second_derivatives, twice_differentiable
@@ -69,8 +72,14 @@ Difference = Literal["forward", "central"]
 _LARGE = 1 << 16
 """A parameter of so many elements is worth a call of its own."""
 
-_TRIES = 6
+_TRIES = 4
 """How often a step is shortened before the penalty is left out."""
+
+STRAIGHT = 0.05
+"""How much ∇R may change where the step is halved, relative to it; the error of the whole step is about twice that."""
+
+_PROBES = 8
+"""How many random vectors ∇R is compared along."""
 
 _SAMPLE = 1 << 20
 """Of so many logits it is seen how far they moved."""
@@ -270,6 +279,13 @@ class FiniteDifference:
     moved: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        changed = sorted(self.gates.changed & self.gradient.keys())
+        if changed:
+            raise NotImplementedError(
+                f"model: its forward changes the parameter {changed[0]!r}, in which it has a gradient (as an embedding "
+                "with max_norm does): a forward with another value of it would change that, too. Use "
+                'method="double_backprop", or change parameters outside of the forward'
+            )
         self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
         self.device = next(iter(self.parameters.values())).device
         self.norm = self._norm(self.direction)
@@ -299,7 +315,7 @@ class FiniteDifference:
         del loss, leaves
         if self.settings.difference == "central":
             loss, leaves = self.shifted_loss(-rho)
-            if loss.device.type != "cpu" or bool(loss.isfinite()) or not bool(self.norm.isfinite()):
+            if looking_waits(loss) or bool(loss.isfinite()) or not bool(self.norm.isfinite()):
                 self._accumulate(out, loss, leaves, -scale)
             else:  # on one side only: twice the forward difference
                 del loss, leaves
@@ -338,7 +354,7 @@ class FiniteDifference:
         The logits of a default step may move by :data:`REACH` in the root mean square, or the difference is no longer
         linear in the step: the curvature of a softmax changes over a distance of 1.
         """
-        if loss.device.type != "cpu" or not bool(self.norm.isfinite()):  # then no loss there would be finite
+        if looking_waits(loss) or not bool(self.norm.isfinite()):  # then no loss there would be finite
             return 1.0
         if not bool(loss.isfinite()):
             return 0.1
@@ -455,7 +471,7 @@ class FiniteDifference:
             ValueError: the gradient is not finite although the loss is (on a CPU, where that is seen at once).
         """
         squares: list[Tensor] = []
-        usable = None if self.device.type == "cpu" else loss.detach().isfinite()
+        usable = loss.detach().isfinite() if looking_waits(loss) else None
 
         # Neither function may hold `leaves`: the leaves hold the hooks, and would live on until the next collection.
         def add(named: dict[str, Tensor]) -> None:
@@ -504,7 +520,7 @@ class FiniteDifference:
                 stacklevel=2,
             )
         floor = min(0.1, 50 * torch.finfo(self.precision).eps)
-        if 0.0 < change < floor:
+        if change < floor:
             warnings.warn(
                 f"step: {float(self.rho()):.1e} changed the gradient by {change:.1e} of its norm, less than "
                 f"{floor:.0e}, where the rounding of {self.precision} shows; use a longer step or a higher precision",
@@ -547,6 +563,57 @@ class FiniteDifference:
         if self.settings.wrt == "inputs":
             named = {str(i): x for i, x in enumerate(input_tensors(self.inputs))}
         return self._norm({name: named[name].detach() for name in self.direction})
+
+    def verify(self) -> None:
+        """Checks, once for a kind of batch, what each step relies on; see :meth:`check_repeatable` and
+        :meth:`check_straight`."""
+        self.check_repeatable()
+        if self.settings.frozen and not isinstance(self.settings.step, AdaptiveStep):
+            self.check_straight()
+
+    def check_straight(self) -> None:
+        """Warns where half of the step gives another ∇R: kinks that were not replayed, a curvature that changes over
+        the step, or rounding. The two are compared by their products with a few random vectors, which takes no memory.
+        """
+        found = self._at_finite_loss()
+        if found is None:
+            return
+        rho = found[0]
+        del found
+        whole, half = self._sketch(rho), self._sketch(0.5 * rho)
+        size = torch.linalg.vector_norm(whole)
+        some = (size != 0) & self.norm.isfinite()  # a gradient that is not finite has nothing that is next to it
+        away = torch.where(some, torch.linalg.vector_norm(2 * half - whole) / size, 0.0)
+
+        def look(bend: float) -> None:
+            if not bend <= STRAIGHT:  # or it is not finite on one side
+                warnings.warn(
+                    f"step: half of the step {float(rho):.1e} gives a gradient of R that differs by about "
+                    f"{100 * bend:.0f} %, so that neither can be trusted. The model may have kinks that cannot be "
+                    "replayed, or curve within the step (log, sqrt or a power next to 0), or its rounding shows: try a "
+                    'shorter step or a longer one, float64, or fastfisher.penalty with method="double_backprop"',
+                    AccuracyWarning,
+                    stacklevel=2,
+                )
+
+        look_at(self.model, away, look)
+
+    def _sketch(self, rho: Tensor) -> Tensor:
+        """The products of the difference of gradients over ρ with random vectors, float64."""
+
+        def products(gradients: Sequence[Tensor]) -> Tensor:
+            flat = [real(g).contiguous() for g in gradients]
+            key = torch.zeros(2, dtype=torch.int64, device=self.device)
+            return torch.stack([ops.probe_dot(flat, key + i, "rademacher") for i in range(_PROBES)])
+
+        def there(rho: Tensor) -> Tensor:
+            loss, leaves = self.shifted_loss(rho)
+            with self.gates.arithmetic():
+                return products(self._gradients_of(loss, leaves))
+
+        if self.settings.difference == "central":
+            return (there(rho) - there(-rho)) / 2
+        return there(rho) - products(list(self.gradient.values()))
 
     def check_repeatable(self) -> None:
         """Refuses a model whose forward cannot be repeated: a step of length 0 has to give the ``expected`` logits.
@@ -598,9 +665,18 @@ def dense(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def autograd_gradients(loss: Tensor, sources: Sequence[Tensor], retain_graph: bool) -> Sequence[Tensor | None]:
-    """∂loss/∂source for each source, None where it is not used; without what hooks on the sources make of it."""
-    with unhooked(sources):
-        return torch.autograd.grad(loss, sources, retain_graph=retain_graph, allow_unused=True)
+    """∂loss/∂source for each source, None where it is not used; without what hooks on the sources make of it.
+
+    Raises:
+        NotImplementedError: the forward has a checkpoint with ``use_reentrant=True``.
+    """
+    try:
+        with unhooked(sources):
+            return torch.autograd.grad(loss, sources, retain_graph=retain_graph, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" in str(error):
+            raise NotImplementedError(REENTRANT) from error
+        raise
 
 
 def gradient_at(
@@ -731,8 +807,9 @@ def penalty(
         difference: "forward", or "central" (one more forward and backward, an error of ρ² instead of ρ).
         generator: where the labels are drawn; torch's default generator otherwise.
         params: the parameters whose gradient's norm is penalised; all trainable ones otherwise.
-        verify: with finite differences, repeat the first forward of each kind of batch (shapes, dtypes, modes) with a
-            step of length 0, and refuse a model that then gives other logits. Costs a forward, once.
+        verify: with finite differences, look once for each kind of batch (shapes, dtypes, modes) whether a step of
+            length 0 gives the same logits, and refuse a model that gives others; and whether half of the step gives the
+            same gradient, and warn where it does not. Costs three forwards and two backwards, once.
         class_dim: which dimension of the logits holds the classes; by default the last, but where logits have four
             dimensions or more, or targets fit another one, it has to be said.
 
@@ -746,6 +823,8 @@ def penalty(
         ValueError: an argument is none of the above, or targets are missing or do not fit; the argument is named.
         TypeError: the model, the inputs or the data are of a type that cannot be one.
     """
+    if isinstance(labels, Tensor):
+        labels = differentiable(labels)
     settings = Settings(labels, method, gates, wrt, reduction, step, difference)
     model = whole(model, "R (FisherPenalty has that of the batch of all)")
     check_flags(verify=verify)
@@ -753,6 +832,7 @@ def penalty(
     trainable = trainable_parameters(model)
     chosen = chosen_names(trainable, params)
     inputs, targets = paired(model, inputs, targets, class_dim)
+    inputs, targets = map_inputs(inputs, differentiable), map_inputs(targets, differentiable)
     check_targets(labels, targets)
     check_examples(inputs)
     if logits is not None and not (isinstance(logits, Tensor) and logits.dim() > 0):
@@ -821,6 +901,7 @@ def penalty(
         return factor * torch.stack(squares).sum() if squares else loss.detach() * 0
 
     assert isinstance(recorded, Gates)
+    recorded.end_at(logits)
     with recorded.arithmetic():
         gradient, direction = gradient_at(loss, trainable, inputs, settings, chosen, retain_graph=shared)
     shift = FiniteDifference(model, inputs, first_only, settings, recorded, chosen_labels, gradient, direction, factor)
@@ -829,5 +910,5 @@ def penalty(
     if not names:
         return loss.detach() * 0
     if verify and is_new_kind(model, inputs, settings.frozen):
-        shift.check_repeatable()
+        shift.verify()
     return _Penalty.apply(shift, names, *(trainable[name] for name in names))  # type: ignore[no-any-return, no-untyped-call]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastfisher import ops
 from fastfisher.arguments import check_flags, check_generator, is_count, is_number
-from fastfisher.batches import paired
+from fastfisher.batches import check_own_loss, paired
 from fastfisher.convolution import saving_memory
 from fastfisher.distributed import (
     TIMEOUT,
@@ -42,6 +42,7 @@ from fastfisher.labels import (
     cross_entropy,
     fit,
     label_loss,
+    looking_waits,
     new_key,
 )
 from fastfisher.model import (
@@ -58,10 +59,13 @@ from fastfisher.model import (
     copy_buffers,
     count_examples,
     couples_examples,
+    differentiable,
     input_tensors,
     logits_of,
+    map_inputs,
     requiring_grad,
     take_rows,
+    taking_gradients,
     trainable_parameters,
     unhooked,
 )
@@ -127,6 +131,9 @@ class _Point:
     inputs: Inputs
     first_only: bool
     gates: Gates
+
+    def __post_init__(self) -> None:
+        self.gates.end_at(self.logits)
 
     @property
     def rows(self) -> Tensor:
@@ -211,9 +218,10 @@ class FisherPenalty:
         process_group: the processes that share a batch; by default those of ``DistributedDataParallel`` or
             ``fully_shard``, and none of any other model.
         timeout: seconds that a process waits for the others to get as far as it did.
-        verify: with finite differences, repeat the first forward of each kind of batch (shapes, dtypes, modes) with a
-            step of length 0, and refuse a model that then gives other logits: one with random numbers that are not
-            torch's, or with a state outside of its buffers. Costs a forward, once; with ``fully_shard`` it is not done.
+        verify: with finite differences, look once for each kind of batch (shapes, dtypes, modes) whether a step of
+            length 0 gives the same logits, and refuse a model that gives others: one with random numbers that are not
+            torch's, or with a state outside of its buffers; and whether half of the step gives the same gradient, and
+            warn where it does not. Costs three forwards and two backwards, once; not done with ``fully_shard``.
 
     Precision. Under autocast in bfloat16 or float16 the difference of two gradients would drown in rounding. With
     ``step="auto"`` and frozen gates R is therefore taken by two forwards and backwards in the precision of the
@@ -227,7 +235,7 @@ class FisherPenalty:
     ``fully_shard`` made, and call :meth:`backward` on their parts of the batch; ``.grad`` is then the same on each, and
     no other reduction may follow. With P parameters of s bytes and the weights by rows, a plain step sends one sum of
     P·s bytes, a step that recomputes the penalty two, of P·s and of P·s (``every=1``) or 2P·s; each follows a message
-    of 72 bytes per process, and one more comes before the first. ``scope="local"`` sends one sum of P·s in any step.
+    of 88 bytes per process, and one more comes before the first. ``scope="local"`` sends one sum of P·s in any step.
     ``examples`` counts those of all processes, divided evenly; ``reduction="first"`` takes the first of rank 0.
     ``value`` is that of all, the loss and ``logits`` are each process's own. If a process raises, all others raise a
     :class:`fastfisher.RankFailure` in the same step.
@@ -324,6 +332,7 @@ class FisherPenalty:
         self.mixed, self.examples, self.generator = mixed, 1 if reduction == "first" else examples, generator
         self.loss, self.scaler, self.class_dim, self.verify = loss, scaler, class_dim, verify
         self._sparse: set[int] = set()  # by id: parameters whose gradient autograd makes sparse, as .grad is then too
+        self._moving: dict[tuple[bool, ...], bool] = {}  # by the modules' modes: whether a forward moves buffers
         self._met_autocast: torch.dtype | None = None  # within the model, where its caller need not know of it
         self._few = self.examples
         if self._shared is not None and examples is not None:
@@ -389,11 +398,12 @@ class FisherPenalty:
         Raises:
             ValueError: ``weight`` is not positive and finite, or not the same in each process (scope "global"), there
                 are no inputs, the targets do not fit, the loss is no scalar, a row of logits has no softmax to draw a
-                label from, or without ``loss`` the model returns another head, which would not be trained.
+                label from, or without ``loss`` the model returns another head, which would not be trained, or makes
+                another loss of the labels in a batch.
             TypeError: the inputs are of a type that cannot be any.
             RankFailure: another process raised.
         """
-        with undone_on_error(self.model, self.generator), self._undone_on_error():
+        with taking_gradients(self.model), undone_on_error(self.model, self.generator), self._undone_on_error():
             with failing_together(self.ranks, lambda: self._doing(weight)):
                 if not (is_number(weight) and weight > 0):
                     raise ValueError(f"weight: expected a finite number > 0, got {weight!r}")
@@ -503,7 +513,7 @@ class FisherPenalty:
         if forward.calls != 1 or forward.logits is None or forward.inputs is None:
             raise ValueError(f"forward: expected one finished call of the model, saw {forward.calls}")
         if self._due() and not _none_counts(targets):
-            with undone_on_error(self.model, self.generator), self._undone_on_error():
+            with taking_gradients(self.model), undone_on_error(self.model, self.generator), self._undone_on_error():
                 self._reused = self._recomputed(forward, targets)
         self.logits = forward.logits.detach()
         self.steps += 1
@@ -533,7 +543,7 @@ class FisherPenalty:
         rows, gates = point.rows, point.gates
         true = targets[:1] if first_only and targets is not None else targets
         check_targets(self.settings.labels, true)
-        chosen = chosen_names(trainable, self.params)
+        chosen = self._chosen(trainable)
         with torch.enable_grad():
             loss, labels = label_loss(rows, self.settings.labels, true, self._next_key(rows.device))
         if self.settings.method == "double_backprop":
@@ -551,6 +561,13 @@ class FisherPenalty:
             value = shift.value
         self.value, self._rows = value, counted_rows(rows, true)
         return gradient
+
+    def _chosen(self, trainable: dict[str, Tensor]) -> frozenset[str]:
+        """The names of the parameters in ``params``; one that is frozen meanwhile drops out."""
+        if self.params is None:
+            return frozenset(trainable)
+        kept = [p for p in self.params if p.requires_grad]
+        return chosen_names(trainable, kept) if kept else frozenset()
 
     def _due(self) -> bool:
         """Whether the next step recomputes R."""
@@ -791,20 +808,26 @@ class FisherPenalty:
         few = inputs
         if self._few is not None and self._few < batch:
             few, rest = (take_rows(inputs, part) for part in (slice(None, self._few), slice(self._few, None)))
-        coupled = few is not inputs and couples_examples(self.model)
+        modes = tuple(module.training for module in self.model.modules()) if few is not inputs else ()
+        coupled = few is not inputs and (couples_examples(self.model) or self._moves_buffers(modes))
         if coupled and self.ranks is not None and self.ranks.sharded:
-            raise ValueError("examples: expected None with fully_shard and a BatchNorm in train mode")
+            raise ValueError(
+                "examples: expected None with fully_shard where a forward moves buffers, as BatchNorm does"
+            )
         # With reduction="first", the first example is as the batch's statistics make it.
         first_only = coupled and self.settings.reduction == "first"
         penalised = inputs if first_only else few
         full = self._in_full_precision()
         if (full and not self.mixed) or (coupled and not first_only):
-            buffers = copy_buffers(self.model) if full else None
+            buffers = copy_buffers(self.model)
             with fused_forward(self.model):
                 logits = call_model(self.model, inputs)
+            self._note_moved(modes, buffers)
             return logits, self._own_forward(trainable, penalised, first_only, buffers)
         with self._record_gates(full_precision=full) as gates:
             part = call_model(self.model, penalised)
+        if first_only:
+            self._note_moved(modes, gates.buffers)
         logits = part
         if penalised is not inputs:
             with fused_forward(self.model):
@@ -812,6 +835,19 @@ class FisherPenalty:
         if self._learns_of_autocast(gates):
             return logits, self._own_forward(trainable, penalised, first_only, gates.buffers)
         return logits, _Point(part, penalised, first_only, gates)
+
+    def _moves_buffers(self, modes: tuple[bool, ...]) -> bool:
+        """Whether a forward in these modes moves buffers; where it is not known yet, whether there are any."""
+        return self._moving.get(modes, True) and next(self.model.buffers(), None) is not None
+
+    def _note_moved(self, modes: tuple[bool, ...], before: dict[str, Tensor]) -> None:
+        """Compares the buffers after a forward with those before it, once; on a GPU they count as moved."""
+        if modes and modes not in self._moving:
+            if any(looking_waits(buffer) for buffer in before.values()):
+                self._moving[modes] = True
+                return
+            pairs = ((buffer, before[name]) for name, buffer in self.model.named_buffers())
+            self._moving[modes] = any(not torch.equal(buffer, old) for buffer, old in pairs)
 
     def _own_forward(
         self, trainable: dict[str, Tensor], inputs: Inputs, first_only: bool, buffers: dict[str, Tensor] | None
@@ -847,7 +883,7 @@ class FisherPenalty:
         if not self.verify or (self.ranks is not None and self.ranks.sharded):  # of which others would have to know
             return
         if is_new_kind(self.model, inputs, self.settings.frozen, shift.gates.full_precision):
-            shift.check_repeatable()
+            shift.verify()
 
     @contextmanager
     def _record_gates(
@@ -981,13 +1017,16 @@ class FisherPenalty:
 
     def _batch(self, inputs: Inputs, targets: Any, trainable: int) -> tuple[Call, Any]:
         """The call of the model and the targets; the first forward of a kind looks for heads beside the logits."""
-        call, targets = paired(self.model, inputs, targets, self.class_dim)
+        given = targets
+        call, targets = paired(self.model, inputs, given, self.class_dim)
+        call, targets = map_inputs(call, differentiable), map_inputs(targets, differentiable)
         check_examples(call)
         if self.loss is not None:
             return call, targets
         if targets is None:
             raise ValueError("targets: expected those of the training loss, got None")
-        return check_heads(self.model, call, trainable), targets
+        call = check_heads(self.model, call, trainable)
+        return (call if given is not None else check_own_loss(self.model, call, targets)), targets
 
     def _fitting(self, logits: Tensor, targets: Any) -> tuple[Any, Tensor | None]:
         """The targets of the training loss, and those of the rows of logits, where there are any.

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastfisher.labels import looking_waits
 from fastfisher.model import Inputs, input_tensors, known_of
 
 ROUNDINGS = 64
@@ -24,10 +25,10 @@ ROUNDINGS = 64
 
 @dataclass
 class _Seen:
-    """What is known of a model: the kinds of batches seen, and differences that nobody has looked at yet."""
+    """What is known of a model: the kinds of batches seen, and what nobody has looked at yet, with what to do then."""
 
     kinds: set[Any] = field(default_factory=set)
-    pending: list[tuple[Tensor, float]] = field(default_factory=list)
+    pending: list[tuple[Tensor, Callable[[float], None]]] = field(default_factory=list)
 
 
 def _seen_of(model: nn.Module) -> _Seen:
@@ -42,9 +43,9 @@ def is_new_kind(model: nn.Module, inputs: Inputs, *what: Any) -> bool:
         ValueError: what was found out in an earlier step, on a GPU, where no step waits for it.
     """
     seen = _seen_of(model)
-    for difference, largest in seen.pending:
-        _refuse_if(float(difference) > largest, float(difference), None)
-    seen.pending.clear()
+    while seen.pending:
+        value, look = seen.pending.pop()
+        look(float(value))
     kind = (
         *what,
         tuple((x.shape, x.dtype) for x in input_tensors(inputs)),
@@ -54,6 +55,14 @@ def is_new_kind(model: nn.Module, inputs: Inputs, *what: Any) -> bool:
         return False
     seen.kinds.add(kind)
     return True
+
+
+def look_at(model: nn.Module, value: Tensor, look: Callable[[float], None]) -> None:
+    """``look(float(value))``: now, or on a GPU at the next call of :func:`is_new_kind`, so that no step waits."""
+    if looking_waits(value):
+        _seen_of(model).pending.append((value, look))
+    else:
+        look(float(value))
 
 
 def check_repeatable(model: nn.Module, again: Callable[[], Tensor], expected: Tensor, precision: torch.dtype) -> None:
@@ -79,11 +88,14 @@ def check_repeatable(model: nn.Module, again: Callable[[], Tensor], expected: Te
         if not str(error).startswith("gates:"):
             raise
         difference, path = torch.full((), torch.inf), error
-    if difference.device.type != "cpu":
-        _seen_of(model).pending.append((difference, limit))
-    elif not float(difference) <= limit:
-        _seen_of(model).kinds.clear()
-        _refuse_if(True, float(difference), _first_to_differ(model, again), path)
+    waits = looking_waits(difference)
+
+    def look(distance: float) -> None:
+        if not distance <= limit:
+            _seen_of(model).kinds.clear()
+            _refuse(distance, None if waits else _first_to_differ(model, again), path)
+
+    look_at(model, difference, look)
 
 
 def _distance(found: Tensor, expected: Tensor) -> Tensor:
@@ -95,16 +107,15 @@ def _distance(found: Tensor, expected: Tensor) -> Tensor:
     return away.double().amax() / torch.where(finite, expected.abs(), 0).double().amax().clamp(min=1e-30)
 
 
-def _refuse_if(differs: bool, distance: float, name: str | None, cause: BaseException | None = None) -> None:
-    if differs:
-        where = "its logits" if name is None else f"the output of module {name}"
-        raise ValueError(
-            f"model: its forward cannot be repeated: called again at the same point, {where} differed (the logits by "
-            f"{distance:.1e} of the largest). It draws random numbers that are not of torch's default generators "
-            "(NumPy, random, a torch.Generator of its own), or keeps a state or a counter outside of its buffers. "
-            "Finite differences need the same network twice: draw by torch's default generators, keep states in "
-            'buffers (register_buffer), or use method="double_backprop"'
-        ) from cause
+def _refuse(distance: float, name: str | None, cause: BaseException | None) -> None:
+    where = "its logits" if name is None else f"the output of module {name}"
+    raise ValueError(
+        f"model: its forward cannot be repeated: called again at the same point, {where} differed (the logits by "
+        f"{distance:.1e} of the largest). It draws random numbers that are not of torch's default generators (NumPy, "
+        "random, a torch.Generator of its own), or keeps a state or a counter outside of its buffers. Finite "
+        "differences need the same network twice: draw by torch's default generators, keep states in buffers "
+        '(register_buffer), or use method="double_backprop"'
+    ) from cause
 
 
 _Output = tuple[str, str, list[Tensor]]
@@ -130,10 +141,10 @@ def _watched(model: nn.Module, found: list[_Output]) -> Iterator[None]:
     names = {module: name for name, module in model.named_modules() if name}
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
-        if module in names:
-            tensors = [x.detach().clone() for x in (output if isinstance(output, tuple) else (output,))
-                       if isinstance(x, Tensor)]  # fmt: skip
-            found.append((names[module], type(module).__name__, tensors))
+        with torch._C.DisableTorchFunction():  # or the replay would take this for a part of the forward
+            outputs = output if isinstance(output, tuple) else (output,)
+            tensors = [x.detach().clone() for x in outputs if isinstance(x, Tensor)]
+        found.append((names[module], type(module).__name__, tensors))
 
     handles = [module.register_forward_hook(note) for module in names]
     try:

@@ -28,6 +28,7 @@ from fastfisher.model import (
     Inputs,
     as_given,
     check_class_dim,
+    check_examples,
     chosen_names,
     differentiable,
     eval_mode,
@@ -190,7 +191,7 @@ def trace_fisher(
         params, generator, class_dim: as in :func:`per_example_grad_norms`.
         process_group: the processes that each have a part of the data; by default those of
             ``DistributedDataParallel`` around the model. The b-th batches of all are one batch, that of rank 0 first:
-            with its key, any number of processes draw the same labels for it. Each batch takes a message of 72 bytes
+            with its key, any number of processes draw the same labels for it. Each batch takes a message of 88 bytes
             per process, and one for each draw; at the end 16 bytes of each example go to each process. ``samples`` and
             ``batch_size`` are each process's own; ``minibatch`` needs a single one.
         verify: as in :func:`per_example_grad_norms`.
@@ -369,12 +370,13 @@ def of_loss(class_dim: int | None, loss: Loss | None) -> int | None:
     return -1 if class_dim is None and loss is not None else class_dim
 
 
-def _savable(inputs: Call, targets: Tensor | None) -> tuple[Call, Tensor | None]:
+def _savable(inputs: Call, targets: Any) -> tuple[Call, Any]:
     """A batch that autograd may save, also where it was made in inference mode."""
-    return map_inputs(inputs, differentiable), None if targets is None else differentiable(targets)
+    return map_inputs(inputs, differentiable), differentiable(targets) if isinstance(targets, Tensor) else targets
 
 
 def _capture(model: nn.Module, inputs: Call, names: Iterable[str], verify: bool) -> Capture:
+    check_examples(inputs)
     capture = (verified_capture if verify else Capture)(model, inputs, names)
     logits = capture.logits
     if logits.dim() < 2 or len(logits) != capture.examples:

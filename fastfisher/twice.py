@@ -151,12 +151,21 @@ def embedding_bag(
     return total / kept.sum(1).clamp(min=1) if mode == "mean" else total
 
 
+def linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Tensor:
+    """``F.linear_cross_entropy`` in one piece: in chunks its gradient is made in the forward, and is a constant."""
+    function = opened(F.linear_cross_entropy)
+    assert function is not None
+    return function(*args, **kwargs)  # type: ignore[no-any-return]
+
+
 _FORMULAS: dict[Any, Callable[..., Tensor]] = {
     F.scaled_dot_product_attention: attention,
     torch._weight_norm: weight_norm,
     F.embedding: embedding,
     F.embedding_bag: embedding_bag,
 }
+if hasattr(F, "linear_cross_entropy"):
+    _FORMULAS[F.linear_cross_entropy] = linear_cross_entropy
 _NAMES = frozenset(function.__name__ for function in _FORMULAS)
 
 

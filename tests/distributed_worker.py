@@ -613,8 +613,7 @@ def wrappers_are_looked_through() -> None:
     for wrap, make in ways:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", fastfisher.SlowPathWarning)
-            for options in ({"every": 1}, {"every": 2}, {"every": 1, "method": "double_backprop"}):
-                compare(wrap, make=make, **options)
+            compare(wrap, make=make, every=2)
             found = fastfisher.trace_fisher(wrap(make()), X.double()[own()], **seeded())
             value = fastfisher.trace_fisher(make(), X.double(), **seeded()).value
             assert abs(found.value - value) < 1e-10 * value
@@ -937,7 +936,7 @@ def a_rank_that_hangs() -> None:
             penalty.backward(X.double()[own()], Y[own()])
         before = penalty.state_dict()
         if dist.get_rank() == 1:
-            time.sleep(2.5)
+            time.sleep(1.5)
         start = time.monotonic()
         with pytest.raises(RankFailure, match="did not come within 1 s"):
             penalty.backward(X.double()[own()], Y[own()])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastfisher.calls import positional
+from fastfisher.calls import opened, positional
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,8 @@ from fastfisher.calls import positional
 )
 def test_positional(func: Any, args: Any, kwargs: Any, expected: Any) -> None:
     assert positional(func, args, kwargs) == expected
+
+
+def test_what_only_chooses_between_functions_is_not_opened():
+    assert opened(F.max_pool2d) is None and opened(torch.tanh) is None and opened(torch.Tensor.norm) is None
+    assert opened(F.mish) is not None and opened(torch.Tensor.norm, methods=True) is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -51,7 +52,8 @@ VALUES: list[Any] = [
     "exact", "auto", "free", b"x", [], (), {}, [1], (1, 2), {"a": 1}, object(), int, len, nn.ReLU(), nn.Sequential(),
     torch.float32, torch.device("cpu"), range(3), [X], (X,), (X, Y), [X, Y], [(X, Y)], [(X, None)], {"x": X}, [(X, Y),
     (X[:0], Y[:0])], (X, None), (None, Y), (X[:3], Y), iter([(X, Y)]), torch.Generator(), MODEL,
-    list(MODEL.parameters()), [MODEL.first.weight],
+    list(MODEL.parameters()), [MODEL.first.weight], [X, X, Y], [[X], Y], {"x": X, "labels": Y}, UserDict(x=X, labels=Y),
+    [{"x": X}, Y], [None], (None,), [["a"], Y], (X, "a", None), torch.nn.utils.rnn.pack_sequence([X]),
 ]  # fmt: skip
 anything = st.sampled_from([*TENSORS, *VALUES])
 
@@ -67,14 +69,14 @@ def recorded(model: Any, frozen: Any, rewind: Any) -> None:
 
 OPTIONS = {
     "labels": "sampled", "method": "finite_difference", "gates": "frozen", "wrt": "parameters", "reduction": "batch",
-    "step": "auto", "difference": "forward", "generator": None, "params": None,
+    "step": "auto", "difference": "forward", "generator": None, "params": None, "class_dim": None,
 }  # fmt: skip
 # What is called, with arguments that serve; each case replaces some.
 CALLS: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]] = {
     "sample_cross_entropy": (
         fastfisher.sample_cross_entropy,
         fastfisher.sample_cross_entropy,
-        {"logits": X, "generator": None, "key": None, "reduction": "mean"},
+        {"logits": X, "generator": None, "key": None, "reduction": "mean", "class_dim": None},
     ),
     "penalty": (
         fastfisher.penalty,
@@ -91,37 +93,38 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]] 
         fastfisher.per_example_grad_norms,
         fastfisher.per_example_grad_norms,
         {"model": MODEL, "inputs": X, "targets": Y, "labels": "true", "draws": 1, "squared": True, "params": None,
-         "loss": None, "generator": None},
+         "loss": None, "generator": None, "class_dim": None},
     ),
     "trace_fisher": (
         fastfisher.trace_fisher,
         fastfisher.trace_fisher,
         {"model": MODEL, "data": (X, Y), "samples": None, "labels": "true", "draws": 1, "batch_size": 4,
-         "tolerance": None, "minibatch": False, "params": None, "generator": None},
+         "tolerance": None, "minibatch": False, "params": None, "generator": None, "class_dim": None},
     ),
     "trace_hessian": (
         fastfisher.trace_hessian,
         fastfisher.trace_hessian,
         {"model": MODEL, "data": X, "targets": Y, "method": "auto", "probes": 1, "distribution": "gaussian",
-         "hvp": "taylor", "tolerance": None, "generator": None, "params": None, "batch_size": None, "mode": "eval"},
+         "hvp": "taylor", "tolerance": None, "generator": None, "params": None, "batch_size": None, "mode": "eval",
+         "class_dim": None},
     ),
     "grad_inner_products": (
         fastfisher.grad_inner_products,
         fastfisher.grad_inner_products,
         {"model": MODEL, "first": (X, Y), "second": (X, Y), "labels": "true", "params": None, "loss": None,
-         "generator": None},
+         "generator": None, "class_dim": None},
     ),
     "top_eigenvalues": (
         fastfisher.top_eigenvalues,
         fastfisher.top_eigenvalues,
         {"model": MODEL, "data": X, "targets": Y, "k": 1, "tolerance": 0.5, "max_iterations": 3, "generator": None,
-         "params": None, "batch_size": None, "mode": "eval"},
+         "params": None, "batch_size": None, "mode": "eval", "class_dim": None},
     ),
     "gradient_covariance": (
         fastfisher.gradient_covariance,
         fastfisher.gradient_covariance,
         {"model": MODEL, "data": (X, Y), "batch_size": None, "labels": "true", "samples": None, "params": None,
-         "generator": None},
+         "generator": None, "class_dim": None},
     ),
     "record_gates": (recorded, fastfisher.record_gates, {"model": MODEL, "frozen": True, "rewind": True}),
     "linear_sample_cross_entropy": (
@@ -138,7 +141,7 @@ RESULTS = {"FisherTrace", "Gates", "GradInnerProducts", "GradientCovariance", "T
 
 
 def test_every_public_name_is_fuzzed_or_a_result() -> None:
-    assert {*CALLS, *RESULTS, "SlowPathWarning", "RankFailure"} == set(fastfisher.__all__)
+    assert {*CALLS, *RESULTS, "AccuracyWarning", "SlowPathWarning", "RankFailure"} == set(fastfisher.__all__)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -28,6 +28,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "prelu": lambda x: F.prelu(x, torch.tensor([0.1, 0.2, 0.3])),
     "nn.PReLU": nn.PReLU(),
     "hardtanh": lambda x: F.hardtanh(x, -0.5, 0.5),
+    "clamp between crossing bounds": lambda x: x.clamp(x.detach().flip(1) * 0 + 0.3, x.detach().flip(1) * 0 + 0.1) + x,
     "nn.Hardtanh": lambda x: nn.Hardtanh(-0.5, 0.7)(x),
     "threshold": lambda x: F.threshold(x, 0.1, -3.0),
     "clamp": lambda x: x.clamp(-0.3, 0.4),

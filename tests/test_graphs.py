@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
 
-from fastfisher import FisherPenalty, labels
+from fastfisher import FisherPenalty
 from fastfisher.graphs import WARM_UP, CapturedSteps
+from fastfisher.model import known_of
 from fastfisher.penalty import AdaptiveStep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -220,14 +222,20 @@ def test_graphs_need_a_gpu() -> None:
 def test_no_step_waits_for_a_value(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors without values: a step that reads one raises."""
     monkeypatch.setattr(FisherPenalty, "_judge", lambda *_: None)  # on a GPU it looks at the first penalty alone
-    monkeypatch.setattr(labels, "looking_waits", lambda _: True)  # as on a GPU
+    for name in ("labels", "penalty", "regularizer", "repeatable"):  # as on a GPU
+        monkeypatch.setattr(sys.modules[f"fastfisher.{name}"], "looking_waits", lambda _: True)
     with FakeTensorMode():
         model, x, y = Small(), torch.randn(8, 3, 8, 8), torch.randint(10, (8,))
-        penalty = FisherPenalty(model, 0.1, **options)
-        penalty._captured = CapturedSteps(Recapture(penalty))
-        for step in (penalty._penalised, penalty._plain, penalty._penalised):
+        fp = FisherPenalty(model, 0.1, **options)
+        fp._captured = CapturedSteps(Recapture(fp))
+        for step in (fp._penalised, fp._plain):
             outcome = step(x, y)
             assert {n for n, _ in model.named_parameters()} == set(outcome.total)
-            penalty._reused = outcome.reused or penalty._reused
+            fp._reused = outcome.reused or fp._reused
+        if fp.settings.method == "finite_difference":  # whether the forward can be repeated is read a step later
+            with pytest.raises(DataDependentOutputException):
+                fp._penalised(x, y)
+        known_of(model).clear()
+        fp._penalised(x, y)
         with pytest.raises(DataDependentOutputException):
             float(outcome.loss)

@@ -11,10 +11,11 @@ import scipy.stats
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import fastfisher
 from fastfisher import SlowPathWarning, TraceEstimate, trace_hessian
-from fastfisher.hessian import logits_form
+from fastfisher.hessian import LogitsForm, _agreed, logits_form
 from fastfisher.model import as_call
 from tests.networks import Hostile, Shared
 
@@ -425,6 +426,7 @@ def cached(m: Any, x: Tensor) -> Tensor:
 
 COUPLING = {
     "mean over the batch": lambda m, x: m.first(x) - m.first(x).mean(0),
+    "sums over earlier examples": lambda m, x: m.first(x).cumsum(0),
     "attention over the batch": lambda m, x: (x @ x.T).softmax(1) @ m.first(x),
     "batch statistics in eval mode": lambda m, x: F.batch_norm(m.first(x), None, None, training=True),
 }
@@ -443,11 +445,26 @@ def test_writes_in_place_and_coupled_examples_are_seen(case: str) -> None:
     assert abs(fisher - truth) > 1e-3 * abs(truth), "the identity holds here: the test shows nothing"
 
 
+class Others:
+    """Processes that found the examples coupled, as far as the method asks."""
+
+    size = 2
+
+    def gather(self, mine: Tensor) -> Tensor:
+        return torch.cat([mine, torch.tensor([1.0, 1.0, 0.0], dtype=mine.dtype)])
+
+
+def test_processes_go_the_same_way_whatever_each_found() -> None:
+    mine = LogitsForm(4, None, None, False)
+    agreed = _agreed(mine, Others(), torch.device("cpu"))  # type: ignore[arg-type]
+    assert agreed == LogitsForm(4, "another process found so", "another process found so", False)
+
+
 @pytest.mark.parametrize("case", COUPLING)
 def test_coupled_examples_are_named(case: str) -> None:
     model = two(COUPLING[case])
     form = logits_form(model, dict(model.named_parameters()), POINTS)
-    assert form.coupled == "the logits of an example are not the same where it is the only one of its batch"
+    assert form.coupled == "the logits of an example are not the same in another batch"
 
 
 def test_a_write_behind_autograds_back_is_as_autograd_has_it() -> None:
@@ -650,6 +667,46 @@ def test_layers_without_a_second_derivative_in_pytorch_or_with_a_wrong_one(name:
             generator=generator,
         )
         assert within(estimate, truth)
+
+
+class Checkpointed(nn.Module):
+    """A block whose activations are computed again in the backward."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.first, self.block, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        if self.reentrant is None:
+            return self.head(self.inside(h))
+        return self.head(checkpoint(self.inside, h, use_reentrant=self.reentrant))
+
+    def inside(self, h: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(self.block(h).tanh(), h, h).relu()  # over the batch of six: no Tr(F)
+
+
+@pytest.mark.parametrize("options", [{"hvp": "taylor"}, {"hvp": "autograd"}, {"hvp": "finite_difference"}])
+def test_checkpointing_changes_nothing(options: Any) -> None:
+    values = []
+    for reentrant in (None, False):
+        torch.manual_seed(0)
+        model = Checkpointed(reentrant).double()
+        options |= {"method": "hutchinson", "probes": 3, "generator": torch.Generator().manual_seed(3)}
+        values.append(trace_hessian(model, POINTS, LABELS, **options).value)
+        values.append(float(fastfisher.top_eigenvalues(model, POINTS, LABELS, tolerance=1e-8)))
+    assert values[:2] == pytest.approx(values[2:], rel=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore::fastfisher.SlowPathWarning")
+def test_a_reentrant_checkpoint_is_refused_by_name() -> None:
+    model = Checkpointed(True).double()
+    for hvp in ("taylor", "autograd", "finite_difference"):
+        with pytest.raises(NotImplementedError, match="use_reentrant=False"):
+            trace_hessian(model, POINTS, LABELS, hvp=hvp)
+    with pytest.raises(NotImplementedError, match="use_reentrant=False"):
+        fastfisher.top_eigenvalues(model, POINTS, LABELS)
 
 
 def test_in_train_mode_every_forward_starts_from_the_same_buffers() -> None:

@@ -30,6 +30,8 @@ Y = torch.arange(24) % 3
 
 
 TOKENS = torch.randint(11, (12, 6), generator=torch.Generator().manual_seed(2))
+STEP: dict[str, Any] = {"difference": "central", "step": 1e-5}
+"""That of float64; the loss within the forward of these models is in float32, which the default goes by."""
 LABELS = TOKENS.clone()
 LABELS[1, 3:], LABELS[6, 2:] = -100, -100
 
@@ -310,6 +312,30 @@ def test_lightning_steps_that_are_left_out_and_optimisers_that_call_again(tmp_pa
         fit(module, [FisherPenaltyCallback(0.5, network="model")], tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore::fastfisher.SlowPathWarning")
+@pytest.mark.parametrize("what", ["compiled", "bf16-mixed"])
+def test_lightning_with_a_compiled_network_and_in_bfloat16(what: str, tmp_path: Path) -> None:
+    from fastfisher.integrations.lightning import FisherPenaltyCallback
+
+    low = what == "bf16-mixed"
+    made = [network().float() if low else network() for _ in range(3)]
+    found = made[0] if low else torch.compile(made[0], backend="eager")
+    callback = FisherPenaltyCallback(0.5, network="model", every=1, labels="true", method="double_backprop")
+    x = X.float() if low else X
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, Y), batch_size=4)
+    precision = {"precision": "bf16-mixed"} if low else {}
+    fit(lightning_module(found), [callback], tmp_path, loader=loader, **precision)
+    penalty, optimizer = FisherPenalty(made[1], 0.5, every=1, labels="true"), torch.optim.SGD(made[1].parameters(), 0.3)
+    for inputs, targets in zip(x.split(4), Y.split(4), strict=True):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            penalty.backward(inputs, targets)
+        optimizer.step()
+    start = flat(list(made[2].parameters()))
+    moved = [flat(list(m.parameters())) - start for m in made[:2]]
+    assert relative_error(*moved) < (0.05 if low else 1e-5)
+
+
 def test_lightning_one_callback_after_another(tmp_path: Path) -> None:
     """Twice in one trainer is refused by Lightning; in one trainer after the other each training is its own."""
     from fastfisher.integrations.lightning import FisherPenaltyCallback
@@ -405,7 +431,7 @@ def trainer_of(
     data = [{"input_ids": t, "labels": y} for t, y in zip(TOKENS, LABELS, strict=True)]
     return FisherPenaltyTrainer(
         model=model, args=TrainingArguments(str(tmp_path), **{**settings, **args}), train_dataset=data, alpha=alpha,
-        penalty_options={"every": every, "generator": key()}, callbacks=callbacks,
+        penalty_options={"every": every, "generator": key(), **STEP}, callbacks=callbacks,
     )  # fmt: skip
 
 
@@ -426,7 +452,7 @@ def test_transformers_trains_as_by_hand(accumulate: int, every: int, smoothing: 
     trainer.train()
     assert len(order) == 2 * accumulate == trainer.penalty.steps
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.3)
-    penalty = FisherPenalty(expected, 0.5, every=every, generator=key())
+    penalty = FisherPenalty(expected, 0.5, every=every, generator=key(), **STEP)
     for start in range(0, len(order), accumulate):
         optimizer.zero_grad()
         group = order[start : start + accumulate]
@@ -571,7 +597,8 @@ class Prompted(Wrapped):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        self.prompt = nn.Parameter(torch.ones(3, 8, dtype=torch.float64))
+        source = torch.Generator().manual_seed(6)
+        self.prompt = nn.Parameter(torch.randn(3, 8, generator=source, dtype=torch.float64))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **kwargs: Any) -> Any:
         embedded = self.base_model.transformer.wte(input_ids)
@@ -611,7 +638,7 @@ def test_adapters_and_subclasses_shift_as_their_loss_does(wrap: Any, front: int,
     model, expected = wrap(model_of("gpt2")).train(), wrap(model_of("gpt2")).train()
     trainer = fisher_trainer(
         model, data_of("gpt2"), tmp_path, noting(FisherPenaltyTrainer), remove_unused_columns=False,
-        options={"difference": "central"},
+        options=STEP,
     )  # fmt: skip
     before = flat([p.detach().clone() for p in model.parameters()])
     trainer.train()
@@ -707,13 +734,15 @@ def test_a_micro_batch_in_which_nothing_counts(tmp_path: Path) -> None:
     assert trainer.penalty.steps == 8 and all(p.isfinite().all() for p in model.parameters())
 
 
-def test_bfloat16_by_the_trainer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["double_backprop", "finite_difference"])
+@pytest.mark.filterwarnings("ignore:under autocast:fastfisher.SlowPathWarning")
+def test_bfloat16_by_the_trainer(method: str, tmp_path: Path) -> None:
     """Accelerate runs the forward in autocast and hands the logits out in float32, a copy of what the loss has."""
     from fastfisher.integrations.transformers import FisherPenaltyTrainer
 
     model, expected = model_of("gpt2").float(), model_of("gpt2").float()
     trainer = fisher_trainer(
-        model, data_of("gpt2"), tmp_path, noting(FisherPenaltyTrainer), options={"method": "double_backprop"}, bf16=True
+        model, data_of("gpt2"), tmp_path, noting(FisherPenaltyTrainer), options={"method": method}, bf16=True
     )
     trainer.train()
     double_backprop_of(trainer, expected, 1, following, lambda: torch.autocast("cpu", torch.bfloat16))
@@ -722,11 +751,33 @@ def test_bfloat16_by_the_trainer(tmp_path: Path) -> None:
     assert relative_error(*moved) < 0.05
 
 
+@pytest.mark.parametrize("options", [{"method": "double_backprop"}, STEP])
+def test_gradient_checkpointing_by_the_trainer(options: Any, tmp_path: Path) -> None:
+    from fastfisher.integrations.transformers import FisherPenaltyTrainer
+
+    model, expected = model_of("gpt2"), model_of("gpt2")
+    trainer = fisher_trainer(
+        model, data_of("gpt2"), tmp_path, noting(FisherPenaltyTrainer), options=options, gradient_checkpointing=True
+    )
+    trainer.train()
+    assert model.is_gradient_checkpointing
+    double_backprop_of(trainer, expected, 1, following)
+    assert_same(model, expected, 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::fastfisher.SlowPathWarning")
+def test_a_compiled_model(tmp_path: Path) -> None:
+    model, expected = model_of("gpt2"), model_of("gpt2")
+    for m in (torch.compile(model, backend="eager"), expected):
+        fisher_trainer(m, data_of("gpt2"), tmp_path, options={"every": 2, **STEP}, remove_unused_columns=False).train()
+    assert_same(model, expected, 1e-9)
+
+
 def test_some_parameters_frozen_and_some_penalised(tmp_path: Path) -> None:
     model, expected = model_of("bert classifier"), model_of("bert classifier")
     for m in (model, expected):
         m.bert.embeddings.requires_grad_(False)
-    options = {"params": [*model.classifier.parameters()], "labels": "true", "difference": "central"}
+    options = {"params": [*model.classifier.parameters()], "labels": "true", **STEP}
     trainer = fisher_trainer(
         model, data_of("bert classifier"), tmp_path, options=options, max_steps=1, max_grad_norm=1e9
     )
@@ -747,10 +798,14 @@ def test_some_parameters_frozen_and_some_penalised(tmp_path: Path) -> None:
     assert_same(model, expected, 1e-6)
 
 
-def test_a_model_made_at_the_start_of_the_training(tmp_path: Path) -> None:
+def test_the_penalty_is_of_the_model_that_is_trained(tmp_path: Path) -> None:
     trainer = fisher_trainer(None, data_of("gpt2"), tmp_path, model_init=lambda: model_of("gpt2"))
     trainer.train()
     assert trainer.penalty.model is trainer.model and trainer.penalty.steps == 2
+    other = fisher_trainer(model_of("gpt2"), data_of("gpt2"), tmp_path)
+    other.penalty = trainer.penalty
+    with pytest.raises(ValueError, match="penalty: expected one of the model that this Trainer trains"):
+        other.train()
 
 
 @pytest.mark.parametrize(
@@ -808,7 +863,7 @@ def test_the_trace_is_logged_to_all_and_resumes_with_the_same_draws(first: bool,
             super().__init__(*args, **kwargs)
 
     def run(steps: int, checkpoint: Any = None) -> tuple[Any, Any]:
-        recorder, trace = Recorder(), FisherTraceCallback(2, data, generator=key(5), draws=2)
+        recorder, trace = Recorder(), FisherTraceCallback(2, batch, generator=key(5), draws=2)
         callbacks = [recorder, trace] if first else [trace, recorder]
         trainer = fisher_trainer(
             model_of("gpt2"), data_of("gpt2"), tmp_path, Plain, callbacks=callbacks, max_steps=steps, save_steps=2,

@@ -342,7 +342,7 @@ def test_pixels_beside_one_backward_each() -> None:
         {}, {"method": "double_backprop"}, {"labels": "true"}, {"labels": "rademacher"}, {"labels": "uniform"},
         {"mixed": True}, {"examples": 2}, {"reduction": "first"}, {"wrt": "inputs"}, {"loss": F.cross_entropy},
     ],
-    ids=str,
+    ids=lambda options: str({name: getattr(value, "__name__", value) for name, value in options.items()}),
 )  # fmt: skip
 def test_the_penalty_of_pixels(options: dict[str, Any]) -> None:
     """Beside the same network with its classes last; logits and the caller's loss have them where the model does."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 import weakref
 from typing import Any
 
@@ -277,3 +278,243 @@ def test_true_labels_need_targets() -> None:
     penalty = FisherPenalty(nn.Linear(3, 3), 0.1, labels="true", loss=lambda logits, _: logits.sum())
     with pytest.raises(ValueError, match="targets: expected the true labels"):
         penalty.backward(torch.zeros(2, 3), None)  # type: ignore[arg-type]
+
+
+# ---- what a loop of one's own does to the gradient -------------------------------------------------------------------
+
+RNG = torch.Generator().manual_seed(0)
+X20, Y4 = torch.randn(64, 20, generator=RNG), torch.arange(64) % 4
+
+
+def mlp(act: type[nn.Module] = nn.Tanh) -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(20, 32), act(), nn.Linear(32, 4))
+
+
+def total_gradient(model: nn.Module, alpha: float = 1.0) -> dict[str, Tensor]:
+    """∇(L + α‖∇L‖²) by PyTorch alone."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    loss = F.cross_entropy(model(X20), Y4)
+    found = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
+    squares: Tensor = sum(g.square().sum() for g in found)  # type: ignore[assignment]
+    return dict(zip(parameters, torch.autograd.grad(loss + alpha * squares, list(parameters.values())), strict=True))
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "GP": {"labels": "true"},
+    "apart": {"labels": "true", "loss": lambda z, y: F.cross_entropy(z, y)},
+    "every 2": {"labels": "true", "every": 2},
+    "mixed": {"labels": "true", "mixed": True},
+    "double backprop": {"labels": "true", "method": "double_backprop"},
+}
+
+
+@pytest.mark.parametrize("way", [*WAYS, "term"])
+def test_hooks_on_parameters_act_once_on_the_whole_gradient(way: str) -> None:
+    exact = total_gradient(mlp())
+    model, seen, order = mlp(), [], []
+    mask = (torch.rand(32, 20, generator=torch.Generator().manual_seed(1)) < 0.5).float()
+
+    def masked(grad: Tensor) -> Tensor:
+        seen.append(grad)
+        return grad * mask
+
+    def done(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        order.append(parameter)
+
+    model[0].weight.register_hook(masked)
+    model[0].weight.register_hook(lambda grad: 3 * grad)
+    handles = [p.register_post_accumulate_grad_hook(done) for p in model.parameters()]
+    if way == "term":
+        penalty = FisherPenalty(model, 1.0, every=1, labels="true")
+        with penalty.watching() as forward:
+            loss = F.cross_entropy(model(X20), Y4)
+        (loss + penalty.term(forward, Y4)).backward()
+    else:
+        FisherPenalty(model, 1.0, **{"every": 1, **WAYS[way]}).backward(X20, Y4)
+    assert len(seen) == 1, "once"
+    assert len(order) == 4 and {id(p) for p in order} == {id(p) for p in model.parameters()}
+    assert model[0].weight._backward_hooks is not None and len(model[0].weight._backward_hooks) == 2
+    expected = {**exact, "0.weight": 3 * mask * exact["0.weight"]}
+    found = {name: p.grad for name, p in model.named_parameters()}
+    tolerance = 5e-3 if way == "mixed" else 2e-3
+    assert relative_error(flat(list(found.values())), flat(list(expected.values()))) < tolerance
+    assert torch.equal(found["0.weight"] == 0, 3 * mask * exact["0.weight"] == 0)
+    for handle in handles:
+        handle.remove()
+
+
+def test_an_optimizer_in_the_backward_steps() -> None:
+    model, twin = mlp(), mlp()
+    optimizers = {p: torch.optim.SGD([p], 0.1) for p in model.parameters()}
+
+    def step(parameter: Tensor) -> None:
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(step)
+    generator = torch.Generator
+    together = torch.optim.SGD(twin.parameters(), 0.1)
+    first, second = (FisherPenalty(m, 0.1, every=2, generator=generator().manual_seed(2)) for m in (model, twin))
+    for _ in range(5):
+        first.backward(X20, Y4)
+        together.zero_grad()
+        second.backward(X20, Y4)
+        together.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"every": 1}, {"method": "double_backprop", "every": 3}], ids=str)
+@pytest.mark.parametrize("params", [False, True])
+def test_layers_are_frozen_and_thawed_between_steps(options: dict[str, Any], params: bool) -> None:
+    model = mlp()
+    chosen = list(model.parameters()) if params else None
+    penalty = FisherPenalty(model, 0.5, params=chosen, **options)
+    for step in range(8):
+        model[0].requires_grad_(step not in (2, 3, 4))
+        model.zero_grad(set_to_none=True)
+        penalty.backward(X20, Y4)
+        assert (model[0].weight.grad is None) == (step in (2, 3, 4))
+        assert model[2].weight.grad is not None
+    assert penalty.steps == 8
+
+
+class Sparse(nn.Module):
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.bag = nn.Embedding(40, 6, sparse=sparse), nn.EmbeddingBag(40, 6, sparse=sparse, mode="sum")
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.table(tokens)).mean(1) + torch.tanh(self.bag(tokens)))
+
+
+@pytest.mark.parametrize("way", ["GP", "apart", "every 2", "mixed"])
+def test_sparse_gradients_stay_sparse(way: str) -> None:
+    tokens, targets = torch.randint(10, (6, 4), generator=RNG), torch.arange(6) % 3
+    found = []
+    for sparse in (False, True):
+        model = Sparse(sparse).double()
+        penalty = FisherPenalty(model, 0.5, **{"every": 1, **WAYS[way]})
+        for _ in range(2):  # a gradient that accumulates, too
+            penalty.backward(tokens, targets)
+        assert model.table.weight.grad.is_sparse == sparse and model.bag.weight.grad.is_sparse == sparse
+        assert not model.head.weight.grad.is_sparse
+        found.append([p.grad.to_dense() for p in model.parameters()])
+        if sparse:
+            assert model.table.weight.grad.coalesce().indices().max() < 10
+            torch.optim.SparseAdam([model.table.weight, model.bag.weight]).step()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+
+
+class Pooled(nn.Sequential):
+    """A max-pool over neighbouring features."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Unflatten(1, (1, 64)), nn.MaxPool1d(3, 1, 1), nn.Flatten())
+
+
+class Checkpointed(nn.Module):
+    """A block whose activations are computed again in the backward."""
+
+    def __init__(self, act: type[nn.Module], checkpointed: bool, dropout: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.first, self.last, self.checkpointed = nn.Linear(20, 64), nn.Linear(64, 4), checkpointed
+        self.block = nn.Sequential(
+            nn.Linear(64, 64), act(), nn.Dropout(dropout), nn.BatchNorm1d(64), nn.Linear(64, 64), act()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        if self.checkpointed:
+            x = torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=False)
+        else:
+            x = self.block(x)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("act", [nn.ReLU, nn.GELU, nn.Hardswish, Pooled])
+@pytest.mark.parametrize("way", [*WAYS, "plain", "term"])
+def test_activation_checkpointing_changes_nothing(way: str, act: type[nn.Module], dropout: float) -> None:
+    options = {"start": 9} if way == "plain" else WAYS.get(way, {"labels": "true"})
+    found = []
+    for checkpointed in (False, True):
+        model = Checkpointed(act, checkpointed, dropout)
+        penalty = FisherPenalty(model, 0.5, **{"every": 1, **options})
+        torch.manual_seed(4)
+        for _ in range(2):
+            if way == "term":
+                with penalty.watching() as forward:
+                    loss = F.cross_entropy(model(X20), Y4)
+                (loss + penalty.term(forward, Y4)).backward()
+            else:
+                penalty.backward(X20, Y4)
+        found.append(flat([p.grad for p in model.parameters()]))
+    assert relative_error(found[1], found[0]) < 2e-3
+
+
+def test_reentrant_checkpointing_is_refused_with_the_way_out() -> None:
+    class Reentrant(Checkpointed):
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.utils.checkpoint.checkpoint(self.block, torch.tanh(self.first(x)), use_reentrant=True)
+            return self.last(x)
+
+    model = Reentrant(nn.ReLU, True)
+    for options in ({"every": 1}, {"start": 5}, {"every": 1, "method": "double_backprop"}):
+        with pytest.raises(NotImplementedError, match="use_reentrant=False"):
+            FisherPenalty(model, 0.1, **options).backward(X20, Y4)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_threads_share_nothing() -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(1)
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.ReLU(),
+            nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4, 3),
+        )  # fmt: skip
+
+    x, targets = torch.randn(16, 1, 8, 8, generator=RNG), torch.arange(16) % 3
+
+    def work(model: nn.Module, found: list[Tensor]) -> None:
+        penalty = FisherPenalty(model, 1.0, every=1, generator=torch.Generator().manual_seed(0))
+        for _ in range(40):
+            model.zero_grad()
+            penalty.backward(x, targets)
+            found.append(flat([p.grad for p in model.parameters()]))
+
+    expected: list[Tensor] = []
+    work(make(), expected)
+    found: list[list[Tensor]] = [[] for _ in range(4)]
+    threads = [threading.Thread(target=work, args=(make(), one)) for one in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one in found:
+        assert len(one) == 40 and all(map(torch.equal, one, expected))
+
+
+def test_the_random_numbers_of_other_threads_are_their_own() -> None:
+    model, stop, drawn = mlp(nn.ReLU), threading.Event(), []
+
+    def draw() -> None:
+        while not stop.is_set():
+            drawn.append(float(torch.rand((), dtype=torch.float64)))
+
+    penalty = FisherPenalty(model, 0.1, every=1)
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        for _ in range(30):
+            penalty.backward(X20, Y4)
+    finally:
+        stop.set()
+        thread.join()
+    assert len(set(drawn)) == len(drawn)

@@ -232,6 +232,11 @@ CASES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     ),
     "weight_norm": lambda h, w: h.transpose(1, 3) @ torch._weight_norm(w, w[:, :1].exp(), 0),
     "norm": lambda h, w: h / h.norm(dim=1, keepdim=True) + torch.linalg.vector_norm(h) * F.normalize(h),
+    **(
+        {"linear_cross_entropy": lambda h, w: F.linear_cross_entropy(h[:, :, 0, 0], w, LABELS) * h}
+        if hasattr(F, "linear_cross_entropy")  # not in older ones
+        else {}
+    ),
     # in place on an intermediate value
     "iadd": lambda h, w: in_place(h * 1.0, lambda x: x.__iadd__(h.tanh())),
     "imul": lambda h, w: in_place(h * 1.0, lambda x: x.mul_(h)),

@@ -102,6 +102,22 @@ def test_embedding_bags_have_a_second_derivative(mode, padding_idx):
         torch.autograd.gradgradcheck(lambda *m, bags=bags: bags(*m).square(), moving, fast_mode=True)
 
 
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="not in this torch")
+def test_a_cross_entropy_in_chunks_has_a_second_derivative():
+    from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
+
+    torch.manual_seed(0)
+    x, w = (torch.randn(6, 5, dtype=torch.double, requires_grad=True) for _ in range(2))
+    options = LinearCrossEntropyOptions(chunking_method="auto", batch_chunk_size=2)
+
+    def loss(x, w):
+        with twice_differentiable():
+            return F.linear_cross_entropy(x, w, torch.arange(6) % 3, options=options)
+
+    torch.testing.assert_close(loss(x, w), F.cross_entropy(x @ w.T, torch.arange(6) % 3))
+    torch.autograd.gradgradcheck(loss, (x, w), fast_mode=True)
+
+
 def test_embedding_bags_that_change_their_weights_are_refused():
     weight = torch.full((3, 2), 9.0, requires_grad=True)
     with pytest.raises(NotImplementedError, match="max_norm"), twice_differentiable():

@@ -120,14 +120,17 @@ class FisherPenaltyMixin:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _penalty_of(self, model: Any) -> FisherPenalty:
-        self._penalised = model
-        return FisherPenalty(model, self._alpha, **self._penalty_options)
+        penalty = FisherPenalty(model, self._alpha, **self._penalty_options)
+        self._penalised, self._watched = model, penalty.model
+        return penalty
 
     def _follow_model(self) -> None:
         """``model_init`` makes another model when the training starts."""
         own: Any = self
         if own.model is not self._penalised:
             self.penalty = self._penalty_of(own.model)
+        if self.penalty.model is not self._watched:
+            raise ValueError("penalty: expected one of the model that this Trainer trains, got another model's")
 
     def _targets(self, forward: WatchedForward, loss: Tensor, labels: Tensor | None) -> Tensor | None:
         if forward.calls != 1 or forward.logits is None:  # which FisherPenalty.term refuses
