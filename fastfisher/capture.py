@@ -492,7 +492,7 @@ class _Watch(TorchFunctionMode):
             return copies if tensor is original else self._detached(tensor)
 
         layer.tensors = {"value": narrowed}
-        return func(*_replace(args, swap), **_replace(kwargs, swap))
+        return func(*_replace(layer.rewritten(args), swap), **_replace(kwargs, swap))
 
     def _recurrent(self, func: Any, args: Any, kwargs: Any, call: Unrolled, tracked: list[Tensor]) -> Any:
         """A recurrent network: each of its layers is a few linear layers, whose inputs come out one after the other."""
