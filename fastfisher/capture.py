@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fastfisher.calls import opened
 from fastfisher.checkpointing import graph_nodes, keep_saved_tensors, refuse_recomputed
 from fastfisher.gates import RandomState
 from fastfisher.layers import (
@@ -405,9 +406,9 @@ class _Watch(TorchFunctionMode):
         elif not level:
             out = func(*args, **kwargs)
             self._follow([out, *_written(func, args)])
-        elif (opened := _open(func)) is not None:
+        elif (inner := opened(func)) is not None:
             with self:
-                return opened(*args, **kwargs)
+                return inner(*args, **kwargs)
         elif (written := _written(func, args)) and id(written[0]) in self.followed:
             # Examples are written into a function of parameters: from here on it depends on them, with all that shares
             # its memory, and the parameters keep their place in its graph.
@@ -491,7 +492,7 @@ class _Watch(TorchFunctionMode):
             return copies if tensor is original else self._detached(tensor)
 
         layer.tensors = {"value": narrowed}
-        return func(*_replace(args, swap), **_replace(kwargs, swap))
+        return func(*_replace(layer.rewritten(args), swap), **_replace(kwargs, swap))
 
     def _recurrent(self, func: Any, args: Any, kwargs: Any, call: Unrolled, tracked: list[Tensor]) -> Any:
         """A recurrent network: each of its layers is a few linear layers, whose inputs come out one after the other."""
@@ -688,22 +689,6 @@ def _written(func: Any, args: Any) -> list[Tensor]:
 def _name(func: Any) -> str:
     name = getattr(func, "__name__", str(func))
     return f"torch.{name}" if not isinstance(func, types.FunctionType) else f"{func.__module__}.{name}"
-
-
-_OPENED: dict[Any, Any] = {}
-_CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
-
-
-def _open(func: Any) -> Any:
-    """A Python function of torch without its own look for overrides, so that the calls inside it are seen."""
-    if not (isinstance(func, types.FunctionType) and func.__module__ in ("torch.nn.functional", "torch.functional")):
-        return None
-    if func not in _OPENED:
-        scope = {**func.__globals__, **{check: lambda *_: False for check in _CHECKS}}
-        copy = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
-        copy.__kwdefaults__ = func.__kwdefaults__
-        _OPENED[func] = copy
-    return _OPENED[func]
 
 
 def _together(parts: list[Part]) -> list[list[Part]]:

@@ -823,6 +823,8 @@ def penalty(
         ValueError: an argument is none of the above, or targets are missing or do not fit; the argument is named.
         TypeError: the model, the inputs or the data are of a type that cannot be one.
     """
+    if isinstance(labels, Tensor):
+        labels = differentiable(labels)
     settings = Settings(labels, method, gates, wrt, reduction, step, difference)
     model = whole(model, "R (FisherPenalty has that of the batch of all)")
     check_flags(verify=verify)
@@ -899,6 +901,7 @@ def penalty(
         return factor * torch.stack(squares).sum() if squares else loss.detach() * 0
 
     assert isinstance(recorded, Gates)
+    recorded.end_at(logits)
     with recorded.arithmetic():
         gradient, direction = gradient_at(loss, trainable, inputs, settings, chosen, retain_graph=shared)
     shift = FiniteDifference(model, inputs, first_only, settings, recorded, chosen_labels, gradient, direction, factor)

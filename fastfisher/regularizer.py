@@ -132,6 +132,9 @@ class _Point:
     first_only: bool
     gates: Gates
 
+    def __post_init__(self) -> None:
+        self.gates.end_at(self.logits)
+
     @property
     def rows(self) -> Tensor:
         """The logits that count."""
