@@ -16,13 +16,14 @@ from __future__ import annotations
 import itertools
 import types
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fastfisher.calls import opened
 from fastfisher.checkpointing import graph_nodes, keep_saved_tensors, refuse_recomputed
 from fastfisher.gates import RandomState
 from fastfisher.layers import (
@@ -33,6 +34,7 @@ from fastfisher.layers import (
     Rows,
     Unrolled,
     bind,
+    computing,
     depends,
     tensors_in,
     unrolled,
@@ -91,6 +93,19 @@ class Receiver:
             layer.release()
 
 
+@dataclass
+class Known:
+    """What captures of a model and of batches of the same shapes have in common.
+
+    Attributes:
+        scattered: which layers have their examples in another order than the batch, as :meth:`Capture.misplaced` finds.
+        layouts: where the examples are, by the number of the call, for the function and the shape that were met there.
+    """
+
+    scattered: frozenset[int] = frozenset()
+    layouts: dict[int, tuple[Any, torch.Size, Layout | None]] = field(default_factory=dict)
+
+
 class Capture:
     """One forward of a model whose layers are watched; :meth:`backward` may follow any number of times.
 
@@ -102,12 +117,12 @@ class Capture:
             together (a layer that is called at every time step): squared norms add up over the parts.
         joint: by name, the uses of a parameter through functions of parameters or with several formulas, in lists like
             those of ``apart``: their per-example gradients must be added before they are squared.
-        fallbacks: by name, why nothing here can follow a parameter.
+        fallbacks: by name, why nothing here can follow a parameter. The first backward may add to it.
+        told: whether the caller has said so.
         random: whether the forward drew random numbers from torch's generators.
 
     Args:
-        scattered: which of the ``layers`` have their examples in another order than the batch, as :meth:`misplaced`
-            found in an earlier capture.
+        known: what earlier captures of the same model and shapes have found out.
 
     Raises:
         ValueError: there is no example, or the model couples examples (a batch norm on the statistics of the batch); it
@@ -115,9 +130,7 @@ class Capture:
         NotImplementedError: the model recomputes layers where they cannot be seen (reentrant checkpointing).
     """
 
-    def __init__(
-        self, model: nn.Module, inputs: Inputs, names: Iterable[str], scattered: frozenset[int] = frozenset()
-    ) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs, names: Iterable[str], known: Known | None = None) -> None:
         found = dict(model.named_parameters())
         self.parameters = {name: found[name].data.requires_grad_() for name in names}
         others = {name: p.data for name, p in found.items() if name not in self.parameters}
@@ -127,9 +140,10 @@ class Capture:
             raise ValueError("inputs: expected at least one example, got none")
         self.anchor = torch.zeros((), device=input_tensors(inputs)[0].device, requires_grad=True)
         self.layers: list[Layer] = []
-        self.unplaced: list[Layer] = []
-        self.scattered = scattered
+        self.unplaced: list[list[Layer]] = []  # those in one list have the same rows
+        self.known = known or Known()
         self.fallbacks: dict[str, str] = {}
+        self.told = False
         self.receiver = Receiver()
         state = buffers | others | self.parameters
         self.devices = frozenset(p.device.index for p in found.values() if p.device.type == "cuda")
@@ -148,12 +162,23 @@ class Capture:
             reason = "a gradient is taken within the forward, of which it is a part"
             self.fallbacks.update(dict.fromkeys(self.parameters, reason))
         self.parts = self._parts(mode)
-        if self.unplaced:
-            self._place()
         self.apart, self.joint = self._plan()
 
     def backward(self, cotangent: Tensor, receive: Receive, *, retain_graph: bool = False) -> None:
-        """Pulls ``cotangent`` (shaped as the logits) back; ``receive(layer, gradient of its output)`` as it comes."""
+        """Pulls ``cotangent`` (shaped as the logits) back; ``receive(layer, gradient of its output)`` as it comes.
+
+        The first backward finds the examples of the ``unplaced`` layers, which takes another one, and two where further
+        ones are to come; it may add to ``fallbacks``.
+        """
+        waiting, self.unplaced = self.unplaced, []
+        if waiting and retain_graph:  # a gradient may be 0 in this backward and not in the next
+            self._place(waiting, random_cotangent(self.logits), lambda layer, grad: None)
+        elif waiting:
+            self._place(waiting, cotangent, receive)
+            return
+        self._pull(cotangent, receive, retain_graph)
+
+    def _pull(self, cotangent: Tensor, receive: Receive, retain_graph: bool) -> None:
         if not self.logits.requires_grad:
             return  # no parameter that could be followed takes part
         self.receiver.function, self.receiver.retain = receive, retain_graph
@@ -209,52 +234,65 @@ class Capture:
                 (apart if _disjoint(leaf, [group[0].tensor for group in groups]) else joint)[name] = groups
         return apart, joint
 
-    def _place(self) -> None:
-        """Finds which example each row of the ``unplaced`` layers belongs to.
+    def _place(self, unplaced: list[list[Layer]], cotangent: Tensor, receive: Receive) -> None:
+        """A backward that also finds which example each row of some layers belongs to.
 
         The gradient of a row is linear in that of the logits. With that of example i times i + 1, the gradients of its
-        rows come i + 1 times as large; for many examples, digit by digit.
+        rows come i + 1 times as large; for many examples, digit by digit. A few random projections of a row tell.
         """
+        waiting = {id(layer) for layers in unplaced for layer in layers}
+        first = {id(layers[0]) for layers in unplaced}
+        kept: list[tuple[Layer, Tensor]] = []
+        plain: dict[int, Tensor] = {}
+
+        def sort(layer: Layer, grad: Tensor) -> None:
+            if id(layer) in first:
+                plain[id(layer)] = _projected(layer, grad)
+            if id(layer) in waiting:
+                kept.append((layer, grad))
+            else:
+                receive(layer, grad)
+
+        self._pull(cotangent, sort, True)
+        norms = {key: p.square().sum(1) for key, p in plain.items()}
+        owners = {key: torch.zeros(len(p), dtype=torch.int64, device=p.device) for key, p in plain.items()}
+        certain = {key: torch.ones(len(p), dtype=torch.bool, device=p.device) for key, p in plain.items()}
         base = 8 if torch.finfo(self.logits.dtype).eps > 1e-4 else 256
-        cotangent = random_cotangent(self.logits)
-        plain = self._rows(cotangent)
-        norms = {key: d.square().sum(1) for key, d in plain.items()}
-        owners = {key: torch.zeros(len(d), dtype=torch.int64, device=d.device) for key, d in plain.items()}
-        certain = {key: torch.ones(len(d), dtype=torch.bool, device=d.device) for key, d in plain.items()}
         step = 1
+
+        def compare(layer: Layer, grad: Tensor) -> None:
+            key = id(layer)
+            if key in plain:
+                p, scaled = plain[key], _projected(layer, grad)
+                ratio = ((scaled * p).sum(1) / norms[key]).nan_to_num(1.0).round().clamp(1, base)
+                certain[key] &= (scaled - ratio[:, None] * p).square().sum(1) <= 0.06 * norms[key]
+                owners[key] += (ratio.long() - 1) * step
+
         while step < self.examples:
             digits = torch.arange(self.examples, device=cotangent.device) // step % base
             factors = (digits + 1).to(cotangent).view(-1, *[1] * (cotangent.dim() - 1))
-            for key, scaled in self._rows(cotangent * factors).items():
-                d = plain[key]
-                ratio = ((scaled * d).sum(1) / norms[key]).nan_to_num(1.0).round().clamp(1, base)
-                rest = (scaled - ratio[:, None] * d).square().sum(1)
-                certain[key] &= rest <= 0.06 * norms[key]
-                owners[key] += (ratio.long() - 1) * step
+            self._pull(cotangent * factors, compare, True)
             step *= base
-        for layer in self.unplaced:
-            key = id(layer)
+        for layers in unplaced:
+            key = id(layers[0])
             owner = torch.empty(0, dtype=torch.int64)  # where it does not lead to the logits
             if key in plain and bool((certain[key] & (owners[key] < self.examples)).all()):
                 owner = owners[key].masked_fill(norms[key] == 0, -1)
             elif key in plain:
-                reason = f"rows of a {type(layer).__name__} belong to several examples"
-                names = [name for name, parts in self.parts.items() if any(part.layer is layer for part in parts)]
-                self.fallbacks.update(dict.fromkeys(names, reason))
-            layer.layout = Rows.of(owner, self.examples, layer.leading)
+                self._without(layers)
+            layout = Rows.of(owner, self.examples, layers[0].leading)
+            for layer in layers:
+                layer.layout = layout
+        for layer, grad in kept:
+            receive(layer, grad)
 
-    def _rows(self, cotangent: Tensor) -> dict[int, Tensor]:
-        """What the outputs of the ``unplaced`` layers get, float64[rows, features]."""
-        found: dict[int, Tensor] = {}
-        wanted = {id(layer) for layer in self.unplaced}
-
-        def keep(layer: Layer, grad: Tensor) -> None:
-            if id(layer) in wanted:
-                rows = layer.operand.shape[: layer.leading].numel()
-                found[id(layer)] = grad.reshape(rows, grad.numel() // max(1, rows)).double()
-
-        self.backward(cotangent, keep, retain_graph=True)
-        return found
+    def _without(self, layers: list[Layer]) -> None:
+        """Takes the parameters of some layers for those without a formula."""
+        numbers = {id(layer) for layer in layers}
+        names = [name for name, parts in self.parts.items() if any(id(part.layer) in numbers for part in parts)]
+        reason = f"rows of a {type(layers[0]).__name__} belong to several examples"
+        self.fallbacks.update(dict.fromkeys(names, reason))
+        self.apart, self.joint = self._plan()
 
 
 class _Tap(torch.autograd.Function):
@@ -368,9 +406,9 @@ class _Watch(TorchFunctionMode):
         elif not level:
             out = func(*args, **kwargs)
             self._follow([out, *_written(func, args)])
-        elif (opened := _open(func)) is not None:
+        elif (inner := opened(func)) is not None:
             with self:
-                return opened(*args, **kwargs)
+                return inner(*args, **kwargs)
         elif (written := _written(func, args)) and id(written[0]) in self.followed:
             # Examples are written into a function of parameters: from here on it depends on them, with all that shares
             # its memory, and the parameters keep their place in its graph.
@@ -406,35 +444,35 @@ class _Watch(TorchFunctionMode):
         if layer is None and func in DECOMPOSED:
             with self:
                 return DECOMPOSED[func](*args, **kwargs)
-        index = self._count(func, tracked, layer.operand if layer is not None else None)
+        index = self._count(func, layer.operand if layer is not None else None)
         if self.probing is None:
             if layer is None:
                 self._give_up(tracked, f"there is no formula for its use in {_name(func)}")
-            elif self._find(layer, index):
+            elif self._find(layer, func, index):
                 return self._tap(layer, func, args, kwargs)
             else:
                 self._give_up(tracked, f"{_name(func)} has its examples where they cannot be told apart")
         return func(*_replace(args, self._detached), **_replace(kwargs, self._detached))
 
-    def _count(self, func: Any, tracked: list[Tensor], operand: Tensor | None) -> int:
+    def _count(self, func: Any, operand: Tensor | None) -> int:
         """The number of this call; with ``probing``, what it saw is noted."""
         index = self.calls
         self.calls += 1
         if self.probing is not None:
-            self.probing.append(_Seen(func, [tuple(t.shape) for t in tracked], operand))
+            self.probing.append(_Seen(func, operand))
         return index
 
-    def _find(self, layer: Layer, index: int) -> bool:
+    def _find(self, layer: Layer, func: Any, index: int) -> bool:
         """Finds the examples in what a layer works on; False where they cannot be told apart."""
-        misplaced = len(self.capture.layers) in self.capture.scattered
+        misplaced = len(self.capture.layers) in self.capture.known.scattered
         scattered = misplaced or _level(layer.operand) == _SCATTERED
         if not (scattered and layer.by_rows) and not misplaced:
-            layout = self._layout(index, layer.operand, layer.leading, scattered)
+            layout = self._layout(index, func, layer.operand, layer.leading, scattered)
             if layout is not None and layer.accepts(layout):
                 layer.layout = layout
                 return True
         if layer.by_rows:
-            self.capture.unplaced.append(layer)
+            self.capture.unplaced.append([layer])
         return layer.by_rows
 
     def _tap(self, layer: Layer, func: Any, args: Any, kwargs: Any) -> Any:
@@ -454,27 +492,29 @@ class _Watch(TorchFunctionMode):
             return copies if tensor is original else self._detached(tensor)
 
         layer.tensors = {"value": narrowed}
-        return func(*_replace(args, swap), **_replace(kwargs, swap))
+        return func(*_replace(layer.rewritten(args), swap), **_replace(kwargs, swap))
 
     def _recurrent(self, func: Any, args: Any, kwargs: Any, call: Unrolled, tracked: list[Tensor]) -> Any:
         """A recurrent network: each of its layers is a few linear layers, whose inputs come out one after the other."""
         call.states = [self._for_each_example(state) for state in call.states]
-        index = self._count(func, tracked, call.operand)
+        index = self._count(func, call.operand)
         if self.probing is not None:
             return func(*_replace(args, self._detached), **_replace(kwargs, self._detached))
         here = range(len(self.capture.layers), len(self.capture.layers) + call.products)
-        scattered = call.packed or _level(call.operand) == _SCATTERED or any(i in self.capture.scattered for i in here)
-        layout = None if scattered else self._layout(index, call.operand, 2, False)
+        scattered = (
+            call.packed or _level(call.operand) == _SCATTERED or any(i in self.capture.known.scattered for i in here)
+        )
+        layout = None if scattered else self._layout(index, func, call.operand, 2, False)
         if layout is not None:
             layout = call.layout(layout)
 
         def run(recurrence: Recurrence, rows: Tensor, h: Tensor, c: Tensor | None) -> Any:
-            for layer in recurrence.layers:
-                self.capture.layers.append(layer)
-                if layout is not None:
+            self.capture.layers.extend(recurrence.layers)
+            if layout is None:
+                self.capture.unplaced.append(list(recurrence.layers))
+            else:
+                for layer in recurrence.layers:
                     layer.layout = layout
-                else:
-                    self.capture.unplaced.append(layer)
             return _Unrolled.apply(rows, h, c, self.capture.anchor, self.capture.receiver, recurrence)  # type: ignore[no-untyped-call]
 
         return call.run(run)
@@ -494,7 +534,7 @@ class _Watch(TorchFunctionMode):
             for name in self.sources(tensor):
                 self.capture.fallbacks.setdefault(name, reason)
 
-    def _layout(self, index: int, operand: Tensor, leading: int, scattered: bool) -> Layout | None:
+    def _layout(self, index: int, func: Any, operand: Tensor, leading: int, scattered: bool) -> Layout | None:
         """Where the examples are in ``operand``, or None where that cannot be told.
 
         Certain where dimension 0 has their number and no other dimension a multiple of it, unless the operand has been
@@ -506,6 +546,16 @@ class _Watch(TorchFunctionMode):
             return Layout(1, 0, shape[0] if shape else 1)
         if not scattered and shape and shape[0] == examples and all(size % examples for size in shape[1:]):
             return Layout(examples, 0)
+        met = self.capture.known.layouts.get(index)
+        if met is None or scattered or met[:2] != (func, operand.shape):
+            met = func, operand.shape, self._shrunk(index, func, operand, leading, scattered)
+            if not scattered:
+                self.capture.known.layouts[index] = met
+        return met[2]
+
+    def _shrunk(self, index: int, func: Any, operand: Tensor, leading: int, scattered: bool) -> Layout | None:
+        """By the operand of the same call in a forward of a few examples."""
+        examples = self.capture.examples
         few = 2 if examples > 2 else 3
         if self.probed is None:
             self.probed = []
@@ -521,7 +571,7 @@ class _Watch(TorchFunctionMode):
             finally:
                 random.restore()
         seen = self.probed[index] if index < len(self.probed) else None
-        if seen is None or seen.operand is None or seen.operand.dim() != operand.dim():
+        if seen is None or seen.func != func or seen.operand is None or seen.operand.dim() != operand.dim():
             return None
         return Layout.between(operand, seen.operand, examples, few, leading, compared=scattered)
 
@@ -531,7 +581,6 @@ class _Seen:
     """A call in the forward of a few examples."""
 
     func: Any
-    shapes: list[tuple[int, ...]]
     operand: Tensor | None
 
 
@@ -544,6 +593,14 @@ def random_cotangent(logits: Tensor) -> Tensor:
     values = 0.5 + torch.rand(logits.shape, generator=generator)
     signs = torch.randint(2, logits.shape, generator=generator) * 2 - 1
     return (values * signs).to(logits.device, logits.dtype)
+
+
+def _projected(layer: Layer, grad: Tensor) -> Tensor:
+    """A few random projections, always the same, of the rows of an output's gradient: float64[rows, 4]."""
+    rows = layer.operand.shape[: layer.leading].numel()
+    d = computing(grad).reshape(rows, grad.numel() // max(1, rows))
+    directions = torch.randn(d.shape[1], 4, generator=torch.Generator().manual_seed(2))
+    return (d @ directions.to(d.device, d.dtype)).double()
 
 
 def same_state(one: RandomState, two: RandomState) -> bool:
@@ -632,22 +689,6 @@ def _written(func: Any, args: Any) -> list[Tensor]:
 def _name(func: Any) -> str:
     name = getattr(func, "__name__", str(func))
     return f"torch.{name}" if not isinstance(func, types.FunctionType) else f"{func.__module__}.{name}"
-
-
-_OPENED: dict[Any, Any] = {}
-_CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
-
-
-def _open(func: Any) -> Any:
-    """A Python function of torch without its own look for overrides, so that the calls inside it are seen."""
-    if not (isinstance(func, types.FunctionType) and func.__module__ in ("torch.nn.functional", "torch.functional")):
-        return None
-    if func not in _OPENED:
-        scope = {**func.__globals__, **{check: lambda *_: False for check in _CHECKS}}
-        copy = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
-        copy.__kwdefaults__ = func.__kwdefaults__
-        _OPENED[func] = copy
-    return _OPENED[func]
 
 
 def _together(parts: list[Part]) -> list[list[Part]]:

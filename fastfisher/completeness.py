@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from fastfisher.capture import Capture, random_cotangent
+from fastfisher.capture import Capture, Known, random_cotangent
 from fastfisher.checkpointing import graph_nodes, refuse_reentrant
 from fastfisher.gates import RandomState
 from fastfisher.layers import Layer, flat_rows
@@ -39,16 +39,21 @@ def verified_capture(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> 
     precisions = tuple(p.dtype for p in model.parameters())
     kind = "capture", tuple(names), precisions, autocast, tuple((x.dim(), x.dtype, x.device) for x in tensors)
     sizes = tuple(x.shape for x in tensors)
-    seen: dict[tuple[torch.Size, ...], frozenset[int]] = known_of(model).setdefault(kind, {})
-    if sizes in seen or len(seen) >= SHAPES:
-        known = seen.get(sizes, frozenset[int]().union(*seen.values()))
-        return Capture(model, inputs, names, known)
-    capture, scattered = _verify(model, inputs, names)
-    seen[sizes] = scattered
+    seen: dict[tuple[torch.Size, ...], Known] = known_of(model).setdefault(kind, {})
+    if sizes in seen:
+        return Capture(model, inputs, names, seen[sizes])
+    if len(seen) >= SHAPES:
+        return Capture(
+            model, inputs, names, Known(frozenset[int]().union(*(known.scattered for known in seen.values())))
+        )
+    capture, looked = _verify(model, inputs, names)
+    if looked:
+        seen[sizes] = capture.known
     return capture
 
 
-def _verify(model: nn.Module, inputs: Inputs, names: list[str]) -> tuple[Capture, frozenset[int]]:
+def _verify(model: nn.Module, inputs: Inputs, names: list[str]) -> tuple[Capture, bool]:
+    """The capture, and whether it could be looked at."""
     devices = frozenset(p.device.index for p in model.parameters() if p.device.type == "cuda")
     before = RandomState.current(devices)
     logits, ordinary = _ordinary(model, inputs, names)
@@ -56,12 +61,12 @@ def _verify(model: nn.Module, inputs: Inputs, names: list[str]) -> tuple[Capture
     capture = Capture(model, inputs, names)
     fitting = logits.dim() >= 2 and len(logits) == capture.examples
     if not fitting or not all(bool(g.isfinite().all()) for g in ordinary.values()):
-        return capture, frozenset()  # the caller says what logits should be; NaN is said there too, or given back
+        return capture, False  # the caller says what logits should be; NaN is said there too, or given back
     scattered = capture.misplaced()
     if scattered:  # such as those of a batch that the forward sorts: their rows are looked for
         del capture
         before.restore()
-        capture = Capture(model, inputs, names, scattered)
+        capture = Capture(model, inputs, names, Known(scattered))
         if capture.misplaced():
             raise ValueError(
                 "model: expected examples that do not influence each other's logits, got a forward in which they do or "
@@ -91,7 +96,7 @@ def _verify(model: nn.Module, inputs: Inputs, names: list[str]) -> tuple[Capture
             "the measurement is of one forward",
             stacklevel=6,
         )
-        return capture, scattered
+        return capture, True
     off = _different(_totals(model, inputs, capture), ordinary, tolerance, coarsest**0.5)
     if off:
         raise ValueError(
@@ -101,7 +106,7 @@ def _verify(model: nn.Module, inputs: Inputs, names: list[str]) -> tuple[Capture
             "per-example gradients do not exist. Leave them out with params=, or write that part with functions of "
             "torch; verify=False goes without this check"
         )
-    return capture, scattered
+    return capture, True
 
 
 def _ordinary(model: nn.Module, inputs: Inputs, names: list[str]) -> tuple[Tensor, dict[str, Tensor]]:

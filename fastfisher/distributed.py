@@ -11,6 +11,7 @@ waits, and nothing is summed that does not belong together.
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import struct
@@ -128,17 +129,17 @@ class _Messages:
     def __init__(self, group: dist.ProcessGroup, timeout: float) -> None:
         self.group, self.timeout = group, timeout
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self._connections: Any = None
+        self.connections: Any = None
 
     def gather(self, mine: Tensor) -> list[Tensor]:
         """The tensors of all, by rank; of one shape and dtype."""
         found = [torch.empty_like(mine) for _ in range(self.size)]
         try:
-            if self._connections is None:
-                self._connections = self._connect()
-            self._connections.allgather([found], [mine]).wait()
+            if self.connections is None:
+                self.connections = self._connect()
+            self.connections.allgather([found], [mine]).wait()
         except BaseException:
-            self._connections = None
+            self.connections = None
             raise
         return found
 
@@ -295,6 +296,10 @@ class Ranks:
                 f"rank {self.rank} had no {what} from the others: one of them ended, or did not come within "
                 f"{self.timeout:g} s (timeout)"
             ) from error
+
+    def disconnect(self) -> None:
+        """Ends the connections for messages; the next message makes new ones."""
+        self._messages.connections = None
 
     def begin(self, model: nn.Module) -> None:
         """What a step begins with."""
@@ -785,9 +790,17 @@ _RANKS: dict[tuple[type[Ranks], dist.ProcessGroup, float], Ranks] = {}
 """One object for all that a group shares, for its connections serve all of them."""
 
 
+@atexit.register
+def _disconnect() -> None:
+    """Ends the connections while their threads can still end."""
+    for ranks in _RANKS.values():
+        ranks.disconnect()
+    _RANKS.clear()
+
+
 def _joined(kind: type[Ranks], group: dist.ProcessGroup, timeout: float) -> Ranks:
     for known in [known for known in _RANKS if not is_live(known[1])]:
-        del _RANKS[known]
+        _RANKS.pop(known).disconnect()
     name = kind, group, timeout
     if name not in _RANKS:
         _RANKS[name] = kind(group, timeout)

@@ -38,6 +38,8 @@ from fastfisher.gated import Passage
 from fastfisher.kinks import DROPOUTS, KNOWN, Known, MaxPool, Relu, Rule, always, names_inplace, refuse_random
 from fastfisher.model import copy_buffers, is_compiled, uncompiled
 from fastfisher.normalization import by_batch
+from fastfisher.slow_path import warn_slow_path
+from fastfisher.taylor.tape import tensors_in
 
 
 class AccuracyWarning(UserWarning):
@@ -118,8 +120,11 @@ class Gates:
         model: the model that ran.
         buffers: its buffers as they were when the recording began, by name.
         drew: whether the forward drew from the default random number generators: only then are they set back.
+        changed: the parameters that the forward wrote into, by name.
         autocast: the dtype of an autocast met within the forward, which its caller need not know of.
-        precision: the coarsest floating dtype in which something was computed that depends on the parameters.
+        met: the floating dtypes in which something was computed that depends on the parameters, each with the number
+            of the first such node in autograd's order.
+        precision: the coarsest of those that the logits may depend on; None before :meth:`end_at`.
         full_precision: whether autocast is off within, wherever it is switched on.
         entries: the recorded calls in order.
     """
@@ -129,10 +134,18 @@ class Gates:
     model: torch.nn.Module | None = None
     buffers: dict[str, Tensor] = field(default_factory=dict)
     drew: bool = True
+    changed: frozenset[str] = frozenset()
     autocast: torch.dtype | None = None
+    met: dict[torch.dtype, int] = field(default_factory=dict)
     precision: torch.dtype | None = None
     full_precision: bool = False
     entries: list[_Entry] = field(default_factory=list)
+
+    def end_at(self, logits: Tensor) -> None:
+        """Notes where the forward ends: what the model computes after its logits, such as a loss, has no part in R."""
+        last = logits.grad_fn._sequence_nr() if logits.grad_fn is not None else 0
+        before = [dtype for dtype, first in self.met.items() if first <= last]
+        self.precision = max(before, key=lambda dtype: torch.finfo(dtype).eps, default=None)
 
     def without_autocast(self) -> AbstractContextManager[Any]:
         """A context without autocast on the device of the model."""
@@ -215,6 +228,7 @@ def record_gates(
         buffers = {} if model is None else copy_buffers(model)
     random = RandomState.current(devices) if rewind else None
     gates = Gates(random, frozen, model, buffers, full_precision=full_precision)
+    writes = {} if model is None else {name: (p, p._version) for name, p in model.named_parameters()}
     seen_drawing: Callable[[], bool] = lambda: True  # noqa: E731
     if frozen:
         if model is not None:
@@ -230,6 +244,7 @@ def record_gates(
             yield gates
     else:
         yield gates
+    gates.changed = frozenset(name for name, (p, version) in writes.items() if p._version != version)
     # Another thread may have drawn meanwhile. Its numbers are its own: they do not come twice because of us.
     gates.drew = gates.random is not None and seen_drawing() and gates.random.has_moved()
 
@@ -346,11 +361,15 @@ class _Repeatable(TorchFunctionMode):
         known = KNOWN.get(func)
         if self.keep_random:
             known = DROPOUTS.get(func, known)
-        keep_saved_tensors()
+        if keep_saved_tensors():
+            warn_slow_path(
+                "activation checkpointing is off in the forwards that R is taken of, which keep their activations: the "
+                "steps that recompute R take the memory of a step without it (examples= takes R of a part of the batch)"
+            )
         written = _written(func, args, kwargs)
         moves = False
         if written is not None:
-            moves = any(x.requires_grad for x in _tensors_in(args, kwargs))
+            moves = any(x.requires_grad for x in tensors_in((args, kwargs)))
             if self.shared:
                 self._save_before(written)
         if known is not None and known.rule is not None and torch.is_grad_enabled():
@@ -364,7 +383,7 @@ class _Repeatable(TorchFunctionMode):
                     return inner(*args, **kwargs)
         self.before(known, func, args, kwargs)
         out = _ungated(func, args, kwargs)
-        if known is None and any(True for _ in _tensors_in(out)):
+        if known is None and any(True for _ in tensors_in(out)):
             self.unknown()
         if isinstance(out, Tensor) and out.requires_grad and written is None:
             self.after(known, func, args, kwargs, out)
@@ -374,7 +393,7 @@ class _Repeatable(TorchFunctionMode):
             return out
         if written is not None:
             return self._after_writing(known, func, args, kwargs, out, written, moves)
-        if not any(x.requires_grad for x in _tensors_in(args, kwargs)):
+        if not any(x.requires_grad for x in tensors_in((args, kwargs))):
             return out
         return self._after_reading(known, func, args, kwargs, out)
 
@@ -474,10 +493,8 @@ class _Record(_Repeatable):
             _warn_of_kinks(func)
 
     def _note(self, out: Any) -> None:
-        if isinstance(out, Tensor) and out.dtype is not self.gates.precision and out.dtype.is_floating_point:
-            before = self.gates.precision
-            if before is None or torch.finfo(out.dtype).eps > torch.finfo(before).eps:
-                self.gates.precision = out.dtype
+        if isinstance(out, Tensor) and out.dtype not in self.gates.met and out.dtype.is_floating_point:
+            self.gates.met[out.dtype] = 0 if out.grad_fn is None else out.grad_fn._sequence_nr()
 
 
 class _Replay(_Repeatable):
@@ -553,17 +570,6 @@ def _written(func: Any, args: Any, kwargs: Any) -> Tensor | None:
     if written is None and args and (func is Tensor.__setitem__ or names_inplace(func)):
         written = args[0]
     return written if isinstance(written, Tensor) and written.layout == torch.strided else None
-
-
-def _tensors_in(*values: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and dicts."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from _tensors_in(*value)
-        elif isinstance(value, dict):
-            yield from _tensors_in(*value.values())
 
 
 def _warn_of_kinks(func: Any) -> None:

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from fastfisher import ops
 from fastfisher.arguments import is_count, is_number
 from fastfisher.batches import Batches
+from fastfisher.checkpointing import graph_nodes, refuse_recomputed
 from fastfisher.distributed import Ranks, digest, measuring_together
 from fastfisher.estimate import TraceEstimate
 from fastfisher.gates import RandomState, record_gates
@@ -160,6 +161,8 @@ def trace_hessian(
         fisher = None
         if method in ("auto", "fisher", "split"):
             form = logits_form(model, parameters, batches.first()[0])
+            if ranks is not None:
+                form = _agreed(form, ranks, device)
             exact = form.curved is None and form.coupled is None
             if method == "fisher" and not exact:
                 reason = form.coupled or form.curved
@@ -212,6 +215,20 @@ def logits_form(model: nn.Module, parameters: dict[str, Tensor], inputs: Call) -
     elif not _same_alone(model, inputs, logits.detach()):
         coupled = "the logits of an example are not the same in another batch"
     return LogitsForm(logits.shape[-1], curved, coupled, unknown)
+
+
+def _agreed(form: LogitsForm, ranks: Ranks, device: torch.device) -> LogitsForm:
+    """The form on which all processes go on: each looked at a batch of its own, and they must take the same way."""
+    flags = [form.curved is not None, form.coupled is not None, form.unknown]
+    everyone = ranks.gather(torch.tensor(flags, dtype=torch.float64, device=device)).view(ranks.size, -1)
+    curved, coupled, unknown = (bool(flag) for flag in everyone.any(0))
+    elsewhere = "another process found so"
+    return LogitsForm(
+        form.classes,
+        form.curved or (elsewhere if curved else None),
+        form.coupled or (elsewhere if coupled else None),
+        unknown,
+    )
 
 
 def _forward(model: nn.Module, inputs: Call, watch: TorchFunctionMode | None = None) -> Tensor:
@@ -408,7 +425,8 @@ def _by_taylor(
     z = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters.values()]
 
     def quadratic_form(key: Tensor) -> Tensor:
-        ops.perturb(z, [], key, 1.0, distribution)
+        if tape.nodes:  # else every direction gives the same
+            ops.perturb(z, [], key, 1.0, distribution)
         return tape.curvature(z)
 
     return quadratic_form
@@ -461,7 +479,9 @@ def _by_difference(
     before = _writes(model)
     with torch.enable_grad(), record_gates(model) as gates:  # as in the replays: without, some modules take other paths
         logits = call_copy(model, {}, inputs)
+    list(map(refuse_recomputed, graph_nodes(logits)))
     targets = _fit(model, _checked(model, logits, before), inputs, targets)
+    del logits  # with its graph
     shifted = {name: torch.empty_like(p, memory_format=torch.contiguous_format) for name, p in parameters.items()}
     coarsest = max((p.dtype for p in parameters.values()), key=lambda dtype: torch.finfo(dtype).eps)
     step = DIFFERENCE_STEP[coarsest]

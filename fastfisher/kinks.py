@@ -418,6 +418,11 @@ class Embedding(Rule):
     """An embedding with a padding index: autograd gives its row no gradient there, so there it is as it was at θ."""
 
     def record(self, run: Run, function: Function, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        if _by_frequency(*args):
+            raise NotImplementedError(
+                "model: an embedding with scale_grad_by_freq=True divides its gradient by how often an index occurs, "
+                "which is the gradient of no function: R has no derivative. Use scale_grad_by_freq=False"
+            )
         weight, _, padding = self.arguments(args)
         row = weight[padding].detach().clone()
         return function(*args, **kwargs), row
@@ -439,6 +444,12 @@ class Embedding(Rule):
         """The padding index; None where there is none."""
         none = padding is None or (padding < 0 and first.is_floating_point())  # torch.embedding has -1 for none
         return None if none else padding
+
+
+def _by_frequency(first: Tensor, *rest: Any) -> bool:
+    """Whether the arguments of F.embedding, or of torch.embedding, have ``scale_grad_by_freq``."""
+    place = 2 if first.is_floating_point() else 4
+    return len(rest) > place and bool(rest[place])
 
 
 class RandomizedLeaky(Rule):
@@ -596,7 +607,7 @@ _CONDITIONAL: dict[str, Callable[..., bool]] = {
     "grid_sample": lambda x, grid, *_, **__: not grid.requires_grad,
     "grid_sampler": lambda x, grid, *_, **__: not grid.requires_grad,
     "index_reduce": lambda *args, **kwargs: args[-1] in ("prod", "mean"),
-    "embedding": lambda *args, **__: Embedding.padding_of(*args) is None,
+    "embedding": lambda *args, **__: Embedding.padding_of(*args) is None and not _by_frequency(*args),
     "scatter_reduce": lambda *args, **__: args[-1] not in ("amax", "amin"),
     "elu": lambda x, alpha=1.0, *_, **__: alpha == 1.0,
     "norm": _norm_is_smooth,

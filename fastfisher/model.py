@@ -510,6 +510,18 @@ def differentiable(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
+def taking_gradients(model: nn.Module) -> Iterator[None]:
+    """Within, gradients can be taken whatever the caller's mode: ``inference_mode`` and ``no_grad`` are left.
+
+    Raises:
+        ValueError: a parameter was made in inference mode; it is named.
+    """
+    check_differentiable(model)
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Puts the model in eval mode and, on leaving, every module back in the mode it was in.
 

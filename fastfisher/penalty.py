@@ -51,6 +51,7 @@ from fastfisher.model import (
     chosen_names,
     class_last,
     couples_examples,
+    differentiable,
     input_tensors,
     map_inputs,
     requiring_grad,
@@ -278,6 +279,13 @@ class FiniteDifference:
     moved: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        changed = sorted(self.gates.changed & self.gradient.keys())
+        if changed:
+            raise NotImplementedError(
+                f"model: its forward changes the parameter {changed[0]!r}, in which it has a gradient (as an embedding "
+                "with max_norm does): a forward with another value of it would change that, too. Use "
+                'method="double_backprop", or change parameters outside of the forward'
+            )
         self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
         self.device = next(iter(self.parameters.values())).device
         self.norm = self._norm(self.direction)
@@ -574,7 +582,8 @@ class FiniteDifference:
         del found
         whole, half = self._sketch(rho), self._sketch(0.5 * rho)
         size = torch.linalg.vector_norm(whole)
-        away = torch.where(size == 0, 0.0, torch.linalg.vector_norm(2 * half - whole) / size)
+        some = (size != 0) & self.norm.isfinite()  # a gradient that is not finite has nothing that is next to it
+        away = torch.where(some, torch.linalg.vector_norm(2 * half - whole) / size, 0.0)
 
         def look(bend: float) -> None:
             if not bend <= STRAIGHT:  # or it is not finite on one side
@@ -814,6 +823,8 @@ def penalty(
         ValueError: an argument is none of the above, or targets are missing or do not fit; the argument is named.
         TypeError: the model, the inputs or the data are of a type that cannot be one.
     """
+    if isinstance(labels, Tensor):
+        labels = differentiable(labels)
     settings = Settings(labels, method, gates, wrt, reduction, step, difference)
     model = whole(model, "R (FisherPenalty has that of the batch of all)")
     check_flags(verify=verify)
@@ -821,6 +832,7 @@ def penalty(
     trainable = trainable_parameters(model)
     chosen = chosen_names(trainable, params)
     inputs, targets = paired(model, inputs, targets, class_dim)
+    inputs, targets = map_inputs(inputs, differentiable), map_inputs(targets, differentiable)
     check_targets(labels, targets)
     check_examples(inputs)
     if logits is not None and not (isinstance(logits, Tensor) and logits.dim() > 0):
@@ -889,6 +901,7 @@ def penalty(
         return factor * torch.stack(squares).sum() if squares else loss.detach() * 0
 
     assert isinstance(recorded, Gates)
+    recorded.end_at(logits)
     with recorded.arithmetic():
         gradient, direction = gradient_at(loss, trainable, inputs, settings, chosen, retain_graph=shared)
     shift = FiniteDifference(model, inputs, first_only, settings, recorded, chosen_labels, gradient, direction, factor)

@@ -59,10 +59,13 @@ from fastfisher.model import (
     copy_buffers,
     count_examples,
     couples_examples,
+    differentiable,
     input_tensors,
     logits_of,
+    map_inputs,
     requiring_grad,
     take_rows,
+    taking_gradients,
     trainable_parameters,
     unhooked,
 )
@@ -128,6 +131,9 @@ class _Point:
     inputs: Inputs
     first_only: bool
     gates: Gates
+
+    def __post_init__(self) -> None:
+        self.gates.end_at(self.logits)
 
     @property
     def rows(self) -> Tensor:
@@ -229,7 +235,7 @@ class FisherPenalty:
     ``fully_shard`` made, and call :meth:`backward` on their parts of the batch; ``.grad`` is then the same on each, and
     no other reduction may follow. With P parameters of s bytes and the weights by rows, a plain step sends one sum of
     P·s bytes, a step that recomputes the penalty two, of P·s and of P·s (``every=1``) or 2P·s; each follows a message
-    of 72 bytes per process, and one more comes before the first. ``scope="local"`` sends one sum of P·s in any step.
+    of 88 bytes per process, and one more comes before the first. ``scope="local"`` sends one sum of P·s in any step.
     ``examples`` counts those of all processes, divided evenly; ``reduction="first"`` takes the first of rank 0.
     ``value`` is that of all, the loss and ``logits`` are each process's own. If a process raises, all others raise a
     :class:`fastfisher.RankFailure` in the same step.
@@ -397,7 +403,7 @@ class FisherPenalty:
             TypeError: the inputs are of a type that cannot be any.
             RankFailure: another process raised.
         """
-        with undone_on_error(self.model, self.generator), self._undone_on_error():
+        with taking_gradients(self.model), undone_on_error(self.model, self.generator), self._undone_on_error():
             with failing_together(self.ranks, lambda: self._doing(weight)):
                 if not (is_number(weight) and weight > 0):
                     raise ValueError(f"weight: expected a finite number > 0, got {weight!r}")
@@ -507,7 +513,7 @@ class FisherPenalty:
         if forward.calls != 1 or forward.logits is None or forward.inputs is None:
             raise ValueError(f"forward: expected one finished call of the model, saw {forward.calls}")
         if self._due() and not _none_counts(targets):
-            with undone_on_error(self.model, self.generator), self._undone_on_error():
+            with taking_gradients(self.model), undone_on_error(self.model, self.generator), self._undone_on_error():
                 self._reused = self._recomputed(forward, targets)
         self.logits = forward.logits.detach()
         self.steps += 1
@@ -1013,6 +1019,7 @@ class FisherPenalty:
         """The call of the model and the targets; the first forward of a kind looks for heads beside the logits."""
         given = targets
         call, targets = paired(self.model, inputs, given, self.class_dim)
+        call, targets = map_inputs(call, differentiable), map_inputs(targets, differentiable)
         check_examples(call)
         if self.loss is not None:
             return call, targets

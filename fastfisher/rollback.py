@@ -8,10 +8,14 @@ from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastfisher.arguments import check_generator, check_model
+from fastfisher.calls import opened
 from fastfisher.gates import RandomState
+from fastfisher.kinks import names_inplace
+from fastfisher.model import known_of, taking_gradients
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -45,8 +49,56 @@ def undone_on_error(model: nn.Module, generator: torch.Generator | None = None) 
         raise
 
 
+@contextmanager
+def leaving_parameters(model: nn.Module) -> Iterator[None]:
+    """Within, a forward that is about to write into a parameter of the model is refused, before it does.
+
+    Looked for until the model has once been called in these modes without it.
+
+    Raises:
+        NotImplementedError: it is about to; the parameter and the function are named.
+    """
+    known = known_of(model)
+    kind = "leaves its parameters", tuple(module.training for module in model.modules())
+    if kind in known:
+        yield
+        return
+    with _Watching(model):
+        yield
+    known[kind] = True
+
+
+class _Watching(TorchFunctionMode):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.names = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters() if _has_memory(p)}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        written = kwargs.get("out", args[0] if args and names_inplace(func) else None)
+        if isinstance(written, Tensor) and _has_memory(written) and func is not Tensor.requires_grad_:
+            name = self.names.get(written.untyped_storage().data_ptr())
+            if name is not None:
+                raise NotImplementedError(
+                    f"model: expected a forward that leaves the parameters as they are, got one that changes {name} by "
+                    f"{getattr(func, '__name__', func)} (as embeddings with max_norm do); change it before, outside "
+                    "of the forward"
+                )
+        inner = opened(func)  # F.embedding writes by a function that it calls
+        if inner is None:
+            return func(*args, **kwargs)
+        with self:
+            return inner(*args, **kwargs)
+
+
+def _has_memory(x: Tensor) -> bool:
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):  # within vmap or grad: nobody's parameter itself
+        return False
+    return x.layout == torch.strided and type(x) in (Tensor, nn.Parameter) and x.numel() > 0
+
+
 def undoing(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """``function(model, ..., generator=...)`` within :func:`undone_on_error`."""
+    """``function(model, ..., generator=...)`` within :func:`undone_on_error`, whatever the caller's grad mode."""
 
     @functools.wraps(function)
     def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
@@ -54,7 +106,11 @@ def undoing(function: Callable[Parameters, Result]) -> Callable[Parameters, Resu
         generator: Any = kwargs.get("generator")
         check_model(model)
         check_generator(generator)
-        with undone_on_error(model, generator):
-            return function(*args, **kwargs)
+        enabled = torch.is_grad_enabled()
+        with taking_gradients(model), leaving_parameters(model), undone_on_error(model, generator):
+            result: Any = function(*args, **kwargs)
+        if isinstance(result, Tensor) and not enabled:
+            result = result.detach()
+        return result  # type: ignore[no-any-return]
 
     return call

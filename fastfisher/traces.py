@@ -28,6 +28,7 @@ from fastfisher.model import (
     Inputs,
     as_given,
     check_class_dim,
+    check_examples,
     chosen_names,
     differentiable,
     eval_mode,
@@ -190,7 +191,7 @@ def trace_fisher(
         params, generator, class_dim: as in :func:`per_example_grad_norms`.
         process_group: the processes that each have a part of the data; by default those of
             ``DistributedDataParallel`` around the model. The b-th batches of all are one batch, that of rank 0 first:
-            with its key, any number of processes draw the same labels for it. Each batch takes a message of 72 bytes
+            with its key, any number of processes draw the same labels for it. Each batch takes a message of 88 bytes
             per process, and one for each draw; at the end 16 bytes of each example go to each process. ``samples`` and
             ``batch_size`` are each process's own; ``minibatch`` needs a single one.
         verify: as in :func:`per_example_grad_norms`.
@@ -232,9 +233,9 @@ def trace_fisher(
                     continue
                 inputs, targets = _savable(*batch)
                 capture = _capture(model, inputs, names, verify)
-                sums.fallbacks.update(capture.fallbacks)
                 cotangents = _Cotangents(capture.logits.detach(), labels, targets, None, generator, class_dim, ranks)
                 sums.add(_draws(model, inputs, capture, cotangents, rounds, sums.means if minibatch else None))
+                sums.fallbacks.update(capture.fallbacks)
                 del capture, cotangents  # before the next forward
             fraction = batches.fraction
             found = sums
@@ -369,13 +370,31 @@ def of_loss(class_dim: int | None, loss: Loss | None) -> int | None:
     return -1 if class_dim is None and loss is not None else class_dim
 
 
-def _savable(inputs: Call, targets: Tensor | None) -> tuple[Call, Tensor | None]:
+def _savable(inputs: Call, targets: Any) -> tuple[Call, Any]:
     """A batch that autograd may save, also where it was made in inference mode."""
-    return map_inputs(inputs, differentiable), None if targets is None else differentiable(targets)
+    return map_inputs(inputs, differentiable), differentiable(targets) if isinstance(targets, Tensor) else targets
 
 
 def _capture(model: nn.Module, inputs: Call, names: Iterable[str], verify: bool) -> Capture:
+    check_examples(inputs)
     capture = (verified_capture if verify else Capture)(model, inputs, names)
+    logits = capture.logits
+    if logits.dim() < 2 or len(logits) != capture.examples:
+        raise ValueError(
+            f"model: expected logits (N, ..., C) for N = {capture.examples} examples, got shape {tuple(logits.shape)}"
+        )
+    return capture
+
+
+def _tell_fallbacks(capture: Capture) -> None:
+    """Says which parameters go a slower way; known for certain after a backward.
+
+    Raises:
+        ValueError: they cannot, because the forward draws random numbers.
+    """
+    if capture.told or not capture.fallbacks:
+        return
+    capture.told = True
     if capture.random and capture.fallbacks:
         raise ValueError(
             f"model: expected a forward without random numbers, as {', '.join(capture.fallbacks)} have no formula and "
@@ -384,12 +403,6 @@ def _capture(model: nn.Module, inputs: Call, names: Iterable[str], verify: bool)
     for reason in dict.fromkeys(capture.fallbacks.values()):
         slow = ", ".join(name for name, why in capture.fallbacks.items() if why == reason)
         warn_slow_path(f"per-example gradients of {slow} take a backward for each example: {reason}")
-    logits = capture.logits
-    if logits.dim() < 2 or len(logits) != capture.examples:
-        raise ValueError(
-            f"model: expected logits (N, ..., C) for N = {capture.examples} examples, got shape {tuple(logits.shape)}"
-        )
-    return capture
 
 
 def whole_model(model: nn.Module, process_group: ProcessGroup | None) -> tuple[Ranks | None, nn.Module]:
@@ -579,13 +592,12 @@ def _squared_norms(
     held.update(id(part.layer) for groups in capture.joint.values() for group in groups for part in group)
     norms = {name: _zeros(capture) for name in capture.parameters}
     kept: Seen = {}
-    squared_total = 0.0
+    squared_totals = dict.fromkeys(capture.parameters, 0.0)
 
     def note(layer: Layer, slot: str, name: str, found: Tensor, a: Tensor, d: Tensor) -> None:
-        nonlocal squared_total
         norms[name] += found
         if with_mean:
-            squared_total += float(squares(layer.total(slot, a, d)[None]))
+            squared_totals[name] += float(squares(layer.total(slot, a, d)[None]))
 
     def receive(layer: Layer, grad: Tensor) -> None:
         if id(layer) not in direct and id(layer) not in held:
@@ -599,6 +611,7 @@ def _squared_norms(
             kept[id(layer)] = (a, d)
 
     capture.backward(cotangent, receive, retain_graph=retain_graph)
+    _tell_fallbacks(capture)
     side = Side(model, inputs, capture, cotangent, kept)
     for name, groups in capture.apart.items():
         for use in side.uses([group for group in groups if len(group) > 1]):
@@ -610,8 +623,8 @@ def _squared_norms(
             norms[name][rows] = squares(g)
             if with_mean:
                 totals[name] = totals.get(name, 0) + g.sum(0)
-    squared_total += sum(float(squares(total[None])) for total in totals.values())
-    return norms, squared_total / capture.examples**2
+    squared_totals |= {name: float(squares(total[None])) for name, total in totals.items()}
+    return norms, sum(squared_totals.values()) / capture.examples**2
 
 
 def one_backward(
@@ -635,6 +648,7 @@ def one_backward(
         kept[id(layer)] = layer.seen(grad)
 
     capture.backward(cotangent, keep)
+    _tell_fallbacks(capture)
     return Side(model, inputs, capture, cotangent, kept)
 
 

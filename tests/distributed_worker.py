@@ -613,8 +613,7 @@ def wrappers_are_looked_through() -> None:
     for wrap, make in ways:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", fastfisher.SlowPathWarning)
-            for options in ({"every": 1}, {"every": 2}, {"every": 1, "method": "double_backprop"}):
-                compare(wrap, make=make, **options)
+            compare(wrap, make=make, every=2)
             found = fastfisher.trace_fisher(wrap(make()), X.double()[own()], **seeded())
             value = fastfisher.trace_fisher(make(), X.double(), **seeded()).value
             assert abs(found.value - value) < 1e-10 * value
@@ -682,7 +681,8 @@ def a_module_within_ddp_is_refused() -> None:
     with pytest.raises(ValueError, match="model: expected the DistributedDataParallel itself"):
         penalty.backward(X.double(), Y)
     refused(inner, "model: expected the DistributedDataParallel itself", norms)
-    refused(nn.Sequential(inner[:4], nn.Linear(24, 10).double()), "the DistributedDataParallel itself", norms)
+    with pytest.raises(ValueError, match="model: expected the DistributedDataParallel itself"):
+        FisherPenalty(nn.Sequential(inner[:4], nn.Linear(24, 10).double()), ALPHA)
     sharing = ("FisherPenalty", "trace_fisher", "trace_hessian", *norms)
     refused(model, "model: expected that of one process for", sharing)
     refused(Engine(model), "model: expected that of one process for", sharing)
@@ -937,7 +937,7 @@ def a_rank_that_hangs() -> None:
             penalty.backward(X.double()[own()], Y[own()])
         before = penalty.state_dict()
         if dist.get_rank() == 1:
-            time.sleep(2.5)
+            time.sleep(1.5)
         start = time.monotonic()
         with pytest.raises(RankFailure, match="did not come within 1 s"):
             penalty.backward(X.double()[own()], Y[own()])
@@ -978,10 +978,15 @@ CASES: dict[str, Callable[[], None]] = {
 }  # fmt: skip
 
 
+OF_TWO = (wrappers_are_looked_through, a_module_within_ddp_is_refused, ranks_out_of_step, a_rank_that_hangs)
+"""What more than two processes would only take longer for."""
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    chosen = sys.argv[2:] or list(CASES)
+    of_two = dist.get_world_size() == 2
+    chosen = sys.argv[2:] or [name for name, case in CASES.items() if of_two or case not in OF_TWO]
     path = Path(f"{sys.argv[1]}.{dist.get_rank()}")
     results: dict[str, str] = {}
     for name in chosen:

@@ -571,3 +571,112 @@ def test_a_module_with_two_names_keeps_its_parameters() -> None:
     assert traces[0] == pytest.approx(traces[1], rel=1e-12)
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert all(a is b for a, b in zip(model.buffers(), buffers, strict=True))
+
+
+def test_what_is_computed_after_the_logits_has_no_part_in_the_precision() -> None:
+    class OwnLoss(nn.Module):
+        """Makes a loss of its own in float32, as models of Transformers do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 4))
+
+        def forward(self, x: Tensor) -> Any:
+            logits = self.layers(x)
+            loss = F.cross_entropy(logits.float(), Y4)
+            return type("Output", (), {"logits": logits, "loss": loss})()
+
+    found, exact = both_ways(lambda: OwnLoss().double(), X20.double())
+    assert relative_error(found, exact) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["double_backprop", "finite_difference"])
+def test_whatever_the_callers_grad_mode(method: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 4))
+    with torch.inference_mode():
+        x, labels = X20.clone(), Y4.clone()
+    expected = fastfisher.penalty(model, X20, labels=Y4, method=method)
+    plain = copy.deepcopy(model)
+    fastfisher.FisherPenalty(plain, 0.1, every=1, labels="true", method=method).backward(X20, Y4)
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with mode():
+            value = fastfisher.penalty(model, x, labels=labels, method=method)
+            assert value.requires_grad == (mode is torch.enable_grad)
+            torch.testing.assert_close(value.clone(), expected.detach(), check_device=False)
+            model.zero_grad(set_to_none=True)
+            fastfisher.FisherPenalty(model, 0.1, every=1, labels="true", method=method).backward(x, labels)
+        assert torch.equal(flat([p.grad for p in model.parameters()]), flat([p.grad for p in plain.parameters()]))
+        assert not any(p.grad.is_inference() for p in model.parameters() if p.grad is not None)
+
+
+def test_parameters_made_in_inference_mode_are_named() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(20, 4))
+    for call in (fastfisher.penalty, fastfisher.trace_fisher):
+        with pytest.raises(ValueError, match=r"got 0\.weight, which was made within torch\.inference_mode"):
+            call(model, X20)
+    with pytest.raises(ValueError, match=r"got 0\.weight"):
+        fastfisher.FisherPenalty(model, 0.1, every=1).backward(X20, Y4)
+
+
+class Looked(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(10, 8, **options), nn.Linear(8, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.table(tokens))).mean(1)
+
+
+TOKENS = torch.randint(10, (16, 3), generator=torch.Generator().manual_seed(0))
+
+
+def test_a_forward_that_changes_its_parameters_is_refused() -> None:
+    model, targets = Looked(max_norm=0.5), torch.arange(16) % 4
+    before = copy.deepcopy(model.state_dict())
+    pair = (TOKENS, targets)
+    for measure in (
+        lambda: fastfisher.penalty(model, TOKENS, method="finite_difference"),
+        lambda: fastfisher.trace_fisher(model, TOKENS),
+        lambda: fastfisher.per_example_grad_norms(model, TOKENS, targets, labels="true"),
+        lambda: fastfisher.trace_hessian(model, TOKENS, targets),
+        lambda: fastfisher.grad_inner_products(model, pair, pair),
+        lambda: fastfisher.gradient_covariance(model, pair),
+    ):
+        with pytest.raises(NotImplementedError, match=r"table\.weight"):
+            measure()
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(NotImplementedError, match=r"changes the parameter 'table\.weight'"):
+        fastfisher.FisherPenalty(model, 0.1, every=1).backward(TOKENS, targets)
+    assert model.head.weight.grad is None
+    fastfisher.FisherPenalty(model, 0.1, start=5).backward(TOKENS, targets)  # a plain step may
+
+
+def test_a_parameter_that_follows_another_may_be_changed() -> None:
+    class Momentum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.head = nn.Linear(20, 8), nn.Linear(20, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                for mine, other in zip(self.key.parameters(), self.query.parameters(), strict=True):
+                    mine.mul_(0.9).add_(other, alpha=0.1)
+                key = self.key(x)
+            return self.head(torch.tanh(self.query(x)) * key)
+
+    found = []
+    for options in ({"difference": "central"}, {"method": "double_backprop"}):
+        torch.manual_seed(0)
+        model = Momentum().double()
+        fastfisher.FisherPenalty(model, 5.0, every=1, labels="true", **options).backward(X20.double(), Y4)
+        found.append(flat([p.grad for p in model.parameters()]))
+    assert relative_error(found[0], found[1]) < 1e-6
+
+
+def test_a_gradient_that_is_of_no_function_is_refused() -> None:
+    model = Looked(scale_grad_by_freq=True)
+    with pytest.raises(NotImplementedError, match="scale_grad_by_freq"):
+        fastfisher.FisherPenalty(model, 0.1, every=1).backward(TOKENS, torch.arange(16) % 4)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,31 +40,134 @@ class Node:
         """Takes δ, and prepares what is the same for every direction."""
         self.weight = weight
 
+    # Of an operation that is linear in the derivatives of its inputs, and for random directions (taylor/known.py):
+
+    def has_variance(self, place: int, independent: bool) -> bool:
+        """Whether :meth:`variance` serves for an input, whose elements may be ``independent`` or not."""
+        return False
+
+    def variance(self, place: int, v: Tensor) -> Tensor:
+        """The variance of each element of the output if this input alone moves, its elements with variance ``v``."""
+        raise NotImplementedError
+
+    def partial(self, places: Sequence[int]) -> Callable[..., Tensor]:
+        """The derivative of the output as a function of the derivatives of some inputs, with the others at rest."""
+        raise NotImplementedError
+
 
 class Linear(Node):
-    """An operation that is linear (or piecewise linear) in all that moves, jointly."""
+    """An operation that is linear (or piecewise linear) in all that moves, jointly.
 
-    def __init__(self, name: str, inputs: Sequence[int], function: Callable[..., Tensor]) -> None:
+    Args:
+        squares: of an operation of one input each of whose outputs is a multiple of one input element or 0: the map
+            with the squares of these factors for factors.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        inputs: Sequence[int],
+        function: Callable[..., Tensor],
+        squares: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__(name, inputs)
         self.first = function  # type: ignore[method-assign]
+        self.squares = squares
+
+    def has_variance(self, place: int, independent: bool) -> bool:
+        return self.squares is not None
+
+    def variance(self, place: int, v: Tensor) -> Tensor:
+        assert self.squares is not None
+        return self.squares(v)
+
+    def partial(self, places: Sequence[int]) -> Callable[..., Tensor]:
+        return self.first
+
+
+class Sum(Node):
+    """A sum of one or two inputs that move, each with a constant factor, and of what does not move."""
+
+    def __init__(self, name: str, inputs: Sequence[int], factors: Sequence[Any], shape: torch.Size) -> None:
+        super().__init__(name, inputs)
+        self.factors, self.shape = tuple(factors), shape
+
+    def first(self, *moving: Tensor) -> Tensor:
+        return self._sum(moving, self.factors)
+
+    def has_variance(self, place: int, independent: bool) -> bool:
+        return True
+
+    def variance(self, place: int, v: Tensor) -> Tensor:
+        return self._sum([v], [self.factors[place] ** 2])
+
+    def partial(self, places: Sequence[int]) -> Callable[..., Tensor]:
+        factors = [self.factors[place] for place in places]
+        return lambda *moving: self._sum(moving, factors)
+
+    def _sum(self, moving: Sequence[Tensor], factors: Sequence[Any]) -> Tensor:
+        parts = [t if s == 1 else s * t for t, s in zip(moving, factors, strict=True)]
+        total = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        return total if total.shape == self.shape else total.expand(self.shape)
 
 
 class Product(Node):
-    """y = a·b + c for a bilinear product; c may be absent, or not move."""
+    """y = a·b + c for a bilinear product; each of the three moves or not, and c may be absent.
 
-    wants_weight = True
+    Args:
+        slots: those of a, b and c; None for what does not move.
+        sums: whether an output is a sum of products of one element of a and one of b each, none of which is in two of
+            them, so that the squares of y's factors are the product of the squares. "single": of one such product.
+    """
 
-    def __init__(self, name: str, inputs: Sequence[int], product: Callable[..., Tensor], a: Tensor, b: Tensor) -> None:
-        super().__init__(name, inputs)
-        self.product, self.a, self.b = product, a, b
+    def __init__(
+        self,
+        name: str,
+        slots: Sequence[int | None],
+        product: Callable[..., Tensor],
+        a: Tensor,
+        b: Tensor,
+        sums: bool | Literal["single"],
+    ) -> None:
+        super().__init__(name, [slot for slot in slots if slot is not None])
+        self.product, self.a, self.b, self.sums = product, a, b, sums
+        self.roles = [role for role, slot in zip("abc", slots, strict=True) if slot is not None]
+        self.first = self.partial(range(len(self.roles)))  # type: ignore[method-assign]
+        self.wants_weight = self.both_move
 
-    def first(self, *moving: Tensor) -> Tensor:
-        a, b, *shift = moving
-        return self.product(self.a, b, *shift).add_(self.product(a, self.b))
+    @property
+    def both_move(self) -> bool:
+        """Whether a and b move, which are then the first two inputs."""
+        return self.roles[:2] == ["a", "b"]
 
     def source(self, moving: tuple[Tensor, ...], first: Tensor) -> Tensor:
         assert self.weight is not None
-        return 2 * _inner(self.weight, self.product(moving[0], moving[1]))
+        return 2 * _inner(self.weight, self._by_role({"b": moving[1]}, moving[0], self.b).to(self.weight.dtype))
+
+    def partial(self, places: Sequence[int]) -> Callable[..., Tensor]:
+        roles = [self.roles[place] for place in places]
+
+        def derivative(*moving: Tensor) -> Tensor:
+            return self._by_role(dict(zip(roles, moving, strict=True)), self.a, self.b)
+
+        return derivative
+
+    def has_variance(self, place: int, independent: bool) -> bool:
+        return self.roles[place] == "c" or self.sums == "single" or (self.sums is True and independent)
+
+    def variance(self, place: int, v: Tensor) -> Tensor:
+        return self._by_role({self.roles[place]: v}, wide(self.a).square(), wide(self.b).square())
+
+    def _by_role(self, moving: dict[str, Tensor], a: Tensor, b: Tensor) -> Tensor:
+        tensors = [a, b, *moving.values()]
+        if any(x.dtype != a.dtype for x in tensors):  # in the forward, autocast made one of them
+            dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
+            a, b, moving = a.to(dtype), b.to(dtype), {role: x.to(dtype) for role, x in moving.items()}
+        shift = (moving["c"],) if "c" in moving else ()
+        if "b" in moving:
+            y = self.product(a, moving["b"], *shift)
+            return y.add_(self.product(moving["a"], b)) if "a" in moving else y
+        return self.product(moving["a"] if "a" in moving else torch.zeros_like(a), b, *shift)
 
 
 class Elementwise(Node):
@@ -82,6 +187,23 @@ class Elementwise(Node):
 
     def source(self, moving: tuple[Tensor, ...], first: Tensor) -> Tensor:
         return _inner(self.curvature * moving[0], moving[0])
+
+
+class Square(Node):
+    """A source ⟨weight, x′²⟩ and nothing else: no operation takes its output."""
+
+    wants_weight = True
+
+    def __init__(self, name: str, inputs: Sequence[int], weight: Tensor) -> None:
+        super().__init__(name, inputs)
+        self.weight, self.dtype = weight, weight.dtype
+
+    def first(self, *moving: Tensor) -> Tensor:
+        return moving[0]
+
+    def source(self, moving: tuple[Tensor, ...], first: Tensor) -> Tensor:
+        assert self.weight is not None
+        return _inner(self.weight * moving[0], moving[0])
 
 
 class Softmax(Node):
@@ -180,3 +302,8 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
     if a.stride() == b.stride() and a.is_contiguous():
         return torch.dot(a.view(-1), b.view(-1))
     return (a * b).sum()
+
+
+def wide(x: Tensor) -> Tensor:
+    """The tensor in float32 where it is less precise: squares and their sums leave float16's range."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastfisher import ops, twice
-from fastfisher.taylor.nodes import Elementwise, LogSumExp, Normalise, Softmax
+from fastfisher.taylor.nodes import Elementwise, LogSumExp, Normalise, Softmax, Sum
 from fastfisher.taylor.tape import RULES, NoRule, Tape, name_of, rule_for, tensors_in
 
 
@@ -28,31 +28,38 @@ def _outplace(function: Any) -> Any:
     return function
 
 
-@rule_for(
-    "view reshape flatten unflatten permute transpose t swapaxes swapdims movedim moveaxis squeeze unsqueeze expand",
-    "contiguous clone narrow select index_select gather take_along_dim __getitem__ chunk split",
-    "tensor_split unbind sum mean cumsum roll flip avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d",
-    "adaptive_avg_pool2d adaptive_avg_pool3d interpolate upsample tril triu diagonal repeat repeat_interleave tile",
-    "neg negative __neg__ pixel_shuffle pixel_unshuffle channel_shuffle unfold fold to float double half bfloat16 type",
-    "nll_loss broadcast_to adjoint diff trace rot90",
-)
-def _linear_in_first(tape: Tape, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+def _linear_in_first(picks: bool, tape: Tape, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """``picks``: whether each element of the output is one of the input, or 0."""
     if tape.slot(x) is None or any(tape.slot(y) is not None for y in tensors_in((args, kwargs))):
         raise NoRule(f"{name_of(func)} has no rule for these arguments")
     function = _outplace(func)
     value = function(x, *args, **kwargs)
     if not any(part.requires_grad for part in tensors_in(value)):
         return value  # of integers, or no tensor at all: x.type()
-    if isinstance(value, Tensor):
-        return tape.linear(name_of(func), lambda t: function(t, *args, **kwargs), [x], value)
-    return type(value)(
-        tape.linear(name_of(func), lambda t, i=i: function(t, *args, **kwargs)[i], [x], part)
-        for i, part in enumerate(value)
-    )
+
+    def add(value: Tensor, *part: int) -> Tensor:
+        def derivative(t: Tensor) -> Tensor:
+            y = function(t, *args, **kwargs)
+            return y[part[0]] if part else y  # type: ignore[no-any-return]
+
+        return tape.linear(name_of(func), derivative, [x], value, derivative if picks else None)
+
+    return add(value) if isinstance(value, Tensor) else type(value)(add(y, i) for i, y in enumerate(value))
 
 
+_picking = functools.partial(_linear_in_first, True)
+rule_for(
+    "view reshape flatten unflatten permute transpose t swapaxes swapdims movedim moveaxis squeeze unsqueeze expand",
+    "contiguous clone narrow select index_select gather take_along_dim __getitem__ chunk split",
+    "tensor_split unbind roll flip tril triu diagonal repeat repeat_interleave tile pixel_shuffle pixel_unshuffle",
+    "channel_shuffle unfold broadcast_to adjoint rot90",
+)(_picking)
+rule_for(
+    "sum mean cumsum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d",
+    "interpolate upsample neg negative __neg__ fold to float double half bfloat16 type nll_loss diff trace",
+)(functools.partial(_linear_in_first, False))
 for _attribute in ("T", "mT", "H", "mH"):
-    RULES[getattr(Tensor, _attribute).__get__] = (_linear_in_first, False)
+    RULES[getattr(Tensor, _attribute).__get__] = (_picking, False)
 
 
 @rule_for("view_as reshape_as expand_as type_as")
@@ -163,15 +170,8 @@ def _add(tape: Tape, func: Any, a: Any, b: Any, *, alpha: Any = 1) -> Tensor:
     name = func.__name__
     factors = (-alpha, 1) if "rsub" in name else (1, -alpha if "sub" in name else alpha)  # rsub: b − alpha a
     value = a + b if factors == (1, 1) else factors[0] * a + factors[1] * b
-    moving = [(x, s) for x, s in zip((a, b), factors, strict=True) if tape.slot(x) is not None]
-    shape = value.shape
-
-    def derivative(*given: Tensor) -> Tensor:
-        parts = [t if s == 1 else s * t for t, (_, s) in zip(given, moving, strict=True)]
-        total = parts[0] if len(parts) == 1 else parts[0] + parts[1]
-        return total if total.shape == shape else total.expand(shape)
-
-    return tape.linear(name, derivative, [x for x, _ in moving], value)
+    moving = [(tape.slots[id(x)], s) for x, s in zip((a, b), factors, strict=True) if tape.slot(x) is not None]
+    return tape.add(Sum(name, [slot for slot, _ in moving], [s for _, s in moving], value.shape), value)
 
 
 @rule_for("lerp")
@@ -184,10 +184,10 @@ def _lerp(tape: Tape, func: Any, start: Tensor, end: Tensor, weight: Any) -> Ten
 def _mul(tape: Tape, func: Any, a: Any, b: Any) -> Tensor:
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         x, factor = (a, b) if isinstance(a, Tensor) else (b, a)
-        return tape.linear("mul", lambda t: t * factor, [x], x * factor)
+        return tape.linear("mul", lambda t: t * factor, [x], x * factor, lambda v: v * factor**2)
     if a is b:
         return _elementwise("square", tape, torch.square, a)
-    return tape.product("mul", torch.mul, a, b)
+    return tape.product("mul", torch.mul, a, b, sums="single")
 
 
 @rule_for("div divide true_divide __truediv__")
@@ -195,7 +195,7 @@ def _div(tape: Tape, func: Any, a: Any, b: Any, *, rounding_mode: str | None = N
     if rounding_mode is not None:
         raise NoRule("div with a rounding mode has no rule")
     if tape.slot(b) is None:
-        return tape.linear("div", lambda t: t / b, [a], a / b)
+        return tape.linear("div", lambda t: t / b, [a], a / b, lambda v: v / b**2)
     with tape:
         return a * torch.reciprocal(b)  # type: ignore[no-any-return]
 
@@ -281,7 +281,7 @@ def _einsum(tape: Tape, func: Any, equation: str, *operands: Any) -> Tensor:
         return tape.linear("einsum", at, [tensors[places[0]]], at(tensors[places[0]]))
     if len(places) > 2:
         raise NoRule("einsum has no rule for more than two operands that move")
-    return tape.product("einsum", at, tensors[places[0]], tensors[places[1]])
+    return tape.product("einsum", at, tensors[places[0]], tensors[places[1]], sums=False)
 
 
 @rule_for("embedding")
@@ -304,7 +304,7 @@ def _embedding(
         y = F.embedding(input, t)
         return y if kept is None else y * kept
 
-    return tape.linear("embedding", derivative, [weight], F.embedding(input, weight, padding_idx))
+    return tape.linear("embedding", derivative, [weight], F.embedding(input, weight, padding_idx), derivative)
 
 
 # ---- piecewise linear functions --------------------------------------------------------------------------------------
@@ -424,7 +424,7 @@ def _pool(tape: Tape, dims: int, with_indices: Any, func: Any, *args: Any, **kwa
     def derivative(t: Tensor) -> Tensor:
         return ops.gate_take(t.reshape(len(planes), -1).contiguous(), planes).view(shape)
 
-    out = tape.linear(f"max_pool{dims}d", derivative, [x], value)
+    out = tape.linear(f"max_pool{dims}d", derivative, [x], value, derivative)
     return (out, indices) if wants_indices else out
 
 
@@ -631,7 +631,7 @@ def _affine(tape: Tape, name: str, n: Tensor, weight: Tensor | None, bias: Tenso
     def scale(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
         return a * b.view(shape) if c is None else torch.addcmul(c.view(shape), a, b.view(shape))
 
-    return tape.product(name, scale, n, weight, bias)
+    return tape.product(name, scale, n, weight, bias, sums="single")
 
 
 @rule_for("batch_norm")
@@ -661,7 +661,8 @@ def _batch_norm(
         if tape.slot(input) is None:
             n = (input - running_mean.view(shape)) * scale
         else:
-            n = tape.linear("batch_norm", lambda t: t * scale, [input], (input - running_mean.view(shape)) * scale)
+            n = (input - running_mean.view(shape)) * scale
+            n = tape.linear("batch_norm", lambda t: t * scale, [input], n, lambda v: v * scale**2)
     return _affine(tape, "batch_norm", n, weight, bias, shape)
 
 

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from types import MethodWrapperType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from fastfisher.calls import opened, positional
 from fastfisher.checkpointing import keep_saved_tensors
+from fastfisher.taylor.known import take_out_own
 from fastfisher.taylor.nodes import Linear, Node, Product
 
 
@@ -81,7 +82,9 @@ class Tape(TorchFunctionMode):
         self._outputs: list[Tensor] = []
         self._current: dict[int, Tensor] = {}  # of a tensor changed in place: what it is now
         self._changed: set[int] = set()  # the storages of those
-        for parameter in parameters.values():
+        self._known: list[Tensor] = []  # what is the same for every direction
+        self._parameters = list(parameters.values())
+        for parameter in self._parameters:
             self._new_slot(parameter)
 
     def _new_slot(self, value: Tensor) -> int:
@@ -112,30 +115,31 @@ class Tape(TorchFunctionMode):
         self._outputs.append(value)
         return value
 
-    def linear(self, name: str, function: Callable[..., Tensor], moving: Sequence[Tensor], value: Tensor) -> Tensor:
-        """Appends an operation that is linear in ``moving``, whose derivatives ``function`` takes."""
+    def linear(
+        self,
+        name: str,
+        function: Callable[..., Tensor],
+        moving: Sequence[Tensor],
+        value: Tensor,
+        squares: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Appends an operation that is linear in ``moving``; ``function`` and ``squares``: see :class:`Linear`."""
         slots = [self.slots[id(x)] for x in moving]
-        return self.add(Linear(name, slots, function), value)
+        return self.add(Linear(name, slots, function, squares), value)
 
     def product(
-        self, name: str, function: Callable[..., Tensor], a: Tensor, b: Tensor, shift: Tensor | None = None
+        self,
+        name: str,
+        function: Callable[..., Tensor],
+        a: Tensor,
+        b: Tensor,
+        shift: Tensor | None = None,
+        sums: bool | Literal["single"] = True,
     ) -> Tensor:
-        """Appends y = function(a, b, shift) = a·b + shift for a bilinear product, whichever of the three moves."""
+        """Appends y = function(a, b, shift) = a·b + shift, whichever of the three moves; see :class:`Product`."""
         value = function(a, b, shift) if shift is not None else function(a, b)
-        slots = [self.slots[id(x)] for x in (a, b, shift) if self.slot(x) is not None]
-        a_moves, b_moves = self.slot(a) is not None, self.slot(b) is not None
-        fixed_a, fixed_b = a.detach(), b.detach()
-        if a_moves and b_moves:
-            return self.add(Product(name, slots, function, fixed_a, fixed_b), value)
-
-        def derivative(*moving: Tensor) -> Tensor:
-            if a_moves:
-                return function(moving[0], fixed_b, *moving[1:])
-            if b_moves:
-                return function(fixed_a, *moving)
-            return function(torch.zeros_like(fixed_a), fixed_b, *moving)
-
-        return self.add(Linear(name, slots, derivative), value)
+        slots = [self.slot(x) for x in (a, b, shift)]
+        return self.add(Product(name, slots, function, a.detach(), b.detach(), sums), value)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         keep_saved_tensors()
@@ -277,7 +281,8 @@ class Tape(TorchFunctionMode):
             reduced: leave out the sources 2 ⟨δ, a′·b′⟩ of products that no parameter reaches on both sides. For a
                 random z of independent elements of mean 0, a′ and b′ are then independent and of mean 0, and so is the
                 source: what remains has the mean of zᵀHz, Tr(H), costs a convolution less for each convolution, and
-                varies less, because the sources left out are most of the noise of zᵀHz.
+                varies less, because the sources left out are most of the noise of zᵀHz. Of what remains, the mean of a
+                part is known exactly and taken for it: see :mod:`fastfisher.taylor.known`.
             until: leave out the sources of what comes after this value. After the logits, that is the Gauss-Newton
                 term of the loss, y′ᵀ∇²ℓ y′, the trace of which is that of the Fisher matrix.
 
@@ -287,8 +292,8 @@ class Tape(TorchFunctionMode):
         self._check_complete()
         if self.slot(loss) is None:
             raise NoRule("the loss does not come from recorded operations")
+        reached = self._reached() if reduced else {}
         if reduced:
-            reached = self._reached()
             for node in self.nodes:
                 if isinstance(node, Product) and not _common(node, reached):
                     node.wants_weight = False
@@ -306,6 +311,9 @@ class Tape(TorchFunctionMode):
             else:
                 with torch.no_grad():
                     node.weigh(weight)
+        if reduced:
+            with torch.no_grad():
+                self.nodes, self._known = take_out_own(self.nodes, self._parameters, reached, self._count)
         self._keep_only_what_counts()
         last_use = {slot: i for i, node in enumerate(self.nodes) for slot in node.inputs}
         self._dead: list[list[int]] = [[] for _ in self.nodes]
@@ -337,7 +345,7 @@ class Tape(TorchFunctionMode):
             directions: z, one tensor for each parameter, in their order and shapes.
         """
         moving: dict[int, Tensor] = dict(enumerate(directions))
-        sources: list[Tensor] = []
+        sources = list(self._known)
         for node, dead in zip(self.nodes, self._dead, strict=True):
             inputs = tuple(moving[slot] for slot in node.inputs)
             first = node.first(*inputs)
@@ -351,7 +359,9 @@ class Tape(TorchFunctionMode):
 
 def _common(node: Node, reached: dict[int, int]) -> int:
     """The parameters that reach both factors of a product, as a set of bits; of another operation, none."""
-    return reached[node.inputs[0]] & reached[node.inputs[1]] if isinstance(node, Product) else 0
+    if not (isinstance(node, Product) and node.both_move):
+        return 0
+    return reached[node.inputs[0]] & reached[node.inputs[1]]
 
 
 @functools.cache
