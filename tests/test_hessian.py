@@ -319,6 +319,28 @@ def test_of_one_curved_layer_after_the_inputs_nothing_is_random(name: str, distr
     assert within(reduced, truth) and reduced.standard_error > 0  # the Gauss-Newton part is left to the probes there
 
 
+@pytest.mark.parametrize("method", ["split", "reduced", "hutchinson"])
+def test_a_forward_under_autocast(method: Any) -> None:
+    """To bfloat16's precision of 2^-8, with the same probes."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.on = build(lambda: simple_cnn(nn.GELU)).float(), True
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.on):
+                return self.inner(x).float()
+
+    def value() -> float:
+        generator = torch.Generator().manual_seed(3)
+        return trace_hessian(model, IMAGES.float(), LABELS, method=method, probes=20, generator=generator).value
+
+    model = Mixed()
+    mixed, model.on = value(), False
+    assert mixed == pytest.approx(value(), rel=0.1)
+
+
 @pytest.mark.parametrize("name", ["SimpleCNN", "eval BatchNorm", "tanh", "shared weights"])
 def test_the_ways_to_the_quadratic_form_agree(name: str) -> None:
     model = build(PIECEWISE_LINEAR.get(name) or CURVED[name][0]).eval()
