@@ -38,6 +38,7 @@ from fastfisher.gated import Passage
 from fastfisher.kinks import DROPOUTS, KNOWN, Known, MaxPool, Relu, Rule, always, names_inplace, refuse_random
 from fastfisher.model import copy_buffers, is_compiled, uncompiled
 from fastfisher.normalization import by_batch
+from fastfisher.slow_path import warn_slow_path
 from fastfisher.taylor.tape import tensors_in
 
 
@@ -360,7 +361,11 @@ class _Repeatable(TorchFunctionMode):
         known = KNOWN.get(func)
         if self.keep_random:
             known = DROPOUTS.get(func, known)
-        keep_saved_tensors()
+        if keep_saved_tensors():
+            warn_slow_path(
+                "activation checkpointing is off in the forwards that R is taken of, which keep their activations: the "
+                "steps that recompute R take the memory of a step without it (examples= takes R of a part of the batch)"
+            )
         written = _written(func, args, kwargs)
         moves = False
         if written is not None:
