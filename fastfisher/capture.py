@@ -13,6 +13,7 @@ here knows is named in ``Capture.fallbacks``.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import types
 from collections.abc import Callable, Iterable
@@ -192,25 +193,27 @@ class Capture:
     def misplaced(self) -> frozenset[int]:
         """Which of the layers have gradients in the places of examples whose logits get none.
 
-        Such a layer has its examples in another order than the batch, or it mixes them. Takes one backward.
+        Such a layer has its examples in another order than the batch, or it mixes them, or it sees a single one, whose
+        positions are as many as there are examples. Takes two backwards, each without a half of the examples: the
+        calls of a forward that goes from example to example have no gradient in one of them.
         """
         if self.examples == 1:
             return frozenset()
         generator = torch.Generator().manual_seed(1)
-        order = torch.randperm(self.examples, generator=generator)
-        cotangent = random_cotangent(self.logits)
-        out = order[: self.examples // 2].to(cotangent.device)
-        cotangent[out] = 0
+        order = torch.randperm(self.examples, generator=generator).to(self.logits.device)
         found: set[int] = set()
         numbers = {id(layer): number for number, layer in enumerate(self.layers)}
 
-        def look(layer: Layer, grad: Tensor) -> None:
+        def look(out: Tensor, layer: Layer, grad: Tensor) -> None:
             _, d = layer.seen(grad)
             largest = d.detach().abs().reshape(len(d), -1).max(1).values if d.numel() else d.new_zeros(len(d))
             if not bool((largest[out] <= 1e-6 * largest.max()).all()):
                 found.add(numbers[id(layer)])
 
-        self.backward(cotangent, look, retain_graph=True)
+        for out in order.tensor_split(2):
+            cotangent = random_cotangent(self.logits)
+            cotangent[out] = 0
+            self.backward(cotangent, functools.partial(look, out), retain_graph=True)
         return frozenset(found)
 
     def _parts(self, mode: _Watch) -> dict[str, list[Part]]:
@@ -492,7 +495,7 @@ class _Watch(TorchFunctionMode):
             return copies if tensor is original else self._detached(tensor)
 
         layer.tensors = {"value": narrowed}
-        return func(*_replace(args, swap), **_replace(kwargs, swap))
+        return func(*_replace(layer.rewritten(args), swap), **_replace(kwargs, swap))
 
     def _recurrent(self, func: Any, args: Any, kwargs: Any, call: Unrolled, tracked: list[Tensor]) -> Any:
         """A recurrent network: each of its layers is a few linear layers, whose inputs come out one after the other."""

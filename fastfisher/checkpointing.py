@@ -25,16 +25,18 @@ REENTRANT = (
 """Why the older kind of checkpoint is refused, and the way out."""
 
 
-def keep_saved_tensors() -> None:
+def keep_saved_tensors() -> bool:
     """Makes the checkpoint that the caller is in, if any, keep what it saves from here on.
 
     To be called before each call of a watched forward; costs 0.1 µs. The hooks that PyTorch applies to whatever is
     saved are a stack, and a checkpoint puts its own on top while its function runs. They are replaced by ones that do
     nothing, and the checkpoint takes those away when it ends. Other hooks, such as ``save_on_cpu``, stay.
     """
-    if in_checkpoint():
-        _autograd._pop_saved_tensors_default_hooks()
-        _autograd._push_saved_tensors_default_hooks(_same, _same)
+    if not in_checkpoint():
+        return False
+    _autograd._pop_saved_tensors_default_hooks()
+    _autograd._push_saved_tensors_default_hooks(_same, _same)
+    return True
 
 
 def in_checkpoint() -> bool:

@@ -27,7 +27,7 @@ SHAPES = 8
 def verified_capture(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> Capture:
     """A capture of the batch, compared with the ordinary gradient where the model has not met a batch of this kind.
 
-    The comparison takes a forward, a backward, and two backwards of the capture.
+    The comparison takes a forward, a backward, and three backwards of the capture.
 
     Raises:
         ValueError: they differ; the parameters are named.

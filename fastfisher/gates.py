@@ -39,6 +39,7 @@ from fastfisher.gated import Passage
 from fastfisher.kinks import DROPOUTS, KNOWN, Known, MaxPool, Relu, Rule, always, names_inplace, refuse_random
 from fastfisher.model import copy_buffers, is_compiled, uncompiled
 from fastfisher.normalization import by_batch
+from fastfisher.slow_path import warn_slow_path
 from fastfisher.taylor.tape import tensors_in
 
 
@@ -399,11 +400,15 @@ class _Repeatable(TorchFunctionMode):
         if func is Tensor.register_hook:
             return func(args[0], _watched(self.gates, args[1] if len(args) > 1 else kwargs["hook"], 0))  # type: ignore[no-untyped-call]
         known = KNOWN.get(func)
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return self._transformed(known, func, args, kwargs)
         if self.keep_random:
             known = DROPOUTS.get(func, known)
-        keep_saved_tensors()
+        if keep_saved_tensors():
+            warn_slow_path(
+                "activation checkpointing is off in the forwards that R is taken of, which keep their activations: the "
+                "steps that recompute R take the memory of a step without it (examples= takes R of a part of the batch)"
+            )
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return self._transformed(known, func, args, kwargs)
         written = _written(func, args, kwargs)
         moves = False
         if written is not None:

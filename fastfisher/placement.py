@@ -117,13 +117,20 @@ def check_not_within(model: nn.Module, why: str) -> None:
     if not is_initialised() or dist.get_world_size() == 1:
         return
     mine = {id(p) for p in model.parameters()}
-    for ddp in _live():
-        size = dist.get_world_size(ddp.process_group) if is_live(ddp.process_group) else 1
-        if size > 1 and not mine.isdisjoint(map(id, ddp.parameters())):
-            raise ValueError(
-                "model: expected the DistributedDataParallel itself, got a module within one of "
-                f"{size} processes: {why}"
-            )
+    size = _size_around(mine)
+    if size > 1:
+        gc.collect()  # it may be one that only a cycle of references keeps
+        size = _size_around(mine)
+    if size > 1:
+        raise ValueError(
+            f"model: expected the DistributedDataParallel itself, got a module within one of {size} processes: {why}"
+        )
+
+
+def _size_around(parameters: set[int]) -> int:
+    """The most processes that a live ``DistributedDataParallel`` with one of the parameters (by id) has; 0 for none."""
+    around = [ddp for ddp in _live() if not parameters.isdisjoint(map(id, ddp.parameters()))]
+    return max((dist.get_world_size(ddp.process_group) for ddp in around if is_live(ddp.process_group)), default=0)
 
 
 def is_initialised() -> bool:

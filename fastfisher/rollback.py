@@ -96,7 +96,7 @@ class _Watching(TorchFunctionMode):
 
 
 def _has_memory(x: Tensor) -> bool:
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):  # within vmap or grad: nobody's parameter itself
         return False
     return x.layout == torch.strided and type(x) in (Tensor, nn.Parameter) and x.numel() > 0
 

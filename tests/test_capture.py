@@ -138,6 +138,31 @@ def without_a_formula(m: Any, h: Tensor) -> Tensor:
     return torch.cdist(z, m.w) + (m.w @ z.mT).mT
 
 
+def by_einsum(m: Any, h: Tensor) -> Tensor:
+    x = h.view(-1, 2, 3)
+    y = torch.einsum("nij,jk->nik", x, m.w[:3, :4]) + torch.einsum("ko, bij, jk -> bio", m.w[:4, :4], x, m.w[:3, 2:])
+    z = torch.einsum("jk,njk->nk", m.w[:2, :3], x) + torch.einsum("nij,nij,j->nj", x, x, m.p[:3])
+    folded = torch.einsum("ri,ij->rj", x.reshape(-1, 3), m.w[:3, :3]).view(len(h), -1)
+    inner = torch.einsum("ri,ij->rj", x.transpose(0, 1).reshape(-1, 3), m.w[3:, 3:]).view(2, len(h), -1)
+    implicit = torch.einsum("ai,ij", h, m.w) + torch.einsum("...i,ij->...j", h, m.w)
+    return torch.cat([y.flatten(1), z, folded, inner.transpose(0, 1).flatten(1), implicit], 1)
+
+
+def batched_products(m: Any, h: Tensor) -> Tensor:
+    x = h.view(-1, 2, 1, 3)
+    heads = m.w[:4].view(2, 3, 4)
+    y = x @ heads + torch.matmul(x, heads[None]) + torch.matmul(x, heads.expand(len(h), 2, 3, 4))
+    rows = torch.bmm(x.reshape(-1, 1, 3), heads.repeat(len(h), 1, 1)).view_as(y)
+    other = torch.bmm(m.w.expand(len(h), 6, 6), h[..., None]).flatten(1)
+    return torch.cat([(y + rows).flatten(1), other], 1)
+
+
+def biased_scores(m: Any, h: Tensor) -> Tensor:
+    q = h.view(-1, 1, 3, 2)
+    found = F.scaled_dot_product_attention(q, q, q, attn_mask=m.w[None, None, :3, :3])
+    return (found + F.scaled_dot_product_attention(q, q, q, m.w[3:, 3:].expand(len(h), 1, 3, 3))).flatten(1)
+
+
 def checkpointed(m: Any, h: Tensor) -> Tensor:
     def block(z: Tensor) -> Tensor:
         return torch.tanh(checkpoint(m.second, z * m.p, use_reentrant=False))
@@ -170,10 +195,22 @@ def bilinear(m: Any, h: Tensor) -> Tensor:
     return F.bilinear(h, h.flip(1), m.w.view(6, 2, 3).repeat(1, 3, 2), m.p)
 
 
+def one_example_after_the_other(m: Any, h: Tensor) -> Tensor:
+    """Of each example as many positions as there may be examples: none of them is told by its shape."""
+    return torch.stack([torch.tanh(F.linear(e.outer(m.p), m.w)).sum(0) for e in h])
+
+
+def one_call_for_each_example(m: Any, h: Tensor) -> Tensor:
+    return torch.cat([m.second(e.expand(len(h), 6) * m.q).mean(0, keepdim=True) for e in h])
+
+
 USES = [
+    one_example_after_the_other,
+    one_call_for_each_example,
     assigned, parameter_assigned, buffer_of_parameters, changed_through_a_view, examples_in_a_buffer_of_parameters,
     examples_in_a_plain_buffer, keywords, convolved, rows_of_its_own, permuted, sorted_by_the_examples, experts,
-    taken_within, by_a_transform, without_a_formula, checkpointed, in_low_rank, bags, bags_of_any_length, bilinear,
+    taken_within, by_a_transform, without_a_formula, by_einsum, batched_products, biased_scores, checkpointed,
+    in_low_rank, bags, bags_of_any_length, bilinear,
 ]  # fmt: skip
 
 
@@ -365,7 +402,10 @@ def test_the_model_that_was_measured_can_go() -> None:
 
 def test_layers_that_examples_index_have_formulas() -> None:
     """Experts, sorted batches and packed rows: nothing goes one example at a time."""
-    for function in (experts, sorted_by_the_examples, bags, bags_of_any_length, bilinear, rows_of_its_own):
+    for function in (
+        experts, sorted_by_the_examples, bags, bags_of_any_length, bilinear, rows_of_its_own, batched_products,
+        biased_scores,
+    ):  # fmt: skip
         torch.manual_seed(3)
         x, y = data_for((6,))
         model = Uses(function)

@@ -18,7 +18,7 @@ from fastfisher import FisherPenalty, distributed
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch was built without gloo", allow_module_level=True)
 
-from tests.distributed_worker import CASES
+from tests.distributed_worker import CASES, OF_TWO
 
 Results = dict[str, str]
 
@@ -51,6 +51,8 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.parametrize("case", CASES)
 def test_several_processes(results: list[Results], case: str) -> None:
+    if CASES[case] in OF_TWO and len(results) > 2:
+        pytest.skip("of two processes")
     for rank, result in enumerate(results):
         if case == "a_rank_that_ends" and rank == len(results) - 1:
             continue  # it ended
@@ -58,24 +60,23 @@ def test_several_processes(results: list[Results], case: str) -> None:
         assert said == "passed", f"rank {rank}: {said}"
 
 
-@pytest.fixture(scope="module", params=["sharded", "ddp"])
-def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A checkpoint of a model of two processes, by the name of what it is shared by."""
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of two processes."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    ran = launch(2, "tests.checkpoint_worker", "save", folder, request.param)
+    ran = launch(2, "tests.checkpoint_worker", "save", folder)
     assert ran.returncode == 0, ran.stderr
-    return folder, request.param
+    return folder
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_a_checkpoint_is_resumed_by_new_processes(saved: tuple[Path, str], processes: int) -> None:
-    ran = launch(processes, "tests.checkpoint_worker", "load", *saved)
+@pytest.mark.parametrize("processes", [1, 3])
+def test_a_checkpoint_is_resumed_by_new_processes(saved: Path, processes: int) -> None:
+    ran = launch(processes, "tests.checkpoint_worker", "load", saved)
     assert ran.returncode == 0, ran.stderr
 
 
-@pytest.mark.parametrize("kind", ["sharded", "ddp"])
-def test_process_groups_that_end(tmp_path: Path, kind: str) -> None:
-    ran = launch(2, "tests.checkpoint_worker", "regroup", tmp_path, kind)
+def test_process_groups_that_end(tmp_path: Path) -> None:
+    ran = launch(2, "tests.checkpoint_worker", "regroup", tmp_path)
     assert ran.returncode == 0, ran.stderr
 
 

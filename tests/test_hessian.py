@@ -274,7 +274,7 @@ def within(estimate: TraceEstimate, truth: float) -> bool:
 @pytest.mark.usefixtures("reference_fisher")
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("method", ["hutchinson", "reduced", "split"])
-@pytest.mark.parametrize("name", ["SimpleCNN", "eval BatchNorm", "GELU", "shared weights", "LayerNorm"])
+@pytest.mark.parametrize("name", ["SimpleCNN", "eval BatchNorm", "tanh", "GELU", "shared weights", "LayerNorm"])
 def test_unbiased(name: str, method: Any, distribution: Any) -> None:
     model = build(PIECEWISE_LINEAR.get(name) or CURVED[name][0]).eval()
     generator = torch.Generator().manual_seed(11)
@@ -282,6 +282,63 @@ def test_unbiased(name: str, method: Any, distribution: Any) -> None:
     estimate = trace_hessian(model, IMAGES, LABELS, batch_size=4, **options)
     assert within(estimate, explicit_trace(model))
     assert estimate.draws == 200 and estimate.samples == 6
+
+
+ONE_CURVED_LAYER: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.Tanh(), nn.Linear(3, 4)),
+    "no bias": lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 3, bias=False), nn.GELU(), nn.Linear(3, 4)),
+    "convolution": lambda: nn.Sequential(
+        nn.Conv2d(3, 6, 3, stride=2, padding=1, groups=3), nn.GELU(), nn.Flatten(), nn.Linear(96, 4)
+    ),
+    "BatchNorm": lambda: nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.SiLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 4)
+    ),
+    "ReLU afterwards": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(192, 3), nn.Tanh(), nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 4)
+    ),
+}
+
+
+@pytest.mark.parametrize("chosen", ["all", "no weight", "no bias"])
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("name", ONE_CURVED_LAYER)
+def test_of_one_curved_layer_after_the_inputs_nothing_is_random(name: str, distribution: Any, chosen: str) -> None:
+    if (name, chosen) == ("no bias", "no weight"):
+        pytest.skip("nothing that moves goes through the curved function")
+    model = build(ONE_CURVED_LAYER[name]).eval()
+    resting = {"all": "-", "no weight": "0.weight 1.weight", "no bias": "0.bias 1.bias"}[chosen].split()
+    wanted = [p for name, p in model.named_parameters() if name not in resting]
+    options: Any = {"params": wanted, "distribution": distribution, "batch_size": 4, "probes": 2}
+    first, second = (trace_hessian(model, IMAGES, LABELS, **options) for _ in range(2))
+    truth = explicit_trace(model, wanted)
+    assert first.method.startswith("fisher, labels=exact + reduced hutchinson")
+    assert first.value == second.value == pytest.approx(truth, rel=1e-10) and first.standard_error == 0
+    generator = torch.Generator().manual_seed(11)
+    options = {"params": wanted, "distribution": distribution, "probes": 100, "generator": generator}
+    reduced = trace_hessian(model, IMAGES, LABELS, method="reduced", **options)
+    assert within(reduced, truth) and reduced.standard_error > 0  # the Gauss-Newton part is left to the probes there
+
+
+@pytest.mark.parametrize("method", ["split", "reduced", "hutchinson"])
+def test_a_forward_under_autocast(method: Any) -> None:
+    """To bfloat16's precision of 2^-8, with the same probes."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.on = build(lambda: simple_cnn(nn.GELU)).float(), True
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.on):
+                return self.inner(x).float()
+
+    def value() -> float:
+        generator = torch.Generator().manual_seed(3)
+        return trace_hessian(model, IMAGES.float(), LABELS, method=method, probes=20, generator=generator).value
+
+    model = Mixed()
+    mixed, model.on = value(), False
+    assert mixed == pytest.approx(value(), rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["SimpleCNN", "eval BatchNorm", "tanh", "shared weights"])

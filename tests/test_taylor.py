@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -424,28 +425,190 @@ def test_float32_errs_like_autograd() -> None:
     assert abs(found - exact) <= 2 * abs(usual - exact) + 1e-5 * abs(exact)
 
 
-@pytest.mark.parametrize("name", ["relu", "gelu", "shared"])
+def units(parameters: dict[str, Tensor]) -> Iterator[list[Tensor]]:
+    """The directions along one element of one parameter each."""
+    sizes = [p.numel() for p in parameters.values()]
+    for i in range(sum(sizes)):
+        parts = F.one_hot(torch.tensor(i), sum(sizes)).double().split(sizes)
+        yield [part.view(p.shape) for part, p in zip(parts, parameters.values(), strict=True)]
+
+
+def close(found: float, expected: float) -> bool:
+    return abs(found - expected) <= TOLERANCE * max(abs(expected), 1e-3)
+
+
+@pytest.mark.parametrize("name", ["relu", "shared"])
 def test_reduced_form_has_the_diagonal_of_the_hessian(name: str) -> None:
     torch.manual_seed(1)
     first, second, x = nn.Linear(3, 3).double(), nn.Linear(3, 4).double(), torch.randn(5, 3, dtype=DOUBLE)
-    activation = F.gelu if name == "gelu" else F.relu
     inner = first if name == "shared" else nn.Linear(3, 3).double()
     model = nn.ModuleList([first, inner, second])
     parameters = dict(model.named_parameters())
 
     def loss() -> Tensor:
-        return F.cross_entropy(second(activation(inner(activation(first(x))))), torch.tensor([0, 1, 2, 3, 0]))
+        return F.cross_entropy(second(F.relu(inner(F.relu(first(x))))), torch.tensor([0, 1, 2, 3, 0]))
 
     full, reduced = (tape_of(loss, parameters, reduced) for reduced in (False, True))
-    sizes = [p.numel() for p in parameters.values()]
-    for i in range(sum(sizes)):
-        z = [part.view(p.shape) for part, p in zip(F.one_hot(torch.tensor(i), sum(sizes)).double().split(sizes),
-                                                   parameters.values(), strict=True)]  # fmt: skip
+    for z in units(parameters):
         expected = by_autograd(loss, list(parameters.values()), z)
-        assert abs(float(full.curvature(z)) - expected) <= TOLERANCE * max(abs(expected), 1e-3)
-        assert abs(float(reduced.curvature(z)) - expected) <= TOLERANCE * max(abs(expected), 1e-3)
+        assert close(float(full.curvature(z)), expected) and close(float(reduced.curvature(z)), expected)
     z = [torch.randn_like(p) for p in parameters.values()]
     assert float(full.curvature(z)) != pytest.approx(float(reduced.curvature(z)))  # something was left out
+
+
+# ---- what is known of the reduced form without a direction -----------------------------------------------------------
+
+
+class Twice(nn.Module):
+    """A layer that is used twice in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.layer(x).tanh()).tanh()
+
+
+class Of(nn.Module):
+    """A function of the input and of parameters of the given shapes."""
+
+    def __init__(self, function: Callable[..., Tensor], *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.function, self.held = function, nn.ParameterList(torch.randn(shape) for shape in shapes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, *self.held)
+
+
+def chain(*modules: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(*(copy.deepcopy(module) for module in modules))
+
+
+def conv(*sizes: Any, **options: Any) -> nn.Module:
+    return nn.Conv2d(*sizes, **options)
+
+
+PLAIN = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
+IMAGE = IMAGES[:, :, 3:8, 2:7].contiguous()
+WORDS = torch.tensor([[1, 0], [3, 1]])
+NORM = nn.BatchNorm2d(4)
+NORM.running_mean, NORM.running_var = torch.randn(4), torch.rand(4) + 0.5  # type: ignore[assignment]
+
+ONE_LAYER: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
+    # a layer and a smooth function: the network, its input, and which parameters rest (a pattern of names)
+    "linear": (chain(nn.Linear(4, 5), nn.Tanh()), PLAIN, "-"),
+    "linear without bias": (chain(nn.Linear(4, 5, bias=False), nn.GELU()), PLAIN, "-"),
+    "linear, frozen bias": (chain(nn.Linear(4, 5), nn.GELU()), PLAIN, "bias"),
+    "linear, frozen weight": (chain(nn.Linear(4, 5), nn.SiLU()), PLAIN, "weight"),
+    "linear in place": (chain(nn.Linear(4, 5), nn.ELU(inplace=True)), PLAIN, "-"),
+    "convolution": (chain(conv(3, 4, 3, stride=2, padding=1), nn.Tanh()), IMAGE, "-"),
+    "convolution without bias": (chain(conv(3, 4, (2, 3), padding=(0, 1), bias=False), nn.GELU()), IMAGE, "-"),
+    "convolution, dilated, circular": (
+        chain(conv(3, 2, 3, dilation=2, padding=2, padding_mode="circular"), nn.Softplus()), IMAGE, "-"
+    ),
+    "grouped convolution": (chain(conv(3, 6, 3, stride=2, padding="valid", groups=3), nn.Tanh()), IMAGE, "-"),
+    "grouped, frozen bias": (chain(conv(3, 6, 3, padding="same", groups=3), nn.Sigmoid()), IMAGE, "bias"),
+    "transposed convolution": (chain(nn.ConvTranspose2d(3, 2, 3, 2, 1, 1), nn.Tanh()), IMAGE, "-"),
+    "reshaped": (chain(nn.Linear(4, 6), nn.Unflatten(1, (2, 3)), nn.Flatten(), nn.Tanh()), PLAIN, "-"),
+    "permuted, doubled, scaled": (
+        lambda: Of(lambda x, w: (0.5 * F.linear(x, w).T.repeat(2, 1).chunk(3)[1] / 0.7).tanh(), (6, 4)), PLAIN, "-"
+    ),
+    "bias added": (lambda: Of(lambda x, w, b: (x @ w - 2 * b).tanh(), (4, 5), (5,)), PLAIN, "-"),
+    "weight on the left": (lambda: Of(lambda x, w: (w @ x.T).exp(), (2, 4)), 0.3 * PLAIN, "-"),
+    "gain": (lambda: Of(lambda x, g, b: torch.addcmul(b, g, x).tanh(), (4,), (4,)), PLAIN, "-"),
+    "broadcast": (lambda: Of(lambda x, g: (g * x[:, None]).tanh(), (2, 1)), PLAIN, "-"),
+    "batch norm": (chain(conv(3, 4, 3, bias=False), NORM, nn.GELU()), IMAGE, "-"),
+    "frozen batch norm": (chain(conv(3, 4, 3), NORM, nn.GELU()), IMAGE, "1."),
+    "plain batch norm, dropout": (
+        chain(conv(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.Dropout(), nn.Tanh()), IMAGE, "-"
+    ),
+    "max-pool": (chain(conv(3, 4, 2), nn.MaxPool2d(2), nn.Tanh()), IMAGE, "-"),
+    "embedding": (chain(nn.Embedding(5, 3, padding_idx=0), nn.Tanh()), WORDS, "-"),
+    "a parameter alone": (lambda: Of(lambda x, s: x * s.exp(), (4,)), PLAIN, "-"),
+    "piecewise linear afterwards": (chain(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.ReLU()), PLAIN, "-"),
+    "two layers side by side": (lambda: Of(lambda x, v, w: (x @ v).tanh() * (x @ w), (4, 5), (4, 5)), PLAIN, "-"),
+    "sum of two layers": (lambda: Of(lambda x, v, w: (x @ v + x.relu() @ w).tanh(), (4, 5), (4, 5)), PLAIN, "-"),
+}  # fmt: skip
+DEEPER: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
+    "two hidden layers": (chain(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.GELU()), PLAIN, "-"),
+    "no biases": (chain(nn.Linear(4, 5, False), nn.Tanh(), nn.Linear(5, 5, False), nn.GELU()), PLAIN, "-"),
+    "second layer frozen": (chain(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.GELU()), PLAIN, "2."),
+    "second weight frozen": (chain(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.GELU()), PLAIN, "2.weight"),
+    "convolutions": (
+        chain(conv(3, 4, 3), nn.GELU(), conv(4, 4, 3, padding=1, groups=2), nn.Flatten(), nn.Tanh()), IMAGE, "-"
+    ),
+    "batch norms": (chain(conv(3, 4, 3), NORM, nn.GELU(), conv(4, 4, 3), NORM, nn.GELU()), IMAGE, "-"),
+    "a layer used twice": (Twice, PLAIN, "-"),
+    "a weight used twice in a sum": (lambda: Of(lambda x, w: (x @ w + x.relu() @ w).tanh(), (4, 5)), PLAIN, "-"),
+    "the weight is the bias": (lambda: Of(lambda x, w: (x * w + w).tanh(), (4,)), PLAIN, "-"),
+    "the weight is the input": (lambda: Of(lambda x, w: (x.mean() * w @ w).tanh(), (4, 4)), PLAIN, "-"),
+    "square of the weight": (lambda: Of(lambda x, w: (x @ (w * w)).tanh(), (4, 5)), PLAIN, "-"),
+    "row of the weight as bias": (lambda: Of(lambda x, w: F.linear(x, w, w[:, 0]).tanh(), (5, 4)), PLAIN, "-"),
+    "averaged": (chain(conv(3, 4, 3), nn.AvgPool2d(2), nn.Tanh()), IMAGE, "-"),
+    "einsum over the input": (lambda: Of(lambda x, w: torch.einsum("nc,o->no", x, w).tanh(), (3,)), PLAIN, "-"),
+    "einsum of two": (lambda: Of(lambda x, g, w: torch.einsum("nc,o->no", g * x, w).tanh(), (4,), (3,)), PLAIN, "-"),
+    "residual": (
+        lambda: Of(lambda x, v, w, b: ((y := (x @ v).tanh() @ w) + (y.tanh() @ v + b)).tanh(), (4, 4), (4, 4), (4,)),
+        PLAIN, "-",
+    ),
+    "residual of one layer": (
+        lambda: Of(lambda x, v, w: ((y := x @ v) + y.relu() @ w).tanh(), (4, 4), (4, 4)), PLAIN, "-"
+    ),
+    "gated": (lambda: Of(lambda x, u, v, w: F.silu((y := (x @ u).tanh()) @ v) * (y @ w), *[(4, 4)] * 3), PLAIN, "-"),
+}  # fmt: skip
+
+
+def known_case(name: str) -> tuple[Callable[[], Tensor], dict[str, Tensor]]:
+    """A loss that is linear in what the network gives, and the parameters that move."""
+    make, x, resting = (ONE_LAYER | DEEPER)[name]
+    torch.manual_seed(4)
+    model = make().to(DOUBLE).eval()
+    for name, p in model.named_parameters():
+        p.requires_grad_(resting not in name)
+    weights = torch.randn(model(x).shape, dtype=DOUBLE)
+    head = torch.randn(weights.shape[-1], dtype=DOUBLE, requires_grad=True)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad} | {"head": head}
+    return lambda: (model(x) * head * weights).sum(), parameters
+
+
+@pytest.mark.parametrize("name", [*ONE_LAYER, *DEEPER])
+def test_the_mean_of_the_reduced_form_is_the_trace(name: str) -> None:
+    """Of c + zᵀQz, the mean over all z of independent elements of mean 0 and variance 1 is c + Tr(Q)."""
+    loss, parameters = known_case(name)
+    tape = tape_of(loss, parameters, reduced=True)
+    known = float(tape.curvature([torch.zeros_like(p) for p in parameters.values()]))
+    trace = mean = 0.0
+    for z in units(parameters):
+        trace += by_autograd(loss, list(parameters.values()), z)
+        mean += float(tape.curvature(z)) - known
+    assert abs(trace) > 1e-3 and close(known + mean, trace)
+    if name in ONE_LAYER:
+        assert not tape.nodes and close(known, trace)  # nothing is left to directions
+
+
+@pytest.mark.parametrize("name", ["two hidden layers", "no biases", "convolutions", "batch norms"])
+def test_less_is_left_to_the_directions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, parameters = known_case(name)
+    found = tape_of(loss, parameters, reduced=True)
+    monkeypatch.setattr("fastfisher.taylor.tape.take_out_own", lambda nodes, *_: (nodes, []))
+    before = tape_of(loss, parameters, reduced=True)
+    generator = torch.Generator().manual_seed(0)
+    z = [[torch.randn(p.shape, generator=generator, dtype=DOUBLE) for p in parameters.values()] for _ in range(200)]
+    spread, spread_before = (torch.stack([tape.curvature(x) for x in z]).std() for tape in (found, before))
+    assert spread < 0.8 * spread_before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_low_precision_the_squares_are_taken_in_float32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 4).to(dtype), 100 * torch.randn(3, 64).to(dtype)  # the sum of squares leaves float16
+    loss = lambda: (1e-3 * layer(x)).tanh().sum()  # noqa: E731
+    known = float(tape_of(loss, dict(layer.named_parameters()), reduced=True).curvature([]))
+    y = (1e-3 * layer(x).double()).tanh()
+    squares = x.double().square().sum(1, keepdim=True) + 1
+    expected = (-2e-6 * y * (1 - y * y) * squares).sum().item()
+    assert known == pytest.approx(expected, rel=40 * torch.finfo(dtype).eps)
 
 
 # ---- what has no rule ------------------------------------------------------------------------------------------------

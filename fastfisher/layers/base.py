@@ -154,6 +154,10 @@ class Layer:
         """The output in the shape that the caller expects."""
         return out
 
+    def rewritten(self, args: Any) -> Any:
+        """With ``replaces``: the arguments of the call, where it is another one with copies of the parameter."""
+        return args
+
     def narrow(self) -> Tensor:
         """With ``replaces``: the part of the parameter that is copied for each example."""
         raise NotImplementedError

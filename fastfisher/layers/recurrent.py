@@ -66,7 +66,7 @@ class Recurrence:
 
     def _steps(self, *tensors: Tensor, backward: bool = False) -> Iterator[tuple[Tensor, ...]]:
         """The rows of one step after the other, as views."""
-        steps = list(zip(*(torch.split(x, self.sizes) for x in tensors), strict=True))
+        steps = list(zip(*(x.split_with_sizes(self.sizes) for x in tensors), strict=True))
         return iter(steps if self.reverse == backward else steps[::-1])
 
     def _keep(self, layer: int, rows: Tensor) -> None:

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastfisher.calls import positional
 from fastfisher.layers.base import Layer, depends, tensors_in
 from fastfisher.layers.conv import Conv
 from fastfisher.layers.embedding import Embedding, EmbeddingBag
-from fastfisher.layers.expand import Expand
+from fastfisher.layers.expand import Einsum, Expand
 from fastfisher.layers.linear import Linear
 from fastfisher.layers.norm import BatchNorm, ChannelNorm, TrailingNorm
 
@@ -24,13 +25,16 @@ def bind(func: Any, args: Any, kwargs: Any, tracked: Tracked) -> Layer | None:
     """The formula for a call of ``func``, or None. ``tracked`` tells the parameters from what depends on examples."""
     if func in _BROADCASTING:
         return _expand(tracked, args, kwargs)
-    if func not in _BINDERS or any(t.is_complex() for t in tensors_in([*args, *kwargs.values()])):
-        return None
-    args, kwargs = positional(func, args, kwargs)
-    try:
-        return _BINDERS[func](tracked, *args, **kwargs)
-    except TypeError:  # arguments that the formula does not know of
-        return None
+    if func is _EINSUM:
+        return _einsum(tracked, *args, **kwargs)
+    layer = None
+    if func in _BINDERS and not any(t.is_complex() for t in tensors_in([*args, *kwargs.values()])):
+        placed, named = positional(func, args, kwargs)
+        try:
+            layer = _BINDERS[func](tracked, *placed, **named)
+        except TypeError:  # arguments that the formula does not know of
+            return None
+    return _expand(tracked, args, kwargs, 2) if layer is None and func in _MATRICES else layer
 
 
 def _slots(tracked: Tracked, **tensors: Tensor | None) -> dict[str, Tensor]:
@@ -164,13 +168,22 @@ def _embedding_bag(
     return EmbeddingBag(weight, indices, offsets, mode, scales, include_last_offset, padding_idx)
 
 
-def _expand(tracked: Tracked, args: Any, kwargs: Any) -> Layer | None:
+def _einsum(tracked: Tracked, equation: str, operands: Any, path: Any = None) -> Layer | None:
+    operands = list(operands)
+    parameters = [x for x in operands if tracked(x)]
+    others = [x for x in operands if not tracked(x) and depends(x)]
+    if len(parameters) != 1 or not others or "." in equation or "->" not in equation:
+        return None
+    return Einsum(equation, operands, parameters[0], max(others, key=Tensor.dim))
+
+
+def _expand(tracked: Tracked, args: Any, kwargs: Any, within: int = 0) -> Layer | None:
     tensors = list(tensors_in([*args, *kwargs.values()]))
     parameters = [t for t in tensors if tracked(t)]
     others = [t for t in tensors if not tracked(t) and depends(t)]
     if len(parameters) != 1:
         return None
-    return Expand(parameters[0], max(others, key=Tensor.dim))
+    return Expand(parameters[0], max(others, key=Tensor.dim), within)
 
 
 def _functions(names: str, *places: Any) -> list[Any]:
@@ -201,3 +214,9 @@ _BROADCASTING = set(
         Tensor,
     )
 )
+_BROADCASTING.add(F.scaled_dot_product_attention)  # of a bias of the scores
+
+_MATRICES = frozenset(_functions("matmul bmm __matmul__ __rmatmul__ baddbmm", torch, Tensor))
+"""Products of matrices in the last two dimensions, which broadcast in those before."""
+
+_EINSUM = torch._C._VariableFunctions.einsum  # type: ignore[attr-defined]

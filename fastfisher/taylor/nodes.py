@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -141,7 +142,7 @@ class Product(Node):
 
     def source(self, moving: tuple[Tensor, ...], first: Tensor) -> Tensor:
         assert self.weight is not None
-        return 2 * _inner(self.weight, self.product(moving[0], moving[1]))
+        return 2 * _inner(self.weight, self._by_role({"b": moving[1]}, moving[0], self.b).to(self.weight.dtype))
 
     def partial(self, places: Sequence[int]) -> Callable[..., Tensor]:
         roles = [self.roles[place] for place in places]
@@ -158,6 +159,10 @@ class Product(Node):
         return self._by_role({self.roles[place]: v}, wide(self.a).square(), wide(self.b).square())
 
     def _by_role(self, moving: dict[str, Tensor], a: Tensor, b: Tensor) -> Tensor:
+        tensors = [a, b, *moving.values()]
+        if any(x.dtype != a.dtype for x in tensors):  # in the forward, autocast made one of them
+            dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
+            a, b, moving = a.to(dtype), b.to(dtype), {role: x.to(dtype) for role, x in moving.items()}
         shift = (moving["c"],) if "c" in moving else ()
         if "b" in moving:
             y = self.product(a, moving["b"], *shift)
