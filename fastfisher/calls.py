@@ -126,6 +126,9 @@ def opened(func: Callable[..., Any], methods: bool = False) -> Callable[..., Any
     if not (isinstance(func, types.FunctionType) and func.__globals__.get("__name__") in places):
         return None
     scope = {**func.__globals__, **{check: lambda *_: False for check in _CHECKS}}
+    for name in func.__code__.co_names:  # a private part of it may ask for overrides of the whole: _meshgrid
+        if name.startswith("_") and scope.get(name, func) is not func:
+            scope[name] = opened(scope[name], methods) or scope[name]
     copy = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
     copy.__kwdefaults__ = func.__kwdefaults__
     return copy

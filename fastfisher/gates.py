@@ -17,6 +17,7 @@ and batch normalisation through our own Functions, which take less time and memo
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -126,6 +127,7 @@ class Gates:
             of the first such node in autograd's order.
         precision: the coarsest of those that the logits may depend on; None before :meth:`end_at`.
         full_precision: whether autocast is off within, wherever it is switched on.
+        hook: a hook within the model that changed a gradient in a backward of the recorded forward, by name.
         entries: the recorded calls in order.
     """
 
@@ -139,6 +141,7 @@ class Gates:
     met: dict[torch.dtype, int] = field(default_factory=dict)
     precision: torch.dtype | None = None
     full_precision: bool = False
+    hook: str | None = None
     entries: list[_Entry] = field(default_factory=list)
 
     def end_at(self, logits: Tensor) -> None:
@@ -233,7 +236,8 @@ def record_gates(
     if frozen:
         if model is not None:
             check_recordable(model)
-        with uncompiled(model, _FROZEN), gates.arithmetic(), _Record(gates, keep_random=not rewind) as record:
+        record = _Record(gates, keep_random=not rewind)
+        with uncompiled(model, _FROZEN), gates.arithmetic(), _watched_hooks(gates), record:
             yield gates
         seen_drawing = lambda: record.may_have_drawn  # noqa: E731
     elif not rewind:
@@ -274,6 +278,41 @@ def check_recordable(model: torch.nn.Module) -> None:
                 f'gates="frozen": module {name or "(the model itself)"!r} is a TorchScript module, so its gates cannot '
                 'be recorded; pass the module it was made from, or gates="free"'
             )
+
+
+def _watched(gates: Gates, hook: Callable[..., Any], given: int) -> Callable[..., Any]:
+    """``hook``, noting in ``gates`` when it gives another gradient than its argument ``given``."""
+
+    @functools.wraps(hook, updated=())
+    def watched(*args: Any) -> Any:
+        was = list(tensors_in(args[given]))
+        versions = [x._version for x in was]
+        out = hook(*args)
+        now = was if out is None else list(tensors_in(out))
+        same = len(now) == len(was) and all(a is b or torch.equal(a, b) for a, b in zip(was, now, strict=True))
+        if not (same and versions == [x._version for x in was]):
+            gates.hook = gates.hook or getattr(hook, "__qualname__", type(hook).__qualname__)
+        return out
+
+    return watched
+
+
+@contextmanager
+def _watched_hooks(gates: Gates) -> Iterator[None]:
+    """Within, a forward takes the modules' backward hooks with a watch around each."""
+    places = [] if gates.model is None else list(gates.model.modules())
+    hooks = [hooked for m in places for hooked in (m._backward_hooks, m._backward_pre_hooks) if hooked]
+    own = [(hooked, dict(hooked)) for hooked in hooks]
+    try:
+        for hooked, before in own:
+            for key, hook in before.items():  # (module, the gradient, …)
+                hooked[key] = _watched(gates, hook, 1)
+        yield
+    finally:
+        for hooked, before in own:
+            for key, hook in before.items():
+                if key in hooked:
+                    hooked[key] = hook
 
 
 class _NoRandom(TorchFunctionMode):
@@ -358,6 +397,8 @@ class _Repeatable(TorchFunctionMode):
         return self._call(func, args, kwargs)
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func is Tensor.register_hook:
+            return func(args[0], _watched(self.gates, args[1] if len(args) > 1 else kwargs["hook"], 0))  # type: ignore[no-untyped-call]
         known = KNOWN.get(func)
         if self.keep_random:
             known = DROPOUTS.get(func, known)
@@ -366,6 +407,8 @@ class _Repeatable(TorchFunctionMode):
                 "activation checkpointing is off in the forwards that R is taken of, which keep their activations: the "
                 "steps that recompute R take the memory of a step without it (examples= takes R of a part of the batch)"
             )
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return self._transformed(known, func, args, kwargs)
         written = _written(func, args, kwargs)
         moves = False
         if written is not None:
@@ -396,6 +439,34 @@ class _Repeatable(TorchFunctionMode):
         if not any(x.requires_grad for x in tensors_in((args, kwargs))):
             return out
         return self._after_reading(known, func, args, kwargs, out)
+
+    def _transformed(self, known: Known | None, func: Any, args: Any, kwargs: Any) -> Any:
+        """The output of a call within ``torch.func.vmap``, ``jvp`` or ``grad``: only smooth ones need no replay.
+
+        Raises:
+            NotImplementedError: it is not smooth, and its inputs move: values within a transformation belong to it, and
+                cannot be kept for another forward.
+        """
+        moves = any(_moves(x) for x in tensors_in((args, kwargs)))
+        self.before(known, func, args, kwargs)
+        if not moves:
+            return func(*args, **kwargs)
+        placed, named = positional(func, args, kwargs)
+        smooth = known is None or known.smooth(*placed, **named)
+        if smooth and torch.is_grad_enabled() and func not in _HOLDS | _READS:
+            out = func(*args, **kwargs)
+            made = list(tensors_in(out))  # none by what asks for a shape or a dtype
+            if not made or (known is not None and all(x.is_floating_point() or x.is_complex() for x in made)):
+                self.noted(out)
+                return out
+        raise NotImplementedError(
+            f'gates="frozen": {_name(func)} within torch.func.vmap, jvp or grad may have kinks, or holds a value '
+            'fixed, which cannot be replayed there. Use method="double_backprop", or write the forward without the '
+            "transformation, on whole batches"
+        )
+
+    def noted(self, out: Any) -> None:
+        """Called after a call within a transformation."""
 
     def _after_writing(
         self, known: Known | None, func: Any, args: Any, kwargs: Any, out: Any, written: Tensor, moves: bool
@@ -492,6 +563,10 @@ class _Record(_Repeatable):
         if known is None or not known.smooth(*positional(func, args, kwargs)[0]):
             _warn_of_kinks(func)
 
+    def noted(self, out: Any) -> None:
+        for x in tensors_in(out):
+            self._note(x)
+
     def _note(self, out: Any) -> None:
         if isinstance(out, Tensor) and out.dtype not in self.gates.met and out.dtype.is_floating_point:
             self.gates.met[out.dtype] = 0 if out.grad_fn is None else out.grad_fn._sequence_nr()
@@ -545,6 +620,17 @@ def _shape(out: Any) -> torch.Size | None:
 
 def _name(func: Any) -> str:
     return str(resolve_name(func) or getattr(func, "__name__", func))
+
+
+_HOLDS = frozenset({torch.detach, Tensor.detach, Tensor.detach_, Tensor.data.__get__, Tensor.requires_grad_})  # type: ignore[attr-defined]
+"""The functions whose output autograd holds fixed."""
+
+
+def _moves(x: Tensor) -> bool:
+    """Whether autograd follows the tensor, or one that transformations have wrapped in it."""
+    while not x.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x.requires_grad
 
 
 def _is_floating(out: Any) -> bool:

@@ -130,7 +130,37 @@ class Constant(Rule):
         return out, out.detach().clone() if names_inplace(function) else out.detach()
 
     def replay(self, run: Run, saved: Any, function: Function, args: Any, kwargs: Any) -> Any:
-        return args[0].copy_(saved) if names_inplace(function) else saved.clone()
+        out = function(*args, **kwargs)  # for its place in the graph: what autograd follows here, it followed at θ
+        if out.shape == saved.shape:
+            with torch.no_grad():
+                out.copy_(saved)
+        return out
+
+
+class StraightThrough(Rule):
+    """A function of steps that autograd takes for a line on each element: the fake quantisations.
+
+    Repeated is that line, through the recorded value. The call is made again for what it may write: an observer.
+    """
+
+    def record(self, run: Run, function: Function, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        x, *rest = args
+        if not x.requires_grad:
+            return function(*args, **kwargs), None
+        alone = x.detach().requires_grad_()
+        out = function(alone, *rest, **kwargs)
+        (slope,) = torch.autograd.grad(out, alone, torch.ones_like(out))
+        saved = slope, out.detach() - slope * alone.detach()
+        return self.line(x, *saved), saved
+
+    def replay(self, run: Run, saved: Any, function: Function, args: Any, kwargs: Any) -> Any:
+        x, *rest = args
+        out = function(x.detach(), *rest, **kwargs)
+        return out if saved is None else self.line(x, *saved)
+
+    @staticmethod
+    def line(x: Tensor, slope: Tensor, rest: Tensor) -> Tensor:
+        return x * slope + rest
 
 
 class Remainder(Rule):
@@ -503,6 +533,12 @@ def _copysign(x: Tensor, y: Any) -> Tensor:
     return x.abs() * torch.where(negative, -1.0, 1.0) if isinstance(negative, Tensor) else x.abs() * (-1) ** negative
 
 
+def _aminmax(x: Tensor, *, dim: int | None = None, keepdim: bool = False) -> Any:
+    dims = () if dim is None else dim
+    found = torch.amin(x, dims, keepdim), torch.amax(x, dims, keepdim)
+    return torch.return_types.aminmax(found)
+
+
 def _div(x: Tensor, y: Any, *, rounding_mode: str) -> Tensor:
     return torch.floor(x / y) if rounding_mode == "floor" else torch.trunc(x / y)
 
@@ -575,7 +611,8 @@ concatenate stack hstack vstack dstack row_stack column_stack atleast_1d atleast
 fold pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle unfold_copy to type float double half
 bfloat16 cfloat cdouble cpu cuda to_dense to_sparse coalesce sparse_mask squeeze_copy requires_grad_ retain_grad
 register_hook __deepcopy__ alias _pack_padded_sequence _pad_packed_sequence values softmin sum_to_size view_copy
-expand_copy alias_copy detach_copy __reversed__ unsafe_split_with_sizes lstm_cell gru_cell rnn_tanh_cell
+expand_copy alias_copy detach_copy __reversed__ unsafe_split_with_sizes lstm_cell gru_cell rnn_tanh_cell _sparse_mm
+_make_dual _unpack_dual
 """
 
 _WITHOUT_DERIVATIVE = """
@@ -600,6 +637,10 @@ geometric_ cauchy_ log_normal_ random_ multinomial poisson binomial rrelu rrelu_
 """
 
 _CONDITIONAL: dict[str, Callable[..., bool]] = {
+    "abs": lambda x: x.is_complex(),
+    "absolute": lambda x: x.is_complex(),
+    "__abs__": lambda x: x.is_complex(),
+    "angle": lambda x: x.is_complex(),
     "embedding_bag": lambda *args, **kwargs: "max" not in (*args, *kwargs.values()) and (len(args) < 5 or args[4] != 2),
     "cdist": lambda x, y, p=2.0, *_: p == 2,
     "pdist": lambda x, p=2.0: p == 2,
@@ -668,6 +709,7 @@ def _rules() -> list[tuple[str, Rule, str]]:
             "abs abs_ absolute absolute_ __abs__",
         ),
         ("max", extremum, "max min amax amin maximum minimum fmax fmin"),
+        ("aminmax", written(_aminmax), "aminmax"),
         ("sort", Chosen(1), "sort"),
         ("chosen", Chosen(2), "topk kthvalue"),
         ("median", Chosen(1), "median nanmedian mode"),
@@ -676,6 +718,11 @@ def _rules() -> list[tuple[str, Rule, str]]:
         ("scatter_reduce", ScatterExtremum(), "scatter_reduce scatter_reduce_"),
         ("constant", constant, "sign sgn floor ceil round trunc fix heaviside floor_divide __floordiv__ __rfloordiv__"),
         ("constant", constant, "sign_ sgn_ floor_ ceil_ round_ trunc_ fix_ heaviside_ floor_divide_ __ifloordiv__"),
+        (
+            "fake_quantize",
+            StraightThrough(),
+            "fake_quantize_per_tensor_affine fake_quantize_per_channel_affine fused_moving_avg_obs_fake_quant",
+        ),
         ("remainder", Remainder(), "fmod remainder __mod__ fmod_ remainder_ __imod__"),
         ("frac", written(lambda x: x - torch.trunc(x)), "frac frac_"),
         ("elu", written(_exponential_unit, flag=True), "elu elu_"),
@@ -721,11 +768,13 @@ def _table() -> dict[Function, Known]:
     served = {name for _, _, functions in rules for name in functions.split()}
     for name, rule, functions in rules:
         for function_name in functions.split():
-            smooth = _CONDITIONAL.get(function_name.rstrip("_"), never)
+            smooth = _CONDITIONAL.get(function_name, _CONDITIONAL.get(function_name.rstrip("_"), never))
             table |= dict.fromkeys(_names_of(function_name), Known(name, rule, name == "rrelu", smooth))
     for name, smooth in _CONDITIONAL.items():
         if name not in served:
             table |= dict.fromkeys(_names_of(name), Known(name, smooth=smooth))
+    table[torch.autograd.grad] = _SMOOTH_CALL  # its backward passes the gates of what it differentiates
+    table |= dict.fromkeys((torch.sparse.mm, torch.sparse.addmm), _SMOOTH_CALL)
     table[torch._C._nn.l1_loss] = Known("l1_loss", Written(_l1_loss))
     table[torch.linalg.norm] = Known("linalg.norm", smooth=_general_norm_is_smooth)
     for function in (torch._C._nn.elu, torch._C._nn.elu_):  # arguments other than F.elu's, which alone calls it

@@ -78,6 +78,9 @@ _TRIES = 4
 STRAIGHT = 0.05
 """How much ∇R may change where the step is halved, relative to it; the error of the whole step is about twice that."""
 
+DERIVATIVE = 0.1
+"""How much faster or slower the loss may change along the gradient than that says, relative to it."""
+
 _PROBES = 8
 """How many random vectors ∇R is compared along."""
 
@@ -285,6 +288,12 @@ class FiniteDifference:
                 f"model: its forward changes the parameter {changed[0]!r}, in which it has a gradient (as an embedding "
                 "with max_norm does): a forward with another value of it would change that, too. Use "
                 'method="double_backprop", or change parameters outside of the forward'
+            )
+        if self.gates.hook is not None:
+            raise NotImplementedError(
+                f"model: the hook {self.gates.hook} changes a gradient within the model. What it gives is not the "
+                "derivative of the loss, and differences of it are not the derivative of its norm. Use "
+                'method="double_backprop", or hooks on parameters, which act on the whole gradient'
             )
         self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
         self.device = next(iter(self.parameters.values())).device
@@ -578,8 +587,9 @@ class FiniteDifference:
         found = self._at_finite_loss()
         if found is None:
             return
-        rho = found[0]
+        rho, ahead = found[0], found[1].detach().double()
         del found
+        self._check_derivative(rho, ahead)
         whole, half = self._sketch(rho), self._sketch(0.5 * rho)
         size = torch.linalg.vector_norm(whole)
         some = (size != 0) & self.norm.isfinite()  # a gradient that is not finite has nothing that is next to it
@@ -597,6 +607,43 @@ class FiniteDifference:
                 )
 
         look_at(self.model, away, look)
+
+    def _check_derivative(self, rho: Tensor, ahead: Tensor) -> None:
+        """Warns where the gradient is not the derivative of the loss, so that its differences are no second derivative:
+        a custom ``autograd.Function`` whose backward is not that of its forward (a reversed gradient). The loss at both
+        ends of the step (``ahead`` at θ + ρd) says how fast it really changes; rounding of the logits is allowed for.
+        """
+        assert self.expected is not None
+        by = self.direction if self.settings.wrt == "inputs" else self.gradient
+        products = [(real(d).double() * real(by[n]).double()).sum() for n, d in self.direction.items() if n in by]
+        slope = torch.stack(products).sum() / torch.where(self.norm > 0, self.norm, math.nan)
+        speed = (ahead - self.shifted_loss(-rho)[0].detach().double()) / (2 * rho)
+        rounding = 32 * torch.finfo(self.precision).eps * self.expected.abs().amax().double() * self.scale / rho
+        away = (speed / slope - 1).abs() - (rounding / slope).abs()
+
+        def look(away: float) -> None:
+            if away > DERIVATIVE:
+                warnings.warn(
+                    f"model: along its gradient the loss changes by {100 * away:.0f} % more or less than the gradient "
+                    "says, so that differences of it are no second derivative: an autograd.Function within the model "
+                    "may have a backward that is not the derivative of its forward (a reversed or straight-through "
+                    'gradient). Use method="double_backprop"',
+                    AccuracyWarning,
+                    stacklevel=2,
+                )
+
+        look_at(self.model, away, look)
+
+    def _logits_at(self, rho: Tensor | None) -> Tensor:
+        """The logits at θ + ρd, detached."""
+        found: list[Tensor] = []
+
+        def keep(logits: Tensor) -> Tensor:
+            found.append(logits.detach())
+            return logits.sum()
+
+        self.shifted_loss(rho, None, keep)
+        return found[0]
 
     def _sketch(self, rho: Tensor) -> Tensor:
         """The products of the difference of gradients over ρ with random vectors, float64."""
@@ -622,18 +669,8 @@ class FiniteDifference:
             ValueError: it does not; the module that differs first is named.
         """
 
-        def again() -> Tensor:
-            found: list[Tensor] = []
-
-            def keep(logits: Tensor) -> Tensor:
-                found.append(logits.detach())
-                return logits.sum()
-
-            self.shifted_loss(None, None, keep)
-            return found[0]
-
         assert self.expected is not None
-        check_repeatable(self.model, again, self.expected, self.precision)
+        check_repeatable(self.model, lambda: self._logits_at(None), self.expected, self.precision)
 
     def _norm(self, named: dict[str, Tensor]) -> Tensor:
         """‖named‖, of tensors as in ``direction``."""
@@ -809,7 +846,7 @@ def penalty(
         params: the parameters whose gradient's norm is penalised; all trainable ones otherwise.
         verify: with finite differences, look once for each kind of batch (shapes, dtypes, modes) whether a step of
             length 0 gives the same logits, and refuse a model that gives others; and whether half of the step gives the
-            same gradient, and warn where it does not. Costs three forwards and two backwards, once.
+            same gradient, and warn where it does not. Costs four forwards and two backwards, once.
         class_dim: which dimension of the logits holds the classes; by default the last, but where logits have four
             dimensions or more, or targets fit another one, it has to be said.
 

@@ -221,7 +221,7 @@ class FisherPenalty:
         verify: with finite differences, look once for each kind of batch (shapes, dtypes, modes) whether a step of
             length 0 gives the same logits, and refuse a model that gives others: one with random numbers that are not
             torch's, or with a state outside of its buffers; and whether half of the step gives the same gradient, and
-            warn where it does not. Costs three forwards and two backwards, once; not done with ``fully_shard``.
+            warn where it does not. Costs four forwards and two backwards, once; not done with ``fully_shard``.
 
     Precision. Under autocast in bfloat16 or float16 the difference of two gradients would drown in rounding. With
     ``step="auto"`` and frozen gates R is therefore taken by two forwards and backwards in the precision of the

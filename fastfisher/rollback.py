@@ -30,7 +30,8 @@ def undone_on_error(model: nn.Module, generator: torch.Generator | None = None) 
     """
     modules = list(model.modules())  # once: to go through them takes longer than the copies
     parameters = [p for module in modules for p in module._parameters.values() if p is not None]
-    buffers = list({id(b): b for module in modules for b in module._buffers.values() if b is not None}.values())
+    placed = [(module._buffers, dict(module._buffers)) for module in modules if module._buffers]
+    buffers = list({id(b): b for _, own in placed for b in own.values() if b is not None}.values())
     random = RandomState.current(frozenset(p.device.index for p in parameters if p.device.type == "cuda"))
     drawn = None if generator is None else generator.get_state()
     before = [torch.empty_like(buffer) for buffer in buffers]
@@ -43,6 +44,9 @@ def undone_on_error(model: nn.Module, generator: torch.Generator | None = None) 
         random.restore()
         if generator is not None and drawn is not None:
             generator.set_state(drawn)
+        for places, own in placed:  # a forward may have put others there
+            places.clear()
+            places.update(own)
         with torch.no_grad():
             if buffers:
                 torch._foreach_copy_(buffers, before)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from fastfisher.calls import opened, positional
 
@@ -35,3 +36,21 @@ def test_positional(func: Any, args: Any, kwargs: Any, expected: Any) -> None:
 def test_what_only_chooses_between_functions_is_not_opened():
     assert opened(F.max_pool2d) is None and opened(torch.tanh) is None and opened(torch.Tensor.norm) is None
     assert opened(F.mish) is not None and opened(torch.Tensor.norm, methods=True) is not None
+
+
+def test_a_private_part_of_an_opened_function_is_opened_too():
+    names: list[str] = []
+
+    class Seen(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            names.append(func.__name__)
+            inside = opened(func)
+            if inside is not None:
+                with self:
+                    return inside(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
+
+    x, y = torch.ones(2), torch.ones(3)
+    with Seen():
+        torch.meshgrid(x, y, indexing="ij")
+    assert names == ["meshgrid", "meshgrid"]  # the Python function, and the operator that it calls

@@ -195,7 +195,18 @@ def bilinear(m: Any, h: Tensor) -> Tensor:
     return F.bilinear(h, h.flip(1), m.w.view(6, 2, 3).repeat(1, 3, 2), m.p)
 
 
+def one_example_after_the_other(m: Any, h: Tensor) -> Tensor:
+    """Of each example as many positions as there may be examples: none of them is told by its shape."""
+    return torch.stack([torch.tanh(F.linear(e.outer(m.p), m.w)).sum(0) for e in h])
+
+
+def one_call_for_each_example(m: Any, h: Tensor) -> Tensor:
+    return torch.cat([m.second(e.expand(len(h), 6) * m.q).mean(0, keepdim=True) for e in h])
+
+
 USES = [
+    one_example_after_the_other,
+    one_call_for_each_example,
     assigned, parameter_assigned, buffer_of_parameters, changed_through_a_view, examples_in_a_buffer_of_parameters,
     examples_in_a_plain_buffer, keywords, convolved, rows_of_its_own, permuted, sorted_by_the_examples, experts,
     taken_within, by_a_transform, without_a_formula, by_einsum, batched_products, biased_scores, checkpointed,

@@ -53,6 +53,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "_segment_reduce lengths": (_SECOND, _NO_SECOND),
     "_segment_reduce offsets": (_SECOND, _NO_SECOND),
     "logcumsumexp": (("hessian",), "PyTorch's second derivative is NaN"),
+    "nn.Transformer": (("norms",), "the examples are called one by one and stacked, where they cannot be followed"),
 }
 """By name: the checks that refuse it, and why."""
 

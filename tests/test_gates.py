@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fastfisher
 from fastfisher import AccuracyWarning, Gates, SlowPathWarning, record_gates
+from tests.networks import relative_error
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "F.relu": F.relu,
@@ -298,3 +301,115 @@ def test_what_a_custom_function_computes_moves_and_its_masks_are_replayed(functi
         expected = second(first(moved) * (first(x) > 0))
         assert not torch.equal(first(moved) > 0, first(x) > 0), "no gate changes: the test shows nothing"
     torch.testing.assert_close(found, expected)
+
+
+class Inner(nn.Module):
+    def __init__(self, act: type[nn.Module], use: Any) -> None:
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(6, 8), act(), nn.Linear(8, 6))
+        self.head, self.use = nn.Linear(6, 4), use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.use(self.energy, x))
+
+
+TRANSFORMED: dict[str, Any] = {
+    "vmap": lambda f, x: torch.func.vmap(f)(x),
+    "jvp": lambda f, x: sum(torch.func.jvp(f, (x,), (torch.ones_like(x),))),
+    "grad": lambda f, x: torch.func.vmap(torch.func.grad(lambda v: f(v).square().sum()))(x),
+    "jacrev": lambda f, x: torch.func.vmap(torch.func.jacrev(f))(x).mean(1),
+    "autograd.grad": lambda f, x: torch.autograd.grad(
+        f(y := x.detach().requires_grad_()).square().sum(), y, create_graph=True
+    )[0],
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_transformations_within_the_forward(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(9, 6, dtype=torch.float64, generator=generator), torch.arange(9) % 4
+
+    def part(act: type[nn.Module], **options: Any) -> Tensor:
+        torch.manual_seed(0)
+        model = Inner(act, TRANSFORMED[name]).double()
+        value = fastfisher.penalty(model, x, labels=y, **options)
+        found = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
+        return torch.cat([g.reshape(-1) for g in found if g is not None])
+
+    options: dict[str, Any] = {"method": "finite_difference", "difference": "central"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fastfisher.AccuracyWarning)
+        assert relative_error(part(nn.Tanh, **options), part(nn.Tanh)) < 1e-6
+        if name == "autograd.grad":
+            assert relative_error(part(nn.ReLU, **options), part(nn.ReLU)) < 1e-6
+        else:
+            with pytest.raises(NotImplementedError, match=r"relu within torch.func.vmap.*double_backprop"):
+                part(nn.ReLU, **options)
+
+
+def fake_quantized(how: str) -> nn.Module:
+    quantization = torch.ao.quantization
+    fused = how == "fused"
+    make = quantization.FusedMovingAvgObsFakeQuantize if fused else quantization.FakeQuantize
+    by_tensor, by_channel = quantization.MovingAverageMinMaxObserver, quantization.MovingAveragePerChannelMinMaxObserver
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(20, 16), nn.Linear(16, 4)
+            self.act = make(observer=by_tensor, quant_min=0, quant_max=255, dtype=torch.quint8)
+            self.weight = make(
+                observer=by_channel,
+                quant_min=-128,
+                quant_max=127,
+                dtype=torch.qint8,
+                qscheme=torch.per_channel_symmetric,
+                ch_axis=0,
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.act(torch.relu(F.linear(x, self.weight(self.body.weight), self.body.bias)))
+            return self.head(out)
+
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.mark.parametrize("how", ["observed", "fused"])
+def test_fake_quantisation_is_the_line_that_autograd_takes_it_for(how: str) -> None:
+    x, y = torch.randn(24, 20, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 4
+
+    def step(**options: Any) -> nn.Module:
+        model = fake_quantized(how)
+        fastfisher.FisherPenalty(model, 1.0, every=1, labels="true", **options).backward(x, y)
+        return model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fastfisher.AccuracyWarning)
+        found, exact = step(), step(method="double_backprop")
+    # These functions have a float32 form alone.
+    plain = fake_quantized(how)
+    F.cross_entropy(plain(x), y).backward()
+    parts = [
+        torch.cat([(p.grad - q.grad).reshape(-1) for p, q in zip(m.parameters(), plain.parameters(), strict=True)])
+        for m in (found, exact)
+    ]
+    assert relative_error(*parts) < 1e-2
+    assert all(map(torch.equal, found.buffers(), exact.buffers()))
+
+
+@pytest.mark.parametrize("name", ["round", "sign", "floor", "round_"])
+def test_steps_under_detach_are_replayed(name: str) -> None:
+    def stepped(z: Tensor) -> Tensor:
+        held = (getattr(torch.Tensor, name)(3 * z.clone())).detach()
+        return z * held + torch.where(z.sign() > 0, z, 0.5 * z)
+
+    x, y = torch.randn(9, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 4
+
+    def part(**options: Any) -> Tensor:
+        torch.manual_seed(0)
+        model = Inner(nn.Tanh, lambda f, x: stepped(f(x))).double()
+        found = torch.autograd.grad(fastfisher.penalty(model, x, labels=y, **options), list(model.parameters()))
+        return torch.cat([g.reshape(-1) for g in found])
+
+    assert relative_error(part(method="finite_difference", difference="central"), part()) < 1e-6

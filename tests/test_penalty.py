@@ -191,7 +191,7 @@ def test_the_caller_s_forward_is_shared() -> None:
     calls.clear()
     options = {"labels": labels, "logits": logits, "gates": gates, "method": "finite_difference"}
     shared = fastfisher.penalty(model, x, **options)
-    assert len(calls) == 4, "once for this kind of batch: can the forward be repeated, and is half of the step as good?"
+    assert len(calls) == 5, "once for this kind of batch: can the forward be repeated, and is half of the step as good?"
     calls.clear()
     shared = fastfisher.penalty(model, x, **options)
     assert not calls
@@ -680,3 +680,76 @@ def test_a_gradient_that_is_of_no_function_is_refused() -> None:
     model = Looked(scale_grad_by_freq=True)
     with pytest.raises(NotImplementedError, match="scale_grad_by_freq"):
         fastfisher.FisherPenalty(model, 0.1, every=1).backward(TOKENS, torch.arange(16) % 4)
+
+
+class Reverse(torch.autograd.Function):
+    """Gives its input, and the negative of its gradient, as domain-adversarial networks do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return -grad
+
+
+class Swish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gate = torch.sigmoid(x)
+        return grad * gate * (1 + x * (1 - gate))
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "first"}, {"difference": "central"}, {"wrt": "inputs"}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gradient_that_is_no_derivative_of_the_loss_is_said(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    for function, said in ((Reverse.apply, True), (Swish.apply, False)):
+        torch.manual_seed(0)
+        model = Between(function).to(dtype)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always", fastfisher.AccuracyWarning)
+            fastfisher.penalty(model, X20.to(dtype), labels=Y4, method="finite_difference", **options)
+        assert any("along its gradient" in str(w.message) for w in seen) == said
+
+
+@pytest.mark.parametrize("place", ["activation", "module", "module, before"])
+def test_hooks_that_change_gradients_within_the_model_are_refused(place: str) -> None:
+    def tuple_of(found: Any) -> Any:
+        return None if found is None else (found,)
+
+    def hooked(act: Any) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+        if place == "activation":
+            model[0].register_forward_hook(lambda module, args, out: out.register_hook(act) and None)
+        elif place == "module":
+            model[1].register_full_backward_hook(lambda module, given, out: tuple_of(act(given[0])))
+        else:
+            model[1].register_full_backward_pre_hook(lambda module, out: tuple_of(act(out[0])))
+        return model
+
+    x, options = X20.double(), {"every": 1, "labels": "true"}
+    model = hooked(lambda grad: 0.3 * grad)
+    own = [list(hooks.items()) for m in model.modules() for hooks in (m._backward_hooks, m._backward_pre_hooks)]
+    with pytest.raises(NotImplementedError, match=r"the hook .*lambda.* changes a gradient .*double_backprop"):
+        fastfisher.FisherPenalty(model, 1.0, **options).backward(x, Y4)
+    assert all(p.grad is None for p in model.parameters())
+    assert own == [list(hooks.items()) for m in model.modules() for hooks in (m._backward_hooks, m._backward_pre_hooks)]
+    fastfisher.FisherPenalty(model, 1.0, method="double_backprop", **options).backward(x, Y4)
+
+    seen: list[Any] = []
+    grads = []
+    for act in (seen.append, lambda grad: grad.clone(), lambda grad: None):
+        model = hooked(act)
+        fastfisher.FisherPenalty(model, 1.0, **options).backward(x, Y4)
+        grads.append(flat([p.grad for p in model.parameters()]))
+    assert seen, "a hook that looks is called"
+    assert torch.equal(grads[0], grads[2])
+    assert torch.equal(grads[1], grads[2])

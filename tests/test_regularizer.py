@@ -529,3 +529,35 @@ def test_the_random_numbers_of_other_threads_are_their_own() -> None:
         stop.set()
         thread.join()
     assert len(set(drawn)) == len(drawn)
+
+
+class Keeping(nn.Module):
+    """Puts new tensors in the places of its buffers, one of them empty before; then something fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+        self.mean: torch.Tensor
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("late", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z: torch.Tensor = self.layer(x)
+        self.mean, self.late = self.mean + z.detach().mean(0), z.detach().std(0)
+        raise RuntimeError("out of luck")
+
+
+@pytest.mark.parametrize("measure", ["backward", "penalty", "norms"])
+def test_buffers_that_a_forward_replaced_are_put_back(measure: str) -> None:
+    model, x = Keeping(), torch.randn(4, 5)
+    mean = model.mean
+    calls = {
+        "backward": lambda: FisherPenalty(model, 1.0, every=1).backward(x, torch.arange(4) % 3),
+        "penalty": lambda: fastfisher.penalty(model, x),
+        "norms": lambda: fastfisher.per_example_grad_norms(model, x),
+    }
+    with pytest.raises(RuntimeError, match="out of luck"):
+        calls[measure]()
+    assert model.mean is mean
+    assert not mean.any()
+    assert model.late is None

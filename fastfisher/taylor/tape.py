@@ -78,7 +78,6 @@ class Tape(TorchFunctionMode):
         self._held: set[int] = set()  # the storages of the first self._looked_at of self._kept
         self._looked_at = 0
         self._flaw: str | None = None
-        self._open: list[Any] = []  # the functions of torch whose insides are being looked at
         self._outputs: list[Tensor] = []
         self._current: dict[int, Tensor] = {}  # of a tensor changed in place: what it is now
         self._changed: set[int] = set()  # the storages of those
@@ -152,13 +151,9 @@ class Tape(TorchFunctionMode):
         found = RULES.get(func)
         if found is None:
             inside = opened(func, methods=True)
-            if inside is not None and func not in self._open:  # some hand themselves on to overrides by a helper
-                self._open.append(func)
-                try:
-                    with self:
-                        return inside(*args, **kwargs)
-                finally:
-                    self._open.pop()
+            if inside is not None:
+                with self:
+                    return inside(*args, **kwargs)
             out = self._unfollowed(func, args, kwargs, tensors)
             if any(x.requires_grad for x in tensors_in(out)):
                 raise NoRule(f"{name_of(func)} has no rule")
