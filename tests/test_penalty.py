@@ -620,6 +620,20 @@ def test_parameters_made_in_inference_mode_are_named() -> None:
         fastfisher.FisherPenalty(model, 0.1, every=1).backward(X20, Y4)
 
 
+def test_lazy_modules_are_named() -> None:
+    model = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(4))
+    for call in (
+        lambda: fastfisher.penalty(model, X20),
+        lambda: fastfisher.trace_fisher(model, X20),
+        lambda: fastfisher.trace_hessian(model, X20, Y4),
+        lambda: fastfisher.FisherPenalty(model, 0.1).backward(X20, Y4),
+    ):
+        with pytest.raises(ValueError, match=r"got 0\.weight of a lazy module.*call the model once"):
+            call()
+    model(X20)
+    fastfisher.FisherPenalty(model, 0.1).backward(X20, Y4)
+
+
 class Looked(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
