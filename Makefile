@@ -46,10 +46,11 @@ sanitize: $(VENV)/built-test ## the operators' tests with AddressSanitizer and U
 # the tests import is what was installed.
 OLDEST := build/oldest
 OLDEST_TORCH := torch==$(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]/\1/p' pyproject.toml)
-OLDEST_TESTS := $(addprefix tests/,test_ops.py test_calls.py test_penalty.py test_regularizer.py test_gates.py \
-  test_gated.py test_convolution.py test_normalization.py test_traces.py test_taylor.py test_hessian.py)
+OLDEST_TESTS := $(addprefix tests/,test_ops.py test_calls.py test_labels.py test_model.py test_penalty.py \
+  test_regularizer.py test_repeatable.py test_checkpointing.py test_gates.py test_gated.py test_convolution.py \
+  test_normalization.py test_capture.py test_traces.py test_recurrent.py test_estimate.py test_taylor.py test_hessian.py)
 
-oldest: $(OLDEST)/venv/torch ## the tests of operators, penalty and traces with the oldest torch that pyproject.toml names
+oldest: $(OLDEST)/venv/$(OLDEST_TORCH) ## the tests of operators, penalty and traces with the oldest torch that pyproject.toml names
 	rm -rf $(OLDEST)/tree
 	mkdir -p $(OLDEST)/tree
 	cp -r csrc kernels fastfisher bench tests CMakeLists.txt setup.py pyproject.toml README.md LICENSE $(OLDEST)/tree
@@ -104,7 +105,7 @@ $(VENV)/torch:
 	touch $@
 
 # The tests' packages by name: the extra "test" has some that want a newer torch.
-$(OLDEST)/venv/torch: pyproject.toml
+$(OLDEST)/venv/$(OLDEST_TORCH):
 	rm -rf $(OLDEST)
 	$(PYTHON) -m venv $(OLDEST)/venv
 	$(OLDEST)/venv/bin/pip install --quiet --disable-pip-version-check "$(OLDEST_TORCH)" "setuptools>=77" cmake ninja \

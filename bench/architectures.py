@@ -1,8 +1,8 @@
 """Per-example gradient norms of architectures from timm and torchvision: ``python -m bench.architectures``.
 
 Each is built without weights, in float64, and given 4 small random images. The table says whether every parameter has a
-formula, which take ``vmap(grad)`` and why, or why it is refused; and the largest relative error of ‖∇ℓ(x_i, y_i)‖²
-against one backward per example. Writes bench/results/architectures.md.
+formula, which take a backward for each example and why, or why it is refused; and the largest relative error of
+‖∇ℓ(x_i, y_i)‖² against one backward per example. Writes bench/results/architectures.md.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Found:
 
     Attributes:
         parameters: how many numbers it has.
-        slow: what went by ``vmap(grad)``, each with its reason, as the warning has it.
+        slow: what took a backward for each example, each with its reason, as the warning has it.
         refusal: why there is no result, or None.
         error: the largest relative error of a squared norm; NaN where it was refused.
     """

@@ -190,6 +190,17 @@ class Capture:
         finally:
             self.receiver.function = None
 
+    def check_repeatable(self) -> None:
+        """Raises ValueError where parameters have no formula and the forward draws random numbers.
+
+        They take a forward for each example, which would draw others.
+        """
+        if self.random and self.fallbacks:
+            raise ValueError(
+                f"model: expected a forward without random numbers, as {named(self.fallbacks)} have no formula and "
+                "take a forward for each example, which would draw others; got one that draws (dropout in eval mode?)"
+            )
+
     def misplaced(self) -> frozenset[int]:
         """Which of the layers have gradients in the places of examples whose logits get none.
 
@@ -596,6 +607,12 @@ def random_cotangent(logits: Tensor) -> Tensor:
     values = 0.5 + torch.rand(logits.shape, generator=generator)
     signs = torch.randint(2, logits.shape, generator=generator) * 2 - 1
     return (values * signs).to(logits.device, logits.dtype)
+
+
+def named(names: Iterable[str]) -> str:
+    """The first few names."""
+    names = list(names)
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _projected(layer: Layer, grad: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from fastfisher.capture import Capture, Known, random_cotangent
+from fastfisher.capture import Capture, Known, named, random_cotangent
 from fastfisher.checkpointing import graph_nodes, refuse_reentrant
 from fastfisher.gates import RandomState
 from fastfisher.layers import Layer, flat_rows
@@ -88,7 +88,7 @@ def _verify(model: nn.Module, inputs: Inputs, names: list[str]) -> tuple[Capture
         if capture.fallbacks:
             raise ValueError(
                 f"model: expected the same logits from two forwards of the same batch, got different ones; "
-                f"{_named(capture.fallbacks)} have no formula and take a forward for each example, which would be "
+                f"{named(capture.fallbacks)} have no formula and take a forward for each example, which would be "
                 "another one; make the forward repeatable"
             )
         warnings.warn(
@@ -97,11 +97,24 @@ def _verify(model: nn.Module, inputs: Inputs, names: list[str]) -> tuple[Capture
             stacklevel=6,
         )
         return capture, True
-    off = _different(_totals(model, inputs, capture), ordinary, tolerance, coarsest**0.5)
+    capture.check_repeatable()
+    try:
+        totals = _totals(model, inputs, capture)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError) as error:
+        if not capture.fallbacks:
+            raise
+        reason = next(iter(capture.fallbacks.values()))
+        raise ValueError(
+            f"model: expected per-example gradients to exist, and a forward of one example alone for those of "
+            f"{named(capture.fallbacks)}, which have no formula ({reason}); it raises: {error}"
+        ) from error
+    off = _different(totals, ordinary, tolerance, coarsest**0.5)
     if off:
         raise ValueError(
             f"model: expected per-example gradients that add up to the ordinary gradient, got others for "
-            f"{_named(off)} (off by {max(off.values()):.2g} of it). Either the forward uses them where that cannot be "
+            f"{named(off)} (off by {max(off.values()):.2g} of it). Either the forward uses them where that cannot be "
             "seen, or its examples influence each other (statistics over the batch, frequencies within it), and "
             "per-example gradients do not exist. Leave them out with params=, or write that part with functions of "
             "torch; verify=False goes without this check"
@@ -192,9 +205,3 @@ def _alike(one: Tensor, two: Tensor, tolerance: float) -> bool:
 def _precisions(capture: Capture) -> list[float]:
     tensors = [capture.logits, *capture.parameters.values(), *(layer.operand for layer in capture.layers)]
     return [torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point() or t.is_complex()]
-
-
-def _named(names: Iterable[str]) -> str:
-    """The first few names."""
-    names = list(names)
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from fastfisher.model import (
 Gradients = dict[str, Tensor]
 """By parameter, [n, *shape]."""
 
+Reduce = Callable[[Gradients], Gradients]
+"""Gradients of n examples to something else of n rows."""
+
 
 def gradients_of_each(
     model: nn.Module,
@@ -30,6 +33,7 @@ def gradients_of_each(
     names: Iterable[str],
     cotangent: Tensor,
     limit: int | None = None,
+    reduced: Reduce | None = None,
 ) -> Iterator[Gradients]:
     """The gradients of Σ logits·cotangent of each example in the parameters ``names``, chunk by chunk.
 
@@ -42,11 +46,13 @@ def gradients_of_each(
         names: whose gradients are wanted.
         cotangent: shaped as the logits.
         limit: how many elements a chunk may have.
+        reduced: what to make of the gradients of some examples, where that is all that is wanted of them; it need not
+            keep them.
     """
     wanted = {name: parameters[name] for name in names}
     examples = len(cotangent)
     if cotangent.device.type == "cpu":
-        yield from _backwards(model, inputs, wanted, cotangent, limit)
+        yield from _backwards(model, inputs, wanted, cotangent, limit, reduced)
         return
     elements = sum(p.numel() for p in wanted.values())
     for rows in chunks(examples, 8 * max(elements, input_tensors(inputs)[0][0].numel()), limit):
@@ -56,30 +62,43 @@ def gradients_of_each(
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
-            found = _joined(list(_backwards(model, some, wanted, cotangent[rows], limit)))
-        yield found
+            yield from _backwards(model, some, wanted, cotangent[rows], limit, reduced)
+            continue
+        yield found if reduced is None else reduced(found)
 
 
 def _backwards(
-    model: nn.Module, inputs: Inputs, wanted: Gradients, cotangent: Tensor, limit: int | None
+    model: nn.Module,
+    inputs: Inputs,
+    wanted: Gradients,
+    cotangent: Tensor,
+    limit: int | None,
+    reduced: Reduce | None,
 ) -> Iterator[Gradients]:
-    elements = sum(p.numel() for p in wanted.values())
+    elements = 1 if reduced is not None else sum(p.numel() for p in wanted.values())
     leaves = list(wanted.values())
+    examples = len(cotangent)
+    tensors = input_tensors(inputs)
+    pieces = [[x] * examples if is_shared(x, examples) else x.split_with_sizes([1] * examples) for x in tensors]
 
-    def of_one(i: int) -> list[Tensor]:
-        one = take_rows(inputs, slice(i, i + 1))
+    def of_one(i: int) -> Gradients:
+        rest = iter(pieces)
+        one = map_inputs(inputs, lambda _: next(rest)[i])
         total = (call_model(model, one) * cotangent[i : i + 1]).sum()
-        if not total.requires_grad:
-            return [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves]
-        found = torch.autograd.grad(total, leaves, materialize_grads=True)
-        return [g.to_dense() if g.is_sparse else g for g in found]
+        if total.requires_grad:
+            found = torch.autograd.grad(total, leaves, materialize_grads=True)
+        else:
+            found = tuple(torch.zeros_like(leaf, requires_grad=False) for leaf in leaves)
+        dense = [g.to_dense() if g.is_sparse else g for g in found]
+        gradients = {name: g[None] for name, g in zip(wanted, dense, strict=True)}
+        return gradients if reduced is None else reduced(gradients)
 
     for rows in chunks(len(cotangent), elements, limit):
         state = {name: buffer.clone() for name, buffer in model.named_buffers()} | _stand_ins(model, wanted)
         with torch.enable_grad(), uncompiled(model, "the measurement"):
             # Within one call: to swap the parameters in and out takes longer than a small forward.
             each = call_within(model, state, lambda rows=rows: [of_one(i) for i in range(rows.start, rows.stop)])  # type: ignore[misc]
-        yield dict(zip(wanted, map(torch.stack, zip(*each, strict=True)), strict=True))
+        yield {name: torch.cat([gradients[name] for gradients in each]) for name in each[0]}
 
 
 def by_vmap(model: nn.Module, inputs: Inputs, wanted: Gradients, cotangent: Tensor) -> Gradients:
@@ -109,7 +128,3 @@ def by_vmap(model: nn.Module, inputs: Inputs, wanted: Gradients, cotangent: Tens
 
 def _stand_ins(model: nn.Module, wanted: Gradients) -> Gradients:
     return {name: wanted.get(name, p.detach()) for name, p in model.named_parameters()}
-
-
-def _joined(parts: list[Gradients]) -> Gradients:
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -22,7 +22,7 @@ from fastfisher.completeness import verified_capture
 from fastfisher.distributed import Ranks, digest, measuring_together, shared_by
 from fastfisher.estimate import TraceEstimate
 from fastfisher.labels import IGNORED, check_classes, cross_entropy, fit, ignored, new_key
-from fastfisher.layers import GRAM_ELEMENTS, Layer, chunks, dots, flat_rows, squares
+from fastfisher.layers import GRAM_ELEMENTS, Layer, chunks, computing, dots, flat_rows, squares
 from fastfisher.model import (
     Call,
     Inputs,
@@ -35,7 +35,7 @@ from fastfisher.model import (
     map_inputs,
     trainable_parameters,
 )
-from fastfisher.one_by_one import Gradients, gradients_of_each
+from fastfisher.one_by_one import Gradients, Reduce, gradients_of_each
 from fastfisher.placement import placement_of, whole
 from fastfisher.rollback import undoing
 from fastfisher.slow_path import warn_slow_path
@@ -395,11 +395,7 @@ def _tell_fallbacks(capture: Capture) -> None:
     if capture.told or not capture.fallbacks:
         return
     capture.told = True
-    if capture.random and capture.fallbacks:
-        raise ValueError(
-            f"model: expected a forward without random numbers, as {', '.join(capture.fallbacks)} have no formula and "
-            "take a forward for each example, which would draw others; got one that draws (dropout in eval mode?)"
-        )
+    capture.check_repeatable()
     for reason in dict.fromkeys(capture.fallbacks.values()):
         slow = ", ".join(name for name, why in capture.fallbacks.items() if why == reason)
         warn_slow_path(f"per-example gradients of {slow} take a backward for each example: {reason}")
@@ -618,11 +614,19 @@ def _squared_norms(
             found = use.layer.squared_norms([use.slot], use.a, use.d)[use.slot]
             note(use.layer, use.slot, name, found, use.a, use.d)
     totals: dict[str, Tensor] = {}
-    for rows, gradients in side.made():
-        for name, g in gradients.items():
-            norms[name][rows] = squares(g)
-            if with_mean:
+
+    def reduced(gradients: Gradients) -> Gradients:
+        if with_mean:
+            for name, g in gradients.items():
                 totals[name] = totals.get(name, 0) + g.sum(0)
+        if len(next(iter(gradients.values()))) > 1:
+            return {name: squares(g) for name, g in gradients.items()}
+        each = torch._foreach_norm([flat_rows(computing(g)) for g in gradients.values()])
+        return {name: norm.double().square()[None] for name, norm in zip(gradients, each, strict=True)}
+
+    for rows, squared in side.made(reduced=reduced):
+        for name, values in squared.items():
+            norms[name][rows] = values
     squared_totals |= {name: float(squares(total[None])) for name, total in totals.items()}
     return norms, sum(squared_totals.values()) / capture.examples**2
 
@@ -719,12 +723,15 @@ class Side:
                 found[name] += g.sum(0)
         return found
 
-    def made(self, names: Iterable[str] | None = None, limit: int | None = None) -> Iterator[tuple[slice, Gradients]]:
+    def made(
+        self, names: Iterable[str] | None = None, limit: int | None = None, reduced: Reduce | None = None
+    ) -> Iterator[tuple[slice, Gradients]]:
         """The gradients of parameters whose parts overlap or that have no formula, some parameters after the other.
 
         Args:
             names: of which parameters instead.
             limit: how many elements a chunk may have.
+            reduced: what to make of each chunk.
         """
         wanted = {*self.capture.joint, *self.capture.fallbacks} if names is None else set(names)
         for name in self.capture.parameters:
@@ -737,17 +744,17 @@ class Side:
                     for use in self.uses(groups):
                         g = use.layer.gradients(use.slot, use.a[rows], use.d[rows])
                         total += _pull_back(use.tensor, leaf, g)
-                    yield rows, {name: total}
-        yield from self._each([name for name in self.capture.fallbacks if name in wanted], limit)
+                    yield rows, {name: total} if reduced is None else reduced({name: total})
+        yield from self._each([name for name in self.capture.fallbacks if name in wanted], limit, reduced)
 
-    def _each(self, names: Iterable[str], limit: int | None = None) -> Iterator[tuple[slice, Gradients]]:
+    def _each(
+        self, names: Iterable[str], limit: int | None = None, reduced: Reduce | None = None
+    ) -> Iterator[tuple[slice, Gradients]]:
         names = list(names)
-        start = 0
-        for found in (
-            gradients_of_each(self.model, self.inputs, self.capture.parameters, names, self.cotangent, limit)
-            if names
-            else ()
-        ):
+        if not names:
+            return
+        parameters, start = self.capture.parameters, 0
+        for found in gradients_of_each(self.model, self.inputs, parameters, names, self.cotangent, limit, reduced):
             count = len(found[names[0]])
             yield slice(start, start + count), found
             start += count
