@@ -612,7 +612,7 @@ fold pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle unfold
 bfloat16 cfloat cdouble cpu cuda to_dense to_sparse coalesce sparse_mask squeeze_copy requires_grad_ retain_grad
 register_hook __deepcopy__ alias _pack_padded_sequence _pad_packed_sequence values softmin sum_to_size view_copy
 expand_copy alias_copy detach_copy __reversed__ unsafe_split_with_sizes lstm_cell gru_cell rnn_tanh_cell _sparse_mm
-_make_dual _unpack_dual
+_make_dual _unpack_dual grouped_mm _grouped_mm
 """
 
 _WITHOUT_DERIVATIVE = """

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 from torch.nn.utils.stateless import _reparametrize_module
 
@@ -495,8 +496,14 @@ def couples_examples(model: nn.Module) -> bool:
 
 
 def check_differentiable(model: nn.Module) -> None:
-    """Raises ValueError where a parameter was made in inference mode, and can never have a gradient; it is named."""
+    """Raises ValueError where a parameter was made in inference mode, and can never have a gradient, or is of a lazy
+    module and not there yet; it is named."""
     for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"model: expected parameters that are there, got {name} of a lazy module, which its first forward "
+                "makes; call the model once before"
+            )
         if parameter.is_inference():
             raise ValueError(
                 f"model: expected parameters that can have a gradient, got {name}, which was made within "

@@ -620,6 +620,20 @@ def test_parameters_made_in_inference_mode_are_named() -> None:
         fastfisher.FisherPenalty(model, 0.1, every=1).backward(X20, Y4)
 
 
+def test_lazy_modules_are_named() -> None:
+    model = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(4))
+    for call in (
+        lambda: fastfisher.penalty(model, X20),
+        lambda: fastfisher.trace_fisher(model, X20),
+        lambda: fastfisher.trace_hessian(model, X20, Y4),
+        lambda: fastfisher.FisherPenalty(model, 0.1).backward(X20, Y4),
+    ):
+        with pytest.raises(ValueError, match=r"got 0\.weight of a lazy module.*call the model once"):
+            call()
+    model(X20)
+    fastfisher.FisherPenalty(model, 0.1).backward(X20, Y4)
+
+
 class Looked(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -753,3 +767,21 @@ def test_hooks_that_change_gradients_within_the_model_are_refused(place: str) ->
     assert seen, "a hook that looks is called"
     assert torch.equal(grads[0], grads[2])
     assert torch.equal(grads[1], grads[2])
+
+
+def test_data_that_are_fitted_to_the_rounding_of_the_softmax_are_said() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 4))
+    x, y = X20[:8], Y4[:8]
+    with torch.no_grad():
+        h = torch.cat([model[1](model[0](x)), torch.ones(8, 1)], 1)
+        solved = torch.linalg.pinv(h) @ (16 * F.one_hot(y, 4).float())  # margins of 16: a loss of 3e-7
+        model[2].weight.copy_(solved[:-1].T)
+        model[2].bias.copy_(solved[-1])
+    with pytest.warns(fastfisher.AccuracyWarning, match="the rounding of the softmax hides"):
+        gradient(model, fastfisher.penalty(model, x, labels=y, method="finite_difference", verify=False))
+    model, x = model.double(), x.double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fastfisher.AccuracyWarning)
+        found = gradient(model, fastfisher.penalty(model, x, labels=y, method="finite_difference"))
+    assert relative_error(found, gradient(model, fastfisher.penalty(model, x, labels=y))) < 1e-4
