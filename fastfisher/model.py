@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -521,11 +522,21 @@ def taking_gradients(model: nn.Module) -> Iterator[None]:
     """Within, gradients can be taken whatever the caller's mode: ``inference_mode`` and ``no_grad`` are left.
 
     Raises:
-        ValueError: a parameter was made in inference mode; it is named.
+        ValueError: a parameter was made in inference mode (it is named), or another thread uses the model: shifted
+            parameters stand in the modules while they are called, and two threads would take each other's.
     """
     check_differentiable(model)
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
+    lock = known_of(model).setdefault("in use", threading.RLock())
+    if not lock.acquire(blocking=False):
+        raise ValueError(
+            "model: expected one that no other thread is using in fastfisher at the same time; give each thread a copy "
+            "(copy.deepcopy)"
+        )
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -551,8 +551,8 @@ class FiniteDifference:
         ):
             warnings.warn(
                 f"step: {float(self.rho()):.1e} changed the gradient by {change:.1e} of its norm, which the rounding "
-                f"of the softmax hides: the loss is {float(self.level):.1e}, and the gradient 1 - p of a fitted example "
-                "moves in steps of that rounding. The data are fitted; use float64, or fastfisher.penalty with "
+                f"of the softmax hides: the loss is {float(self.level):.1e}, and the gradient 1 - p of a fitted "
+                "example moves in steps of that rounding. The data are fitted; use float64, or fastfisher.penalty with "
                 'method="double_backprop"',
                 AccuracyWarning,
                 stacklevel=2,
@@ -890,7 +890,8 @@ def penalty(
     trainable = trainable_parameters(model)
     chosen = chosen_names(trainable, params)
     inputs, targets = paired(model, inputs, targets, class_dim)
-    inputs, targets = map_inputs(inputs, differentiable), map_inputs(targets, differentiable)
+    inputs = map_inputs(inputs, differentiable)
+    targets = differentiable(targets) if isinstance(targets, Tensor) else targets
     check_targets(labels, targets)
     check_examples(inputs)
     if logits is not None and not (isinstance(logits, Tensor) and logits.dim() > 0):

@@ -1021,7 +1021,8 @@ class FisherPenalty:
         """The call of the model and the targets; the first forward of a kind looks for heads beside the logits."""
         given = targets
         call, targets = paired(self.model, inputs, given, self.class_dim)
-        call, targets = map_inputs(call, differentiable), map_inputs(targets, differentiable)
+        call = map_inputs(call, differentiable)
+        targets = differentiable(targets) if isinstance(targets, Tensor) else targets
         check_examples(call)
         if self.loss is not None:
             return call, targets

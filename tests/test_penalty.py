@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from typing import Any
 
@@ -785,3 +786,26 @@ def test_data_that_are_fitted_to_the_rounding_of_the_softmax_are_said() -> None:
         warnings.simplefilter("error", fastfisher.AccuracyWarning)
         found = gradient(model, fastfisher.penalty(model, x, labels=y, method="finite_difference"))
     assert relative_error(found, gradient(model, fastfisher.penalty(model, x, labels=y))) < 1e-4
+
+
+def test_one_model_in_two_threads_is_refused_and_keeps_its_parameters() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 4))
+    before, refused, done = list(model.parameters()), [], []
+
+    def work() -> None:
+        for _ in range(40):
+            try:
+                fastfisher.penalty(model, X20, labels=Y4, method="finite_difference")
+                done.append(1)
+            except ValueError as error:
+                refused.append(str(error))
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(p is q for p, q in zip(model.parameters(), before, strict=True))
+    assert done and len(done) + len(refused) == 120
+    assert all("no other thread is using" in message for message in refused)
