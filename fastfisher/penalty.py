@@ -551,8 +551,8 @@ class FiniteDifference:
         ):
             warnings.warn(
                 f"step: {float(self.rho()):.1e} changed the gradient by {change:.1e} of its norm, which the rounding "
-                f"of the softmax hides: the loss is {float(self.level):.1e}, and the gradient 1 - p of a fitted example "
-                "moves in steps of that rounding. The data are fitted; use float64, or fastfisher.penalty with "
+                f"of the softmax hides: the loss is {float(self.level):.1e}, and the gradient 1 - p of a fitted "
+                "example moves in steps of that rounding. The data are fitted; use float64, or fastfisher.penalty with "
                 'method="double_backprop"',
                 AccuracyWarning,
                 stacklevel=2,
