@@ -567,7 +567,8 @@ class FisherPenalty:
         if self.params is None:
             return frozenset(trainable)
         kept = [p for p in self.params if p.requires_grad]
-        return chosen_names(trainable, kept) if kept else frozenset()
+        sharded = self.ranks is not None and self.ranks.sharded
+        return chosen_names(trainable, kept, sharded=sharded) if kept else frozenset()
 
     def _due(self) -> bool:
         """Whether the next step recomputes R."""
@@ -713,7 +714,7 @@ class FisherPenalty:
             elif part is not logits:
                 alpha *= rows / counted_rows(logits, rows_targets)
         factor = float(examples) if self.settings.wrt == "inputs" else 1.0
-        chosen = chosen_names(trainable, self.params, sharded=self.ranks is not None and self.ranks.sharded)
+        chosen = self._chosen(trainable)
         reused: Gradients | None = None
         # An adaptive step follows the change of the gradient of all processes, which is known once it is summed.
         adaptive = share is not None and isinstance(self.settings.step, AdaptiveStep)
