@@ -564,11 +564,9 @@ class FisherPenalty:
 
     def _chosen(self, trainable: dict[str, Tensor]) -> frozenset[str]:
         """The names of the parameters in ``params``; one that is frozen meanwhile drops out."""
-        if self.params is None:
-            return frozenset(trainable)
-        kept = [p for p in self.params if p.requires_grad]
         sharded = self.ranks is not None and self.ranks.sharded
-        return chosen_names(trainable, kept, sharded=sharded) if kept else frozenset()
+        kept = None if self.params is None else [p for p in self.params if p.requires_grad]
+        return frozenset() if kept == [] else chosen_names(trainable, kept, sharded=sharded)
 
     def _due(self) -> bool:
         """Whether the next step recomputes R."""
@@ -955,6 +953,9 @@ class FisherPenalty:
         sources = {name: p for name, p in trainable.items() if name in chosen}
         if self.settings.wrt == "inputs":
             sources = {str(i): x for i, x in enumerate(input_tensors(inputs)) if x.requires_grad}
+        elif not sources:  # all of params are frozen meanwhile: R is 0, and so is its gradient
+            nothing = 0 * penalised
+            return nothing.detach().double(), nothing
         with unhooked(sources.values()):
             found = differentiable_gradients(penalised * scale, list(sources.values()))
         own = {name: real(g) / scale for name, g in zip(sources, found, strict=True) if g is not None}
@@ -993,7 +994,7 @@ class FisherPenalty:
             examples=self.examples,
             loss=self.loss is not None,
             weight=weight if self._shared is not None else None,
-            params=digest(sorted(chosen_names(trainable, self.params, sharded=sharded))),
+            params=digest(sorted(self._chosen(trainable))),
             reused=self._reused is not None,
             training=digest(name for name, module in self.model.named_modules() if module.training),
             autocast=[torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")],

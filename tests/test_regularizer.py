@@ -382,6 +382,17 @@ def test_layers_are_frozen_and_thawed_between_steps(options: dict[str, Any], par
     assert penalty.steps == 8
 
 
+@pytest.mark.parametrize("every", [1, 3])
+def test_where_all_of_params_are_frozen_the_training_loss_is_left(every: int) -> None:
+    model = mlp().double()
+    penalty = FisherPenalty(model, 0.5, params=model[0].parameters(), method="double_backprop", every=every)
+    model[0].requires_grad_(False)
+    penalty.backward(X20.double(), Y4)
+    (expected,) = torch.autograd.grad(F.cross_entropy(model(X20.double()), Y4), model[2].weight)
+    torch.testing.assert_close(model[2].weight.grad, expected)
+    assert penalty.value == 0 and model[0].weight.grad is None
+
+
 class Sparse(nn.Module):
     def __init__(self, sparse: bool) -> None:
         super().__init__()
