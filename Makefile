@@ -14,11 +14,12 @@ NATIVE := $(SOURCES) CMakeLists.txt setup.py pyproject.toml
 run: $(VENV)/built-train ## the demonstration: half-wrong labels on real digits, without and with the penalty
 	$(BIN)/python -m fastfisher.paper.noisy_digits
 
+# One thread for each process, of which there are as many as cores: more would wait for each other.
 test: $(VENV)/built-test ## the whole test suite
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 nightly: $(VENV)/built-test ## 10,000 random cases for each operator and public function, every error at every call
-	$(BIN)/python -m pytest -n auto --dist worksteal --hypothesis-profile=nightly tests/test_properties.py tests/test_fuzz.py \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --hypothesis-profile=nightly tests/test_properties.py tests/test_fuzz.py \
 	  tests/test_faults.py tests/test_everything.py
 
 # A tree of its own, so that the libraries that everything else uses stay as they are. libasan has to be there before
