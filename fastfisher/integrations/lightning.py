@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastfisher.alignment import Alignments, labels_in
-from fastfisher.integrations.tracing import TraceAtSteps
+from fastfisher.integrations._tracing import TraceAtSteps
 from fastfisher.model import Call, logits_of
 from fastfisher.regularizer import FisherPenalty
 

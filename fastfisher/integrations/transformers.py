@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastfisher.alignment import Alignments, labels_in
-from fastfisher.integrations.tracing import TraceAtSteps
+from fastfisher.integrations._tracing import TraceAtSteps
 from fastfisher.regularizer import FisherPenalty, WatchedForward
 
 try:
