@@ -405,11 +405,10 @@ def test_a_parameter_on_the_slow_path_is_named() -> None:
     class Curious(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layer, self.weight = nn.Linear(144, 3), nn.Parameter(torch.randn(3, 3, 3))
+            self.layer, self.weight = nn.Linear(144, 3), nn.Parameter(torch.randn(3, 3))
 
         def forward(self, x: Tensor) -> Tensor:
-            hidden = self.layer(x.flatten(1)).tanh()
-            return torch.einsum("na,nb,abc->nc", hidden, hidden, self.weight)
+            return torch.cdist(self.layer(x.flatten(1)).tanh(), self.weight)
 
     torch.manual_seed(0)
     model = Curious().double()
