@@ -595,8 +595,13 @@ class FiniteDifference:
         return self._norm({name: named[name].detach() for name in self.direction})
 
     def verify(self) -> None:
-        """Checks, once for a kind of batch, what each step relies on; see :meth:`check_repeatable` and
+        """Checks what each step relies on, once for a kind of batch and of step; see :meth:`check_repeatable` and
         :meth:`check_straight`."""
+        settings = self.settings
+        step = "adaptive" if isinstance(settings.step, AdaptiveStep) else settings.step
+        how = settings.frozen, settings.difference, settings.wrt, step, self.gates.full_precision
+        if not is_new_kind(self.model, self.inputs, *how):
+            return
         self.check_repeatable()
         if self.settings.frozen and not isinstance(self.settings.step, AdaptiveStep):
             self.check_straight()
@@ -968,6 +973,6 @@ def penalty(
     names = list(gradient)
     if not names:
         return loss.detach() * 0
-    if verify and is_new_kind(model, inputs, settings.frozen):
+    if verify:
         shift.verify()
     return _Penalty.apply(shift, names, *(trainable[name] for name in names))  # type: ignore[no-any-return, no-untyped-call]

@@ -84,7 +84,6 @@ from fastfisher.penalty import (
     real,
     twice_forward,
 )
-from fastfisher.repeatable import is_new_kind
 from fastfisher.rollback import undone_on_error
 from fastfisher.slow_path import warn_slow_path
 from fastfisher.twice import differentiable_gradients, second_derivatives
@@ -330,7 +329,9 @@ class FisherPenalty:
         self._differentiate: Differentiate = autograd_gradients if self.ranks is None else self.ranks.differentiate
         self.model, self.alpha, self.every, self.start = model, float(alpha), every, start
         self.mixed, self.examples, self.generator = mixed, 1 if reduction == "first" else examples, generator
-        self.loss, self.scaler, self.class_dim, self.verify = loss, scaler, class_dim, verify
+        self.loss, self.scaler, self.class_dim = loss, scaler, class_dim
+        # With parameters in shards, all processes would have to know when one of them looks.
+        self._verifies = verify and not (self.ranks is not None and self.ranks.sharded)
         self._sparse: set[int] = set()  # by id: parameters whose gradient autograd makes sparse, as .grad is then too
         self._moving: dict[tuple[bool, ...], bool] = {}  # by the modules' modes: whether a forward moves buffers
         self._met_autocast: torch.dtype | None = None  # within the model, where its caller need not know of it
@@ -555,7 +556,8 @@ class FisherPenalty:
                 at, direction = gradient_at(loss, trainable, inputs, self.settings, chosen, retain_graph=shared)
             shift = FiniteDifference(self.model, inputs, first_only, self.settings, gates, labels, at, direction, 1.0)
             shift.expected = point.logits.detach()
-            self._verify(shift, inputs)
+            if self._verifies:
+                shift.verify()
             gradient = {name: torch.zeros_like(g) for name, g in at.items()}
             self._judge(shift, shift.add_to(gradient, 1.0))
             value = shift.value
@@ -761,7 +763,8 @@ class FisherPenalty:
                 add_parts = self._shared.total if parts else None
                 shift = self._shared.difference(*arguments, direction, factor, scale, share.penalised, add_parts)
             shift.expected = expected
-            self._verify(shift, part_inputs)
+            if self._verifies:
+                shift.verify()
             value = shift.value
             if self.mixed:
 
@@ -808,11 +811,10 @@ class FisherPenalty:
         if self._few is not None and self._few < batch:
             few, rest = (take_rows(inputs, part) for part in (slice(None, self._few), slice(self._few, None)))
         modes = tuple(module.training for module in self.model.modules()) if few is not inputs else ()
-        coupled = few is not inputs and (couples_examples(self.model) or self._moves_buffers(modes))
-        if coupled and self.ranks is not None and self.ranks.sharded:
-            raise ValueError(
-                "examples: expected None with fully_shard where a forward moves buffers, as BatchNorm does"
-            )
+        sharded = self.ranks is not None and self.ranks.sharded
+        coupled = few is not inputs and (couples_examples(self.model) or (self._moves_buffers(modes) and not sharded))
+        if coupled and sharded:
+            raise ValueError("examples: expected None with fully_shard and a BatchNorm in train mode")
         # With reduction="first", the first example is as the batch's statistics make it.
         first_only = coupled and self.settings.reduction == "first"
         penalised = inputs if first_only else few
@@ -825,8 +827,10 @@ class FisherPenalty:
             return logits, self._own_forward(trainable, penalised, first_only, buffers)
         with self._record_gates(full_precision=full) as gates:
             part = call_model(self.model, penalised)
-        if first_only:
+        if first_only or (sharded and modes):
             self._note_moved(modes, gates.buffers)
+            if sharded and self._moving[modes]:  # the second forward, of the rest, would start from others
+                raise ValueError("examples: expected None with fully_shard and a forward that moves buffers")
         logits = part
         if penalised is not inputs:
             with fused_forward(self.model):
@@ -842,7 +846,8 @@ class FisherPenalty:
     def _note_moved(self, modes: tuple[bool, ...], before: dict[str, Tensor]) -> None:
         """Compares the buffers after a forward with those before it, once; on a GPU they count as moved."""
         if modes and modes not in self._moving:
-            if any(looking_waits(buffer) for buffer in before.values()):
+            sharded = self.ranks is not None and self.ranks.sharded  # there it would be refused
+            if not sharded and any(looking_waits(buffer) for buffer in before.values()):
                 self._moving[modes] = True
                 return
             pairs = ((buffer, before[name]) for name, buffer in self.model.named_buffers())
@@ -876,13 +881,6 @@ class FisherPenalty:
             return False
         self._met_autocast = gates.autocast
         return self._in_full_precision()
-
-    def _verify(self, shift: FiniteDifference, inputs: Inputs) -> None:
-        """Refuses a model whose forward cannot be repeated, when it first meets such inputs."""
-        if not self.verify or (self.ranks is not None and self.ranks.sharded):  # of which others would have to know
-            return
-        if is_new_kind(self.model, inputs, self.settings.frozen, shift.gates.full_precision):
-            shift.verify()
 
     @contextmanager
     def _record_gates(
