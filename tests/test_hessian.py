@@ -17,7 +17,7 @@ import fastfisher
 from fastfisher import SlowPathWarning, TraceEstimate, trace_hessian
 from fastfisher.hessian import LogitsForm, _agreed, logits_form
 from fastfisher.model import as_call
-from tests.networks import Hostile, Shared
+from tests.networks import Hostile, OnceDifferentiable, Shared
 
 SIGNIFICANCE = 1e-4
 
@@ -620,23 +620,13 @@ def test_complex_parameters_are_named() -> None:
     assert found.value == pytest.approx(exact, rel=1e-10)
 
 
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return 3 * ctx.saved_tensors[0] ** 2 * g
-
-
 @pytest.mark.filterwarnings("ignore::fastfisher.SlowPathWarning")
 def test_a_function_without_a_second_derivative_is_refused_with_the_way_out() -> None:
-    model, smooth = two(lambda m, x: Once.apply(m.first(x))), two(lambda m, x: m.first(x) ** 3)
+    model, smooth = two(lambda m, x: OnceDifferentiable.apply(m.first(x))), two(lambda m, x: m.first(x) ** 3)
     for hvp in ("taylor", "autograd"):
-        with pytest.raises(NotImplementedError, match=r'Once is once_differentiable.*use hvp="finite_difference"'):
+        with pytest.raises(
+            NotImplementedError, match=r'OnceDifferentiable is once_differentiable.*use hvp="finite_difference"'
+        ):
             trace_hessian(model, POINTS, LABELS, hvp=hvp)
     options: Any = {"method": "hutchinson", "probes": 4}
     a, b = (

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import fastfisher
 from fastfisher import gradient_covariance, spectrum, top_eigenvalues
 from fastfisher.layers import base
-from tests.networks import Hostile, Shared
+from tests.networks import Hostile, OnceDifferentiable, Shared
 
 IMAGES = torch.randn(7, 4, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 LABELS = torch.tensor([0, 2, 1, 1, 0, 2, 2])
@@ -314,18 +314,6 @@ def test_what_is_not_finite_is_nan() -> None:
     assert math.isnan(covariance.trace) and math.isnan(covariance.largest)
 
 
-class Cube(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return 3 * ctx.saved_tensors[0] ** 2 * g
-
-
 class Through(nn.Module):
     """A function between two layers."""
 
@@ -339,8 +327,10 @@ class Through(nn.Module):
 
 def test_a_function_without_a_second_derivative_is_refused_with_the_way_out() -> None:
     torch.manual_seed(0)
-    model = Through(Cube.apply).double()
-    with pytest.raises(NotImplementedError, match=r"Cube is once_differentiable.*use params= with the parameters of"):
+    model = Through(OnceDifferentiable.apply).double()
+    with pytest.raises(
+        NotImplementedError, match=r"OnceDifferentiable is once_differentiable.*use params= with the parameters of"
+    ):
         top_eigenvalues(model, IMAGES, LABELS)
     after = [*model.second.parameters()]
     found = top_eigenvalues(model, IMAGES, LABELS, params=after, tolerance=1e-8)
