@@ -23,6 +23,11 @@ settings.register_profile("nightly", settings.get_profile("default"), max_exampl
 settings.load_profile("default")
 
 
+def is_nightly() -> bool:
+    """Whether these are the tests of ``make nightly``, which leave nothing out."""
+    return settings.get_current_profile_name() == "nightly"
+
+
 @pytest.fixture(scope="session")
 def torchvision() -> Any:
     """torchvision, also beside a CPU build of torch."""

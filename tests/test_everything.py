@@ -20,12 +20,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastfisher import AccuracyWarning, FisherPenalty, ops, per_example_grad_norms, trace_hessian
 from fastfisher.labels import new_key
+from tests.conftest import is_nightly
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -389,8 +389,7 @@ def verdict(name: str) -> dict[str, str]:
 @pytest.mark.parametrize("part", range(PARTS))
 def test_right_or_refused(part: int) -> None:
     chosen = names()
-    nightly = settings.get_current_profile_name() == "nightly"
-    if not nightly:
+    if not is_nightly():
         chosen = random.Random(0).sample(chosen, SAMPLE)
     wrong = {name: said for name in chosen[part::PARTS] if (said := verdict(name))}
     assert not wrong

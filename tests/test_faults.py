@@ -11,20 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 import fastfisher
-from fastfisher import FisherPenalty, convolution, gates
+from fastfisher import FisherPenalty, convolution
+from tests.conftest import is_nightly
 
-pytestmark = pytest.mark.usefixtures("one_thread", "everything_fused")
-
-
-@pytest.fixture
-def everything_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks as small as these take our own kernels, too."""
-    monkeypatch.setattr(gates, "FUSED_ELEMENTS", 0)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Faulty(TorchDispatchMode):
@@ -216,8 +210,7 @@ def test_a_fault_at_any_call_leaves_everything(name: str, error: str) -> None:
     assert counter.calls > 20
 
     case, before = made()
-    nightly = settings.get_current_profile_name() == "nightly"
-    first, every = (0, 1) if nightly else (list(ERRORS).index(error), len(ERRORS))
+    first, every = (0, 1) if is_nightly() else (list(ERRORS).index(error), len(ERRORS))
     for at in range(first, counter.calls, every):
         raised = ERRORS[error]()
         try:

@@ -35,6 +35,7 @@ from fastfisher.training.measurements import (
     BELOW,
     MEASURE,
     TITLES,
+    VERIFY,
     Examples,
     Record,
     accuracies,
@@ -193,6 +194,7 @@ class Run:
             "examples": config.penalty_examples,
             "generator": torch.Generator(self.device).manual_seed(_seed(config.seed, "labels")),
             "graphs": config.graphs == "on",
+            "verify": VERIFY,
         }
         return FisherPenalty(self.model, config.alpha, **options)
 

@@ -30,6 +30,9 @@ Record = dict[str, float | int | str | None]
 
 BATCH_SIZE = 128  # memory is that of a batch, however many examples there are
 
+VERIFY = False
+"""The networks are those of :mod:`fastfisher.training.networks`, and the tests verify each of them: no run has to."""
+
 # How the record is printed; its other numbers are in the files.
 TITLES = {
     "trace_fisher": "Tr(F)",
@@ -149,7 +152,8 @@ def measure_trace_fisher(model: nn.Module, examples: Examples, generator: torch.
 
     Its standard error is that of the trace over the whole training distribution.
     """
-    return _record("trace_fisher", trace_fisher(model, examples.inputs, batch_size=BATCH_SIZE, generator=generator))
+    estimate = trace_fisher(model, examples.inputs, batch_size=BATCH_SIZE, verify=VERIFY, generator=generator)
+    return _record("trace_fisher", estimate)
 
 
 def measure_trace_hessian(model: nn.Module, examples: Examples, generator: torch.Generator) -> Record:
@@ -179,7 +183,7 @@ def measure_grad_norms(model: nn.Module, examples: Examples, generator: torch.Ge
     A replaced label may be the true one by chance, so of C classes at least 1/C of the noisy examples look clean.
     """
     parts = zip(torch.split(examples.inputs, BATCH_SIZE), torch.split(examples.labels, BATCH_SIZE), strict=True)
-    norms = torch.cat([per_example_grad_norms(model, inputs, labels=labels) for inputs, labels in parts])
+    norms = torch.cat([per_example_grad_norms(model, inputs, labels=labels, verify=VERIFY) for inputs, labels in parts])
     clean, noisy = norms[~examples.noisy], norms[examples.noisy]
     record: Record = {}
     for name, (value, error) in {
@@ -202,7 +206,7 @@ def measure_gradient_covariance(model: nn.Module, examples: Examples, generator:
 
     ``gradient_covariance_smallest`` is None where there is none, as for a single example.
     """
-    found = gradient_covariance(model, (examples.inputs, examples.labels), generator=generator)
+    found = gradient_covariance(model, (examples.inputs, examples.labels), verify=VERIFY, generator=generator)
     return {
         "gradient_covariance_trace": found.trace,
         "gradient_covariance_largest": found.largest,
@@ -250,8 +254,9 @@ def measure_trace_fisher_batch(model: nn.Module, examples: Examples, generator: 
     Of the first B = ``batch_size`` examples, or of all if they are fewer: what FP penalises (supplement C).
     """
     size = min(examples.batch_size, len(examples.labels))
+    inputs = examples.inputs[:size]
     found = trace_fisher(
-        model, examples.inputs[:size], labels="sampled", batch_size=size, minibatch=True, generator=generator
+        model, inputs, labels="sampled", batch_size=size, minibatch=True, verify=VERIFY, generator=generator
     )
     return {"trace_fisher_batch": found.minibatch}
 
@@ -266,7 +271,7 @@ def measure_minibatch_covariance(model: nn.Module, examples: Examples, generator
     if len(examples.labels) < 2 * examples.batch_size:
         return dict.fromkeys(names)
     found = gradient_covariance(
-        model, (examples.inputs, examples.labels), batch_size=examples.batch_size, generator=generator
+        model, (examples.inputs, examples.labels), batch_size=examples.batch_size, verify=VERIFY, generator=generator
     )
     smallest = found.smallest_nonzero if found.eigenvalues else None
     return dict(zip(names, (found.trace, found.largest, smallest), strict=True))

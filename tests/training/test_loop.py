@@ -272,6 +272,7 @@ def test_options_reach_the_penalty(config: TrainConfig, monkeypatch: pytest.Monk
         "mixed": False,
         "examples": 5,
         "graphs": False,
+        "verify": False,
     }
 
 

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastfisher import FisherPenalty, per_example_grad_norms
 from fastfisher.training.config import NETWORKS, NORMALISED_NETWORKS, ConfigError
+from fastfisher.training.loop import PENALTIES
 from fastfisher.training.networks import build_network
 from fastfisher.training.residual_networks import FixupBlock, WideBlock, densenet, fixup_resnet, resnet
 
@@ -53,6 +55,18 @@ def test_parameter_counts(name: str, in_channels: int, image_size: int, classes:
 def test_logits_for_other_image_sizes(name: str, image_size: int) -> None:
     network = build_network(name, in_channels=1, image_size=image_size, classes=7)
     assert network(torch.randn(2, 1, image_size, image_size)).shape == (2, 7)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_penalties_and_measurements_are_verified(name: str) -> None:
+    """As the training runs, which leave it to this test."""
+    torch.manual_seed(0)
+    network = build_network(name, in_channels=3, image_size=16, classes=10)
+    x, labels = torch.randn(8, 3, 16, 16), torch.randint(10, (8,))
+    for options in PENALTIES.values():
+        FisherPenalty(network, 0.1, **options).backward(x, labels)
+    per_example_grad_norms(network.eval(), x, labels=labels)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
