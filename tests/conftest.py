@@ -1,14 +1,18 @@
 """What tests share: how Triton runs without a GPU, and torchvision beside a CPU build of torch."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 from tests.networks import torchvision_operators
+
+Once = Callable[[str, Callable[[Path], None]], Path]
 
 # Before anything imports Triton: without a GPU its kernels run in its interpreter, on CPU tensors.
 if not torch.cuda.is_available():
@@ -51,3 +55,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Once:
+    """Makes a folder, by its name, that all processes of the session share."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base if worker_id == "master" else base.parent
+
+    def folder(name: str, make: Callable[[Path], None]) -> Path:
+        path = shared / name
+        whole = shared / f"{name}.whole"
+        with FileLock(shared / f"{name}.lock"):
+            if not whole.exists():
+                path.mkdir()
+                make(path)
+                whole.touch()
+        return path
+
+    return folder

@@ -456,10 +456,12 @@ def messages_and_bytes() -> None:
     assert step(every=1, mixed=True) == data(1, 1)
     assert step(every=1, gates="free") == data(1, 2)
     assert step(every=1, method="double_backprop") == data(1, 1)
-    assert step(every=1, labels="true", wrt="inputs") == [told, told, ("all_reduce", 8), told, ("all_reduce", size)]
+    squares = [told, ("all_reduce", 8)]
+    # Of the gradient in the inputs, and of the inputs, whose size the step has.
+    assert step(every=1, labels="true", wrt="inputs") == [told, *squares, *squares, told, ("all_reduce", size)]
     for every in (1, 10):
         assert step(every=every, scope="local") == [told, ("all_reduce", size)]
-    squares = [told, ("all_reduce", 8)]  # of the norm, and of the change
+    # Of the gradient, and of its change.
     assert step(every=1, wrap=sharded) == [told, told, told, *squares, *squares, told]
     with counting() as sent:
         fastfisher.trace_fisher(ddp(network()), X.double()[own()], batch_size=3, draws=2)

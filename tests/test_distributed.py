@@ -18,6 +18,7 @@ from fastfisher import FisherPenalty, distributed
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch was built without gloo", allow_module_level=True)
 
+from tests.conftest import Once
 from tests.distributed_worker import CASES, OF_TWO
 
 Results = dict[str, str]
@@ -40,13 +41,15 @@ def launch(processes: int, module: str, *arguments: object) -> subprocess.Comple
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 processes", "4 processes"])
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+def results(request: pytest.FixtureRequest, once: Once) -> list[Results]:
     """What each process says of each case."""
-    out = tmp_path_factory.mktemp("distributed") / "results"
-    ran = launch(request.param, "tests.distributed_worker", out)
-    found = [Path(f"{out}.{rank}") for rank in range(request.param)]
-    assert all(path.exists() for path in found), ran.stderr
-    return [json.loads(path.read_text()) for path in found]
+
+    def make(folder: Path) -> None:
+        ran = launch(request.param, "tests.distributed_worker", folder / "rank")
+        assert len(list(folder.iterdir())) == request.param, ran.stderr
+
+    folder = once(f"{request.param} processes", make)
+    return [json.loads((folder / f"rank.{rank}").read_text()) for rank in range(request.param)]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -61,12 +64,14 @@ def test_several_processes(results: list[Results], case: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(once: Once) -> Path:
     """Checkpoints of two processes."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    ran = launch(2, "tests.checkpoint_worker", "save", folder)
-    assert ran.returncode == 0, ran.stderr
-    return folder
+
+    def make(folder: Path) -> None:
+        ran = launch(2, "tests.checkpoint_worker", "save", folder)
+        assert ran.returncode == 0, ran.stderr
+
+    return once("checkpoint", make)
 
 
 @pytest.mark.parametrize("processes", [1, 3])

@@ -56,7 +56,7 @@ def trained(name: str, images: Tensor, targets: Tensor, steps: int) -> nn.Module
 def test_frozen_gates_agree_with_double_backprop(network: str, data: Any, steps: int) -> None:
     images, targets = data()
     model = trained(network, images, targets, steps)
-    x = images[:32]
+    x = images[:16]
     labels = fastfisher.sample_cross_entropy(model(x))[1]
     # The oracle in float32 has the gates of the forward in float32. In float64 a unit within rounding of 0 may have the
     # other gate, which alone is an error of up to 1e-3 (VGG-11 at initialisation on noise), whatever the method.

@@ -18,7 +18,7 @@ from fastfisher.paper.workers import Job, train_run
 from fastfisher.training.config import to_values
 from fastfisher.training.folder import RunFolder
 from tests.archives import accept_any_cifar, write_cifar, write_imagenet, write_tiny_imagenet
-from tests.paper.conftest import Once
+from tests.conftest import Once
 
 
 class Done:
