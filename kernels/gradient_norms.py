@@ -178,9 +178,11 @@ def _gram(
 
 @triton.jit(do_not_specialize=["rows", "channels", "size"])
 def _channel_products(
-    a, d, center, products, sums, rows, channels, size, COMPUTE: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr
+    a, d, center, products, sums, rows, channels, size, COMPUTE: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+    MULTIPLE: tl.constexpr,
 ):  # fmt: skip
     """Per row of a and d: Σ (a - center) d and Σ d, in float64."""
+    size = size // MULTIPLE * MULTIPLE  # what the compiler may count on: loads as wide as rows are aligned
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     middle = tl.load(center + row % channels, mask=row < rows, other=0.0).to(COMPUTE)
     product, total = tl.zeros((ROWS, SIZE), tl.float64), tl.zeros((ROWS, SIZE), tl.float64)
@@ -246,9 +248,18 @@ def _at_least(size: int, least: int, most: int) -> int:
     return min(most, max(least, triton.next_power_of_2(size)))
 
 
-def channel_tile(size: int) -> tuple[int, int]:
-    """Rows and elements of a row that a program of channel_products takes at once."""
-    return (16, 32) if size <= 32 else (4, 256)
+class ChannelTile(NamedTuple):
+    """Rows and elements of a row that a program of channel_products takes at once; what divides the length of a row."""
+
+    rows: int
+    size: int
+    multiple: int
+
+
+def channel_tile(size: int) -> ChannelTile:
+    """The tile of channel_products for rows of this length."""
+    rows, width = (16, 32) if size <= 32 else (4, 256)
+    return ChannelTile(rows, width, 8 if size % 8 == 0 else 1)
 
 
 class _Layer(NamedTuple):
@@ -385,11 +396,12 @@ def channel_products(a: Tensor, d: Tensor, center: Tensor) -> tuple[Tensor, Tens
     check(fits, f"center: expected {a.shape[1]} numbers of the dtype of a, got {center.numel()}")
     products, sums = torch.zeros(2, *a.shape[:2], dtype=torch.float64, device=a.device)
     if a.numel():
-        height, width = channel_tile(a.shape[2])
+        tile = channel_tile(a.shape[2])
         with torch.cuda.device_of(a):
-            _channel_products[(triton.cdiv(products.numel(), height),)](
+            _channel_products[(triton.cdiv(products.numel(), tile.rows),)](
                 a.contiguous(), d.contiguous(), center.contiguous(), products, sums, products.numel(), a.shape[1],
-                a.shape[2], COMPUTE=_accumulate(a.dtype), ROWS=height, SIZE=width, num_warps=4,
+                a.shape[2], COMPUTE=_accumulate(a.dtype), ROWS=tile.rows, SIZE=tile.size, MULTIPLE=tile.multiple,
+                num_warps=4,
             )  # fmt: skip
     return products, sums
 
@@ -410,10 +422,10 @@ def _configurations() -> list[Configuration]:
                 shape = {"POSITIONS": tile.rows, "DEPTH": tile.depth}
                 found.append(Configuration(_gram, signature, {**constants, **shape}, tile.warps))
     for dtype, name in TYPES.items():
-        for height, width in {channel_tile(n) for n in (32, 256)}:
+        for tile in sorted({channel_tile(n) for n in (31, 32, 255, 256)}):
             signature = dict.fromkeys(["a", "d", "center"], f"*{name}")
             signature |= {"products": "*fp64", "sums": "*fp64", "rows": "i32", "channels": "i32", "size": "i32"}
-            constants = {"COMPUTE": _accumulate(dtype), "ROWS": height, "SIZE": width}
+            constants = {"COMPUTE": _accumulate(dtype), "ROWS": tile.rows, "SIZE": tile.size, "MULTIPLE": tile.multiple}
             found.append(Configuration(_channel_products, signature, constants, num_warps=4))
     return found
 

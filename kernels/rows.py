@@ -34,6 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfisher.kernels.blocks import load_block, store_block
 from fastfisher.kernels.checks import TYPES, check, check_dtype, check_key
 from fastfisher.kernels.compile import Configuration
 from fastfisher.kernels.philox import philox, uniform
@@ -141,25 +142,6 @@ def boundary(row, columns):
     start = row * columns
     before = start // 8 * 8
     return before, (start - before).to(tl.int32)
-
-
-@triton.jit
-def load_block(pointers, mask, whole, other, EVICTION: tl.constexpr):
-    """What the mask lets through; where that is the ``whole`` block, no mask keeps the loads from being wide."""
-    if whole:
-        block = tl.load(pointers, eviction_policy=EVICTION)
-    else:
-        block = tl.load(pointers, mask=mask, other=other, eviction_policy=EVICTION)
-    return block
-
-
-@triton.jit
-def store_block(pointers, block, mask, whole):
-    """The same for a block that is written, and not read again here."""
-    if whole:
-        tl.store(pointers, block, eviction_policy="evict_first")
-    else:
-        tl.store(pointers, block, mask=mask, eviction_policy="evict_first")
 
 
 # ---- the sampled cross-entropy --------------------------------------------------------------------------------------
@@ -292,7 +274,7 @@ def sample_looped(
         x = to_compute(load_block(logits + before + at, inside, whole, float("-inf"), "evict_first"))
         gradient = exponential(x - subtracted) * factor
         gradient = tl.where(at - shift == label, gradient - amount, gradient)
-        store_block(dlogits + before + at, gradient, inside, whole)
+        store_block(dlogits + before + at, gradient, inside, whole, "evict_first")
 
 
 # ---- its derivative: (p⊙v − p (p·v))·scale, with p = dlogits/scale + onehot(label) -----------------------------------
@@ -356,7 +338,7 @@ def product_looped(
         v = to_compute(load_block(vector + before + at, inside, whole, 0.0, "evict_first"))
         p = probabilities(d, inverse, at - shift, label)
         product = (p * v - p * mean) * amount.to(sums.dtype)
-        store_block(out + before + at, product, inside, whole)
+        store_block(out + before + at, product, inside, whole, "evict_first")
 
 
 # ---- the Rademacher cotangent: (√p⊙ε − p⟨√p, ε⟩)·scale ---------------------------------------------------------------
