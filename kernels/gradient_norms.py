@@ -20,7 +20,7 @@ so. bfloat16 and float16 are accumulated in float32. Tile sizes are not yet meas
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -209,7 +209,8 @@ def _accumulate(dtype: torch.dtype) -> tl.dtype:
 
 def _precision(dtype: torch.dtype, convolution: bool) -> str:
     """How float32 numbers are multiplied: as PyTorch does in such a layer. The other types have one way only."""
-    backend = torch.backends.cudnn.conv if convolution else torch.backends.cuda.matmul
+    backends: Any = torch.backends  # cudnn.conv is made when it is asked for, which mypy cannot see
+    backend = backends.cudnn.conv if convolution else backends.cuda.matmul
     return "tf32" if dtype == torch.float32 and backend.fp32_precision == "tf32" else "ieee"
 
 
@@ -429,10 +430,10 @@ def _configurations() -> list[Configuration]:
                 shape = {"POSITIONS": tile.rows, "DEPTH": tile.depth}
                 found.append(Configuration(_gram, signature, {**constants, **shape}, tile.warps))
     for dtype, name in TYPES.items():
-        for tile in sorted({channel_tile(n) for n in (31, 32, 255, 256)}):
+        for part in sorted({channel_tile(n) for n in (31, 32, 255, 256)}):
             signature = dict.fromkeys(["a", "d", "center"], f"*{name}")
             signature |= {"products": "*fp64", "sums": "*fp64", "rows": "i32", "channels": "i32", "size": "i32"}
-            constants = {"COMPUTE": _accumulate(dtype), "ROWS": tile.rows, "SIZE": tile.size, "MULTIPLE": tile.multiple}
+            constants = {"COMPUTE": _accumulate(dtype), "ROWS": part.rows, "SIZE": part.size, "MULTIPLE": part.multiple}
             found.append(Configuration(_channel_products, signature, constants, num_warps=4))
     return found
 

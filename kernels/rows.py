@@ -54,6 +54,9 @@ WIDE = (1, 2, 4, 8, 16)
 STEP_TILES = 4
 """The tiles that a step of the two passes takes."""
 STEPS = MAX_COLUMNS // (STEP_TILES * TILE)
+LOOPED_WARPS = 16
+"""The warps that take such a row. With 32, one block to a multiprocessor, none but float64's cotangent spills: which is
+faster is to be decided on a GPU. (``plan`` keeps what it has chosen: clear its cache after a change.)"""
 
 
 # ---- device functions -----------------------------------------------------------------------------------------------
@@ -210,12 +213,12 @@ def sample_resident(
     source = logits + row * columns
     column = tl.arange(0, PARTS)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     x = to_compute(tl.load(source + column, mask=column < columns, other=float("-inf")))
+    tile_word, element_word, _, _ = philox(key, first_row + row)  # while the row is on its way
     subtracted = finite(tl.max(x))
     weights = exponential(x - subtracted)
     sums = tl.sum(weights, 1)
     total = tl.sum(sums)
 
-    tile_word, element_word, _, _ = philox(key, first_row + row)
     if TILES == 1:
         label = first_above_in_groups(weights, sums, uniform(element_word, total.dtype) * total)
     else:
@@ -445,7 +448,7 @@ def plan(operator: str, dtype: torch.dtype, columns: int) -> Configuration:
     multiple = 8 if columns % 8 == 0 and columns > NARROW[-1] and dtype != torch.float64 else 1
     if columns > (NARROW[-1] if dtype == torch.float64 else WIDE[-1] * TILE):
         constants = {"STEPS": STEPS, "TILES": STEP_TILES, "WIDTH": TILE, "MULTIPLE": multiple}
-        return Configuration(looped, signature, constants, num_warps=16)
+        return Configuration(looped, signature, constants, num_warps=LOOPED_WARPS)
     width = next((width for width in NARROW if columns <= width), TILE)
     tiles = next(tiles for tiles in WIDE if columns <= tiles * width)
     size = width * (8 if dtype == torch.float64 else 4)
