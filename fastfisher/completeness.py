@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from fastfisher.autocast import autocast_dtype
 from fastfisher.capture import Capture, Known, named, random_cotangent
 from fastfisher.checkpointing import graph_nodes, refuse_reentrant
 from fastfisher.gates import RandomState
@@ -35,7 +36,7 @@ def verified_capture(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> 
     names = list(names)
     tensors = input_tensors(inputs)
     device = tensors[0].device.type
-    autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    autocast = autocast_dtype(device)
     precisions = tuple(p.dtype for p in model.parameters())
     kind = "capture", tuple(names), precisions, autocast, tuple((x.dim(), x.dtype, x.device) for x in tensors)
     sizes = tuple(x.shape for x in tensors)

@@ -14,6 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from fastfisher.autocast import autocast_dtype
 from fastfisher.model import Inputs, input_tensors, map_inputs
 
 Result = TypeVar("Result")
@@ -72,7 +73,7 @@ class CapturedSteps(Generic[Result]):
         """
         tensors = _tensors(inputs, targets)
         device = tensors[0].device.type
-        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        autocast = autocast_dtype(device)
         rest = repr(map_inputs(inputs, lambda x: None))  # what is no tensor is fixed in what is captured
         kind = kind, autocast, tuple((x.shape, x.stride(), x.dtype) for x in tensors), rest
         captured = self.captured.get(kind)

@@ -19,7 +19,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from fastfisher import ops
 from fastfisher.arguments import check_flags, is_number
+from fastfisher.autocast import autocast_dtype, autocast_of
 from fastfisher.batches import paired
 from fastfisher.checkpointing import REENTRANT
 from fastfisher.gates import AccuracyWarning, Gates, fused_forward, record_gates
@@ -230,12 +231,6 @@ class Settings:
     def frozen(self) -> bool:
         """Whether the shifted forward replays the gates."""
         return self.gates.frozen if isinstance(self.gates, Gates) else self.gates == "frozen"
-
-
-def autocast_of(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """A context as the caller's autocast is now, for a backward, where autograd does not restore it."""
-    enabled, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-    return lambda: torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
 def _norm(tensors: dict[str, Tensor], device: torch.device, total: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -581,9 +576,7 @@ class FiniteDifference:
         if not met:  # with free gates nothing was recorded
             met = [p.dtype for p in self.parameters.values()]
             with self.autocast():
-                if torch.is_autocast_enabled(self.device.type):
-                    met.append(torch.get_autocast_dtype(self.device.type))
-            met += [self.gates.autocast] if self.gates.autocast is not None else []
+                met += [dtype for dtype in (autocast_dtype(self.device.type), self.gates.autocast) if dtype is not None]
         found = coarsest(_real_dtype(dtype) for dtype in met)
         lower = lower_precision(self.device) if found == torch.float32 else None
         return found if lower is None else lower

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastfisher import ops
 from fastfisher.arguments import check_flags, check_generator, is_count, is_number
+from fastfisher.autocast import autocast_dtype
 from fastfisher.batches import check_own_loss, paired
 from fastfisher.convolution import saving_memory
 from fastfisher.distributed import (
@@ -867,9 +868,7 @@ class FisherPenalty:
         if settings.method != "finite_difference" or settings.step != "auto" or not settings.frozen:
             return False
         parameter = next(self.model.parameters())
-        met = self._met_autocast
-        if torch.is_autocast_enabled(parameter.device.type):
-            met = torch.get_autocast_dtype(parameter.device.type)
+        met = autocast_dtype(parameter.device.type) or self._met_autocast
         if met is None or torch.finfo(met).eps <= torch.finfo(parameter.dtype).eps:
             return False
         warn_slow_path(IN_FULL_PRECISION.format(met))
@@ -995,7 +994,7 @@ class FisherPenalty:
             params=digest(sorted(self._chosen(trainable))),
             reused=self._reused is not None,
             training=digest(name for name, module in self.model.named_modules() if module.training),
-            autocast=[torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")],
+            autocast=[autocast_dtype(kind) for kind in ("cpu", "cuda")],
             **settings,
         )
 
