@@ -261,10 +261,10 @@ def fused_forward(model: torch.nn.Module) -> Iterator[_Fused | None]:
     and the same values and gradients up to rounding.
 
     Where a module is compiled or scripted, no compiled kernel serves a tensor, or a checkpoint will run a call again,
-    PyTorch's own run as ever.
+    PyTorch's own run as ever, and so they do on other devices than the CPU.
     """
     hidden = any(is_compiled(module) or isinstance(module, torch.jit.ScriptModule) for module in model.modules())
-    if ops.UNAVAILABLE is not None or hidden:
+    if ops.UNAVAILABLE is not None or hidden or _device_of(model) != "cpu":
         yield None
     else:
         with _Fused() as fused:

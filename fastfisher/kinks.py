@@ -248,10 +248,11 @@ def _keep_sides(x: Tensor, low: Any = None, high: Any = None) -> Tensor:
 
 
 def _apply_sides(x: Tensor, sides: Tensor, low: Any = None, high: Any = None) -> Tensor:
-    if low is not None:
-        x = torch.where(sides < 0, torch.as_tensor(low, dtype=x.dtype, device=x.device), x)
-    if high is not None:
-        x = torch.where(sides > 0, torch.as_tensor(high, dtype=x.dtype, device=x.device), x)
+    for bound, beyond in ((low, sides < 0), (high, sides > 0)):
+        if isinstance(bound, Tensor):
+            x = torch.where(beyond, bound.to(x.dtype), x)
+        elif bound is not None:  # a number is an argument of the kernel; a tensor of it would be copied from the host
+            x = x.masked_fill(beyond, bound)
     return x
 
 

@@ -289,9 +289,13 @@ def ignored(logits: Tensor, targets: Any) -> Tensor | None:
     return found if looking_waits(found) or bool(found.any()) else None
 
 
+HOST = "cpu"
+"""The type of device whose values the host reads at once; a test has others wait, too."""
+
+
 def looking_waits(x: Tensor) -> bool:
     """Whether the host would wait for a value, as on a GPU, where that stalls the stream."""
-    return x.device.type != "cpu"
+    return x.device.type != HOST
 
 
 def counted_rows(logits: Tensor, targets: Any) -> int | Tensor:

@@ -158,7 +158,10 @@ class AdaptiveStep:
     def rho(self, value: float | None) -> None:
         if value is not None and not (is_number(value) and value > 0):
             raise ValueError(f"rho: expected a positive number or None, got {value!r}")
-        self._rho = None if value is None else torch.tensor(value, dtype=torch.float64)
+        if value is None or self._rho is None:
+            self._rho = None if value is None else torch.tensor(value, dtype=torch.float64)
+        else:
+            self._rho.fill_(value)  # captured steps go on reading it where it is
 
     def current(self, norm: Callable[[], Tensor], device: torch.device) -> Tensor:
         """The ρ to use, a float64 scalar on the device, where the shifted quantity has norm ``norm()``."""

@@ -30,7 +30,7 @@ from fastfisher.distributed import (
     shared_by,
 )
 from fastfisher.gates import Gates, fused_forward, record_gates
-from fastfisher.graphs import CapturedSteps, CudaCapture
+from fastfisher.graphs import CapturedSteps, CudaCapture, places
 from fastfisher.labels import (
     IGNORED,
     are_drawn,
@@ -359,7 +359,7 @@ class FisherPenalty:
             device = next(iter(trainable_parameters(model).values())).device
             if device.type != "cuda":
                 raise ValueError(f"graphs: expected False with a model on {device}; graphs are for CUDA devices")
-            self._captured = CapturedSteps(CudaCapture())
+            self._captured = CapturedSteps(model, CudaCapture(device))
         self._key: Tensor | None = None
 
     @property
@@ -611,13 +611,15 @@ class FisherPenalty:
                 raise ValueError(f"state: the reused gradient of {name!r} does not fit a parameter of the model")
         device = next(iter(trainable.values())).device
         drawn = state["key"] is not None and state["key"].tolist() != _NO_KEY
-        self._key = state["key"].to(device, copy=True) if drawn else None
+        self._key = _placed(self._key, state["key"].to(device, copy=True)) if drawn else None
         taken = state["rows"] is not None and int(state["rows"]) != _NO_ROWS
         self.steps, self._rows = state["steps"], state["rows"] if taken else None
         self.value = state["value"].to(device, copy=True) if taken else None
         # A gradient of 0 stands for that of a parameter that is not used, too: such a one keeps its .grad of None.
         reused = {n: placed_like(g, trainable[n]) for n, g in (state["reused"] or {}).items() if taken}
-        self._reused = {n: g for n, g in reused.items() if bool(local_part(g).any())} or None
+        kept = self._reused or {}
+        found = {n: _placed(kept.get(n), g) for n, g in reused.items() if bool(local_part(g).any())}
+        self._reused = found or None
         if isinstance(self.settings.step, AdaptiveStep):
             self.settings.step.rho = state["rho"]
 
@@ -658,11 +660,14 @@ class FisherPenalty:
             if id(parameter.grad) in handed_out:  # kept by the caller, to accumulate: the replay would overwrite it
                 parameter.grad = None if parameter.grad is None else parameter.grad.clone()
         modes = tuple(module.training for module in self.model.modules())
-        places = tuple(p.data_ptr() for p in trainable_parameters(self.model).values())
-        kind = *drawn, self.alpha, self._reused is None, modes, places
+        adaptive = self.settings.step._rho if isinstance(self.settings.step, AdaptiveStep) else None
+        state = places([self._key, adaptive, *(self._reused or {}).values()])
+        kind = *drawn, self.alpha, modes, tuple(self._reused or ()), state
         outcome = self._captured.run(kind, step, inputs, targets)
+        # What is handed out here and kept by the caller stays as it is when the next replay writes its own.
         value = None if outcome.value is None else outcome.value.clone()
-        return dataclasses.replace(outcome, loss=outcome.loss.clone(), value=value)
+        rows = outcome.rows.clone() if isinstance(outcome.rows, Tensor) else outcome.rows
+        return dataclasses.replace(outcome, loss=outcome.loss.clone(), value=value, rows=rows)
 
     def _plain(self, inputs: Inputs, targets: Any, scale: float | Tensor = 1.0) -> _Outcome:
         """The gradient of scale·(loss + α·(R as it was recomputed last))."""
@@ -797,10 +802,8 @@ class FisherPenalty:
                     g.mul_(ratio)
             _add(total, reused, self.alpha * scale)
             if self._captured is not None and self._reused is not None:
-                # Captured steps read it where it is.
-                for name, g in self._reused.items():
-                    g.copy_(reused[name])
-                reused = None
+                kept = self._reused  # captured steps read it where it is
+                reused = {name: kept[name].copy_(g) if name in kept else g for name, g in reused.items()}
         return _Outcome(
             own, detached, _laid_out(total, trainable, self._sparse), value, rows, reused if self.every > 1 else None
         )
@@ -910,7 +913,7 @@ class FisherPenalty:
     def _judge(self, shift: FiniteDifference, change: Tensor) -> None:
         """Adapts the step, and warns of a bad one; on a GPU, where the host would wait, of the first one only."""
         shift.adapt(change)
-        if change.device.type == "cpu" or self.value is None:
+        if not looking_waits(change) or self.value is None:
             shift.judge(change)
 
     def _share(self, logits: Tensor, targets: Any, part: Tensor, true: Tensor | None, key: Tensor | None) -> Share:
@@ -1052,6 +1055,12 @@ class FisherPenalty:
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ValueError("loss: expected a scalar tensor that depends on the logits")
         return loss
+
+
+def _placed(kept: Tensor | None, value: Tensor) -> Tensor:
+    """The value in the memory that is kept for it, if it fits there: captured steps go on reading that."""
+    fits = kept is not None and (kept.shape, kept.dtype, kept.device) == (value.shape, value.dtype, value.device)
+    return kept.copy_(value) if kept is not None and fits else value
 
 
 def _none_counts(targets: Tensor | None) -> bool:
