@@ -123,18 +123,34 @@ class Written(Rule):
 
 
 class Constant(Rule):
-    """A function whose derivative is 0 wherever it has one: sign, floor, round, …"""
+    """A function whose derivative is 0 wherever it has one: sign, floor, round, … Of complex numbers it is smooth."""
 
     def record(self, run: Run, function: Function, args: Any, kwargs: Any) -> tuple[Any, Any]:
         out = function(*args, **kwargs)
+        if out.is_complex():
+            return out, None
         return out, out.detach().clone() if names_inplace(function) else out.detach()
 
     def replay(self, run: Run, saved: Any, function: Function, args: Any, kwargs: Any) -> Any:
         out = function(*args, **kwargs)  # for its place in the graph: what autograd follows here, it followed at θ
-        if out.shape == saved.shape:
+        if saved is None or out.shape != saved.shape:
+            return out
+        if names_inplace(function):
             with torch.no_grad():
-                out.copy_(saved)
-        return out
+                return out.copy_(saved)
+        return _Valued.apply(out, saved)  # type: ignore[no-untyped-call]
+
+
+class _Valued(torch.autograd.Function):
+    """A tensor with another value in its place. It stays as it is: its backward may look at it, as that of sgn does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, None
 
 
 class StraightThrough(Rule):

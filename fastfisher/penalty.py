@@ -243,6 +243,44 @@ def _norm(tensors: dict[str, Tensor], device: torch.device, total: Callable[[Ten
     return (squared if total is None else total(squared)).sqrt()
 
 
+def plus(x: list[Tensor], factor: float | Tensor, y: list[Tensor]) -> list[Tensor]:
+    """x + factor·y, of lists, in as few calls as there are: a number where that can be had without waiting.
+
+    On a GPU the factor stays there, and the products are made first.
+    """
+    if not isinstance(factor, Tensor) or not looking_waits(factor):
+        return list(torch._foreach_add(x, y, alpha=float(factor)))
+    return list(torch._foreach_add(_times(factor, y), x))
+
+
+def add_(x: list[Tensor], factor: float | Tensor, y: list[Tensor]) -> None:
+    """x += factor·y, in place, as :func:`plus`."""
+    if not isinstance(factor, Tensor) or not looking_waits(factor):
+        torch._foreach_add_(x, y, alpha=float(factor))
+    else:
+        torch._foreach_add_(x, _times(factor, y))
+
+
+def _times(factor: Tensor, y: list[Tensor]) -> list[Tensor]:
+    dtypes = {tensor.dtype for tensor in y}
+    if len(dtypes) > 1:
+        return [tensor * factor.to(tensor.dtype) for tensor in y]
+    return list(torch._foreach_mul(y, factor.to(dtypes.pop())))
+
+
+def scaled(loss: Tensor, scale: float | Tensor) -> Tensor:
+    """The loss times the scale, which is most often 1: then it costs nothing, here and in the backward."""
+    return loss if not isinstance(scale, Tensor) and scale == 1.0 else loss * scale
+
+
+def zeros(like: Iterable[Tensor]) -> list[Tensor]:
+    """Tensors of 0, in one launch."""
+    found = [torch.empty_like(x) for x in like]
+    if found:
+        torch._foreach_zero_(found)
+    return found
+
+
 def real(x: Tensor) -> Tensor:
     """A complex tensor as pairs of its real and imaginary parts, in the same memory; any other as it is."""
     return torch.view_as_real(x) if x.is_complex() else x
@@ -317,7 +355,7 @@ class FiniteDifference:
     @property
     def value(self) -> Tensor:
         """R."""
-        return self.factor * (self.norm / self.scale).square()
+        return (self.norm * (math.sqrt(self.factor) / self.scale)).square()
 
     def add_to(self, out: dict[str, Tensor], weight: float | Tensor) -> Tensor:
         """out += weight·scale·∇R, in place, for the parameters in ``gradient``.
@@ -341,7 +379,7 @@ class FiniteDifference:
             else:  # on one side only: twice the forward difference
                 del loss, leaves
                 self._accumulate(out, *self.shifted_loss(rho), scale)
-        return torch.where(self.norm > 0, squared.sqrt() / self.size, math.nan)
+        return (squared.sqrt() / self.size).masked_fill(self.norm == 0, math.nan)
 
     def _at_finite_loss(
         self, weight: Callable[[Tensor], Tensor] | None = None, loss: Callable[[Tensor], Tensor] | None = None
@@ -351,14 +389,14 @@ class FiniteDifference:
         A guard such as ``clamp(min=eps).log()`` stays on its side when its gates are replayed; what it guards may then
         leave its domain. On a GPU the host would wait for a look: see :meth:`_accumulate`.
         """
-        start = self.rho()
+        start = rho = self.rho()
         for _ in range(_TRIES):
-            rho = self.rho()
             total, leaves = self.shifted_loss(rho, None if weight is None else weight(rho), loss)
             shorter = self._shortening(total)
             if shorter == 1.0:
                 return rho, total, leaves
             self.shorter *= shorter
+            rho = self.rho()
             del total, leaves
         warnings.warn(
             f"step: the loss at θ + ρd is not finite for ρ from {float(start):.1e} to {float(rho):.1e}: this step has "
@@ -405,8 +443,7 @@ class FiniteDifference:
             total = dict(zip(leaves, self._gradients_of(combined, leaves), strict=True))
         if found is not None:
             coefficient = weight * self.coefficient(rho)
-            for name, gradient in self.gradient.items():
-                total[name].addcmul_(gradient, -coefficient.to(gradient.dtype))
+            add_([total[name] for name in self.gradient], -coefficient, list(self.gradient.values()))
         return total
 
     @staticmethod
@@ -416,7 +453,8 @@ class FiniteDifference:
 
     def coefficient(self, rho: Tensor) -> Tensor:
         """scale·∇R = coefficient·(the difference of the gradients of scaled losses)."""
-        return self.factor * (self.norm / self.scale) * (2.0 if self.settings.difference == "forward" else 1.0) / rho
+        sides = 2.0 if self.settings.difference == "forward" else 1.0
+        return self.norm * (sides * self.factor / self.scale) / rho
 
     def rho(self) -> Tensor:
         """The length of the step: as given, or the default for the gates and the precision."""
@@ -440,8 +478,9 @@ class FiniteDifference:
         inputs = self.shifted_inputs(length)
         parameters = {name: p.detach() for name, p in self.parameters.items()}
         if self.settings.wrt == "parameters" and length is not None:
-            for name, direction in self.direction.items():
-                parameters[name] = _shifted(parameters[name], direction, length)
+            before = [parameters[name] for name in self.direction]
+            moved = plus(before, length, list(self.direction.values())) if before else []
+            parameters.update(zip(self.direction, moved, strict=True))
         # What required a gradient at θ does here: that is how the gates tell what moves.
         parameters = {n: p.detach().requires_grad_(self.parameters[n].requires_grad) for n, p in parameters.items()}
         leaves = {name: parameters[name] for name in self.gradient}
@@ -450,7 +489,7 @@ class FiniteDifference:
 
     def length(self, rho: Tensor) -> Tensor:
         """What the direction is multiplied by to have length ρ."""
-        return torch.where(self.norm > 0, rho / self.norm, 0.0)
+        return (rho / self.norm).masked_fill(self.norm == 0, 0.0)
 
     def shifted_inputs(self, length: Tensor | None) -> Any:
         """The inputs of the shifted forward."""
@@ -460,7 +499,11 @@ class FiniteDifference:
 
         def shift(x: Tensor) -> Tensor:
             direction = self.direction.get(str(next(position)))
-            x = x.detach() if direction is None or length is None else _shifted(x, direction, length)
+            x = (
+                x.detach()
+                if direction is None or length is None
+                else torch.addcmul(x.detach(), direction, length.to(x.dtype))
+            )
             return x.requires_grad_(x.is_floating_point())
 
         return map_inputs(self.inputs, shift)
@@ -482,7 +525,7 @@ class FiniteDifference:
                 total = weight.to(total.dtype) * total
             if loss is not None:
                 total = total + loss(logits)
-            return total * self.scale
+            return scaled(total, self.scale)
 
     def _accumulate(self, out: dict[str, Tensor], loss: Tensor, leaves: dict[str, Tensor], scale: Tensor) -> Tensor:
         """out += scale·(the gradient of the shifted ``loss`` − ∇ℓ(θ)); returns the squared norm of the difference.
@@ -585,9 +628,11 @@ class FiniteDifference:
         return found if lower is None else lower
 
     def _movement(self, logits: Tensor) -> Tensor | None:
-        """See ``moved``."""
-        if self.expected is None or self.settings.step != "auto" or not self.settings.frozen:
+        """See ``moved``; None where it would have to be waited for."""
+        automatic = self.expected is not None and self.settings.step == "auto" and self.settings.frozen
+        if not automatic or looking_waits(logits):
             return None
+        assert self.expected is not None
         rows = max(1, _SAMPLE // max(1, logits[0].numel()))
         away = logits[:rows].double() - self.expected[:rows].double()
         return torch.where(away.isfinite(), away, 0.0).square().mean().sqrt()
@@ -719,10 +764,6 @@ class FiniteDifference:
 
 def _real_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype.to_real() if dtype.is_complex else dtype
-
-
-def _shifted(x: Tensor, direction: Tensor, length: Tensor) -> Tensor:
-    return torch.addcmul(x.detach(), direction, length.to(x.dtype))
 
 
 # ---- the gradient at θ -----------------------------------------------------------------------------------------------

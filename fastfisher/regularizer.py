@@ -79,11 +79,14 @@ from fastfisher.penalty import (
     Method,
     Settings,
     Step,
+    add_,
     autograd_gradients,
     dense,
     gradient_at,
     real,
+    scaled,
     twice_forward,
+    zeros,
 )
 from fastfisher.rollback import undone_on_error
 from fastfisher.slow_path import warn_slow_path
@@ -559,7 +562,7 @@ class FisherPenalty:
             shift.expected = point.logits.detach()
             if self._verifies:
                 shift.verify()
-            gradient = {name: torch.zeros_like(g) for name, g in at.items()}
+            gradient = dict(zip(at, zeros(at.values()), strict=True))
             self._judge(shift, shift.add_to(gradient, 1.0))
             value = shift.value
         self.value, self._rows = value, counted_rows(rows, true)
@@ -680,7 +683,7 @@ class FisherPenalty:
                 self._all_small.add(shapes)
             targets, _ = self._fitting(logits, targets)
             loss = self._training_loss(logits, targets)
-        weighted = loss * scale
+        weighted = scaled(loss, scale)
         if self._shared is not None:
             weighted = weighted * self._shared.loss_weight(self._counted(logits, targets))
         total = self._gradients(weighted, trainable)
@@ -745,7 +748,7 @@ class FisherPenalty:
             # All activations are kept over this backward: the peak of the whole step.
             with saving_memory() if keep else nullcontext(), gates.arithmetic():
                 gradient, direction = gradient_at(
-                    penalised * scale,
+                    scaled(penalised, scale),
                     trainable,
                     part_inputs,
                     self.settings,
@@ -753,7 +756,9 @@ class FisherPenalty:
                     retain_graph=keep,
                     differentiate=self._derivatives,
                 )
-            total = gradient if same and not self.mixed else self._gradients(loss * scale, trainable) if keep else {}
+            total = (
+                gradient if same and not self.mixed else self._gradients(scaled(loss, scale), trainable) if keep else {}
+            )
             del logits, loss, part, penalised  # the first graph is not needed while the second one is built
             arguments = self.model, part_inputs, first_only, self.settings, gates, labels, gradient
             if share is None:
@@ -786,7 +791,7 @@ class FisherPenalty:
                     total[name] = torch.zeros_like(gradient[name])
                 self._judge(shift, shift.add_to(total, alpha))
             else:
-                reused = {name: torch.zeros_like(g) for name, g in gradient.items()}
+                reused = dict(zip(gradient, zeros(gradient.values()), strict=True))
                 change = shift.add_to(reused, 1.0 / scale)
                 if not adaptive:
                     self._judge(shift, change)
@@ -1093,10 +1098,7 @@ def _after_hooks(gradients: Gradients, trainable: dict[str, Tensor]) -> Gradient
 def _add(total: Gradients, gradients: Gradients, weight: float | Tensor) -> None:
     """total += weight·gradients, by name."""
     both = [name for name in gradients if name in total]
-    if isinstance(weight, Tensor):
-        for name in both:
-            total[name].addcmul_(gradients[name], weight.to(gradients[name].dtype))
-    elif both:
-        torch._foreach_add_([total[name] for name in both], [gradients[name] for name in both], alpha=weight)
+    if both:
+        add_([total[name] for name in both], weight, [gradients[name] for name in both])
     for name in gradients.keys() - total.keys():
         total[name] = gradients[name] * weight

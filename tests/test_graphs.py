@@ -14,13 +14,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
 
-from fastfisher import FisherPenalty, labels
+from fastfisher import FisherPenalty, labels, ops
 from fastfisher.graphs import WARM_UP, CapturedSteps, CudaCapture
 from fastfisher.model import known_of
 from fastfisher.penalty import AdaptiveStep
+from fastfisher.training.networks import build_network
 from tests.cpu_graphs import capture
+from tests.launches import Launches
 
 pytestmark = pytest.mark.usefixtures("one_thread", "host_that_waits")
+
+LAUNCHES = {"plain": 35, "recomputing": 139, "reusing": 36}
+"""By a step of SimpleCNN, with R recomputed every tenth step, and gradients kept apart for reuse."""
 
 X, Y = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 10
 
@@ -436,3 +441,87 @@ def test_a_capture_is_made_on_the_device_of_the_model(monkeypatch: pytest.Monkey
             ("replay", second),
         ]
     assert current == [torch.device("cuda:0")]
+
+
+def scanned(model: nn.Module, x: Tensor, y: Tensor, monkeypatch: pytest.MonkeyPatch) -> dict[str, Launches]:
+    """What a plain step, one that recomputes the penalty and one that reuses it launch, with a kernel for each of our
+    operators."""
+    monkeypatch.setattr(ops, "_compiled", lambda name, device: True)
+    monkeypatch.setattr(FisherPenalty, "_judge", lambda *_: None)  # on a GPU it looks at the first penalty alone
+    penalty = FisherPenalty(model, 0.1, every=10, verify=False)
+    penalty._penalised(x, y)  # the first one makes the key
+
+    def plain() -> None:
+        F.cross_entropy(model(x), y).backward()
+
+    found = {}
+    for name, step in (
+        ("plain", plain),
+        ("recomputing", lambda: penalty._penalised(x, y)),
+        ("reusing", lambda: penalty._plain(x, y)),
+    ):
+        model.zero_grad()
+        with Launches() as found[name]:
+            outcome = step()
+        if name == "recomputing":
+            penalty._reused = outcome.reused
+    return found
+
+
+def test_what_a_step_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device("meta"):
+        model = build_network("simple_cnn", in_channels=3, image_size=32, classes=10)
+        x, y = torch.empty(128, 3, 32, 32), torch.empty(128, dtype=torch.int64)
+    found = scanned(model, x, y, monkeypatch)
+    assert {name: launches.kernels.total() for name, launches in found.items()} == LAUNCHES, found
+    assert all(not launches.copies for launches in found.values())
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    **{
+        type(module).__name__: module
+        for module in (
+            *(nn.ReLU6(), nn.Hardtanh(-0.5, 0.7), nn.Hardsigmoid(), nn.Hardswish(), nn.LeakyReLU(), nn.ELU(alpha=1.3)),
+            *(nn.Threshold(0.1, 0.2), nn.Softshrink(), nn.Hardshrink(), nn.PReLU(6), nn.RReLU(), nn.CELU(1.2)),
+            *(nn.Dropout(0.3), nn.MaxPool1d(2, 1, 0), nn.GELU(), nn.SiLU(), nn.Softmax(1)),
+        )
+    },
+    "clamp": lambda x: x.clamp(-1, 1),
+    "clamp, below": lambda x: x.clamp(min=0.1),
+    "clip, above": lambda x: x.clip(max=2),
+    "abs": lambda x: x.abs(),
+    "maximum": lambda x: x.maximum(x * 0.5),
+    "where": lambda x: torch.where(x > 0, x, 0.1 * x),
+    "masked_fill": lambda x: x.masked_fill(x < 0, 0.0),
+    "comparison": lambda x: x * (x > 0),
+    "normalize": lambda x: F.normalize(x, p=1),
+    "sort": lambda x: x.sort(1)[0],
+    "sign": lambda x: x.sign() * x,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_nothing_is_copied_from_the_host(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph would go on reading the host's memory, whatever has become of it."""
+    function = copy.deepcopy(FUNCTIONS[name])
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.LazyLinear(3, device="cpu")
+            self.last(function(self.first(torch.randn(2, 4))))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(function(self.first(x)))
+
+    model = Model()
+    function = function.to("meta") if isinstance(function, nn.Module) else function
+    found = scanned(
+        model.to("meta"),
+        torch.empty(8, 4, device="meta"),
+        torch.empty(8, dtype=torch.int64, device="meta"),
+        monkeypatch,
+    )
+    plain = found["plain"].copies
+    assert found["recomputing"].copies.keys() <= plain.keys()
+    assert found["reusing"].copies == plain
