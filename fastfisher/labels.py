@@ -83,10 +83,52 @@ def sample_cross_entropy(
         key = new_key(generator, logits.device)
     elif generator is not None:
         raise ValueError("key and generator: expected one of them, got both")
-    rows = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
-    nll, labels, _ = ops.sample_cross_entropy(rows, key, 1.0, first)
-    loss = nll.mean() if reduction == "mean" else nll.sum() if reduction == "sum" else nll.view(logits.shape[:-1])
-    return loss, labels.view(logits.shape[:-1])
+    flat = logits.dim() == 2
+    rows = logits if flat else logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
+    transformed = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    if logits.requires_grad and torch.is_grad_enabled() and not transformed:
+        loss, labels, _ = _Sampled.apply(rows, key, first, reduction)  # type: ignore[no-untyped-call]
+    else:
+        nll, labels, _ = ops.sample_cross_entropy(rows, key, 1.0, first)
+        loss = _reduced(nll, reduction)
+    if flat:
+        return loss, labels
+    return loss.view(logits.shape[:-1]) if reduction == "none" else loss, labels.view(logits.shape[:-1])
+
+
+def _reduced(nll: Tensor, reduction: str) -> Tensor:
+    return nll.mean() if reduction == "mean" else nll.sum() if reduction == "sum" else nll
+
+
+class _Sampled(torch.autograd.Function):
+    """The drawn loss with its derivative, in less than half of the time of the operator's own, which is called from Python
+    by the dispatcher. ``torch.compile`` and ``torch.func`` take that one.
+
+    Its third output is the gradient in the logits, so that a second derivative finds its way through it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, key: Tensor, first: int, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
+        nll, labels, gradient = ops.sample_cross_entropy(rows, key, 1.0, first)
+        ctx.reduction = reduction
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(labels)
+        ctx.save_for_backward(labels, gradient)
+        return _reduced(nll, reduction), labels, gradient
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, _: None, grad_gradient: Tensor | None) -> Any:
+        labels, gradient = ctx.saved_tensors
+        grad = None
+        if grad_loss is not None:
+            if ctx.reduction == "mean":
+                grad_loss = grad_loss / len(labels)
+            factor = grad_loss.to(gradient.dtype)
+            grad = gradient * (factor[:, None] if ctx.reduction == "none" else factor)
+        if grad_gradient is not None:  # the Jacobian of softmax is symmetric
+            product = ops.softmax_hessian_product(gradient, labels, grad_gradient, 1.0)
+            grad = product if grad is None else grad + product
+        return grad, None, None, None
 
 
 def cross_entropy(
