@@ -101,8 +101,8 @@ def _reduced(nll: Tensor, reduction: str) -> Tensor:
 
 
 class _Sampled(torch.autograd.Function):
-    """The drawn loss with its derivative, in less than half of the time of the operator's own, which is called from Python
-    by the dispatcher. ``torch.compile`` and ``torch.func`` take that one.
+    """The drawn loss with its derivative, in half of the time that the operator's own takes, which is registered in
+    Python. ``torch.compile`` and ``torch.func`` take that one.
 
     Its third output is the gradient in the logits, so that a second derivative finds its way through it.
     """
