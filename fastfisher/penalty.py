@@ -537,16 +537,16 @@ class FiniteDifference:
             ValueError: the gradient is not finite although the loss is (on a CPU, where that is seen at once).
         """
         squares: list[Tensor] = []
-        usable = loss.detach().isfinite() if looking_waits(loss) else None
+        waits, level = looking_waits(loss), loss.detach()
+        if waits:  # nobody looked at the loss: a step that left its domain counts as one that changed nothing
+            scale = scale * (level - level == 0)
 
         # Neither function may hold `leaves`: the leaves hold the hooks, and would live on until the next collection.
         def add(named: dict[str, Tensor]) -> None:
             gradients = []
-            for name, leaf in named.items():  # with free gates the shifted forward may not need a parameter
+            for leaf in named.values():  # with free gates the shifted forward may not need a parameter
                 grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-                grad = grad.to_dense() if grad.is_sparse else grad
-                # Where nobody looked at the loss, a step that left the domain counts as one that changed nothing.
-                gradients.append(grad if usable is None else torch.where(usable, grad, self.gradient[name]))
+                gradients.append(grad.to_dense() if grad.is_sparse else grad)
                 leaf.grad = None
             if named:
                 there, here = [real(g) for g in gradients], [real(self.gradient[n]) for n in named]
@@ -566,7 +566,7 @@ class FiniteDifference:
                 loss.backward(inputs=list(leaves.values()))  # type: ignore[no-untyped-call]
         add({name: leaf for name, leaf in leaves.items() if name not in made})
         squared = torch.stack(squares).sum() if squares else torch.zeros_like(self.norm)
-        if usable is None and not squared.isfinite() and self.size.isfinite():
+        if not waits and not squared.isfinite() and self.size.isfinite():
             raise ValueError(
                 f"step: the gradient at θ + ρd is not finite with ρ = {float(self.rho()):.1e}, although the loss is; "
                 'take a shorter step, or method="double_backprop"'
