@@ -86,7 +86,8 @@ bench: $(VENV)/peers ## every figure of the README; writes bench/results/
 
 gpu: $(VENV)/built-test ## the tests that need a GPU, and every figure that does; writes bench/results/<device>.json
 	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
-	  $(BIN)/python -m bench.gpu; \
+	  failed=0; for call in 1 2 3 4; do $(BIN)/python -m bench.gpu --call $$call || failed=1; done; \
+	  $(BIN)/python -m bench.readme; exit $$failed; \
 	else echo "make gpu: no GPU was found ($$($(BIN)/fastfisher info | grep '^cuda')); nothing was run"; fi
 
 docs: $(VENV)/built-test ## the documentation, in build/site; a warning is an error
