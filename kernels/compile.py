@@ -1,7 +1,8 @@
 """Compiles every kernel configuration for given GPUs, with no GPU at hand, and says what each takes of a processor.
 
-A spilled register is a trip to memory in the middle of arithmetic: no shipped configuration may spill, and a test
-holds every one to that.
+A spilled register is a trip to memory in the middle of arithmetic: no shipped configuration may spill. Nor may one turn
+many pointers through shared memory, or read element by element what is aligned to 16 bytes: Triton does both without a
+word. A test holds every configuration to all three.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -42,11 +45,16 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Usage:
-    """What one thread (registers, spilled bytes) and one block (shared memory) of a compiled kernel take."""
+    """What one thread of a compiled kernel takes, and one block of threads (shared memory)."""
 
     registers: int
     spill_bytes: int
     shared_bytes: int
+    turned_pointers: int
+    """Elements of the largest tensor of pointers whose layout over the threads changes."""
+    wide_loads: int
+    """Instructions that read 16 bytes of global memory at once."""
+    wide_stores: int
 
 
 def compile_offline(configuration: Configuration, capability: int) -> Usage:
@@ -77,7 +85,15 @@ def compile_offline(configuration: Configuration, capability: int) -> Usage:
     # The line of the function: "REG:30 STACK:0 SHARED:1024 LOCAL:0 CONSTANT[0]:568 ..."; spills lie on the stack.
     function = report.split(" Function ", 1)[1]
     used = dict(field.split(":", 1) for field in function.split() if field.split(":", 1)[0] in ("REG", "STACK"))
-    return Usage(int(used["REG"]), int(used["STACK"]), compiled.metadata.shared)
+    turned = re.findall(r"ttg\.convert_layout .*: tensor<([\dx]+)x!tt\.ptr", compiled.asm["ttgir"])
+    wide = [len(re.findall(rf"{each}\.global\S*\.(?:v4\.b32|v2\.b64)", compiled.asm["ptx"])) for each in ("ld", "st")]
+    return Usage(
+        int(used["REG"]),
+        int(used["STACK"]),
+        compiled.metadata.shared,
+        max((math.prod(map(int, shape.split("x"))) for shape in turned), default=0),
+        *wide,
+    )
 
 
 def configurations(file: str) -> list[Configuration]:
@@ -96,12 +112,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fastfisher.kernels.compile", description=__doc__)
     parser.add_argument("files", nargs="*", default=sorted(set(GPU_KERNELS.values())), help="default: all")
     parser.add_argument("--capability", type=int, action="append", help="as in 90 for sm_90; default: 80, 90 and 100")
+    parser.add_argument(
+        "--without", metavar="TYPE", help="a type as Triton names it, as in fp16: leaves out what has it"
+    )
     arguments = parser.parse_args()
     jobs = [
         (file, index, capability)
         for capability in arguments.capability or CAPABILITIES
         for file in arguments.files
-        for index in range(len(configurations(file)))
+        for index, configuration in enumerate(configurations(file))
+        if arguments.without is None or arguments.without not in str(configuration)
     ]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for result in pool.map(_compile_one, *zip(*jobs, strict=True)):

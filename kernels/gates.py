@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfisher.kernels.blocks import load_block, store_block
 from fastfisher.kernels.checks import TYPES, check, check_dtype
 from fastfisher.kernels.compile import Configuration
 
@@ -41,9 +42,10 @@ def relu(x, out, bits, numel: tl.int64, BLOCK: tl.constexpr):
     word = tl.program_id(0).to(tl.int64) * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
     bit = tl.arange(0, 32)[None, :]
     place = word[:, None] * 32 + bit
-    value = tl.load(x + place, mask=place < numel, other=0.0)
+    whole = (tl.program_id(0).to(tl.int64) + 1) * BLOCK <= numel
+    value = load_block(x + place, place < numel, whole, 0.0, "")
     passes = (value > 0) | (value != value)
-    tl.store(out + place, tl.where(passes, value, 0.0), mask=place < numel)
+    store_block(out + place, tl.where(passes, value, 0.0), place < numel, whole, "")
     packed = tl.sum(passes.to(tl.int32) << bit, 1)  # of distinct powers of two: their union
     tl.store(bits + word, packed, mask=word * 32 < numel)
 
@@ -55,8 +57,10 @@ def apply(x, bits, out, numel: tl.int64, BLOCK: tl.constexpr):
     bit = tl.arange(0, 32)[None, :]
     place = word[:, None] * 32 + bit
     gates = tl.load(bits + word, mask=word * 32 < numel, other=0)
-    value = tl.load(x + place, mask=place < numel, other=0.0)
-    tl.store(out + place, tl.where(((gates[:, None] >> bit) & 1) != 0, value, 0.0), mask=place < numel)
+    whole = (tl.program_id(0).to(tl.int64) + 1) * BLOCK <= numel
+    value = load_block(x + place, place < numel, whole, 0.0, "")
+    open = ((gates[:, None] >> bit) & 1) != 0
+    store_block(out + place, tl.where(open, value, 0.0), place < numel, whole, "")
 
 
 # ---- max-pool -------------------------------------------------------------------------------------------------------
@@ -97,8 +101,9 @@ def max_pool(
             index = tl.where(larger, place, index)
     if GATED:
         index = tl.where(best <= 0, -1, index)
-    tl.store(values + output, best, mask=real)
-    tl.store(indices + output, index, mask=real)
+    whole = (tl.program_id(0).to(tl.int64) + 1) * BLOCK <= numel
+    store_block(values + output, best, real, whole, "")
+    store_block(indices + output, index, real, whole, "")
 
 
 @triton.jit(do_not_specialize=["numel", "elements", "outputs"])
@@ -106,10 +111,12 @@ def take(x, indices, out, numel: tl.int64, elements: tl.int64, outputs: tl.int64
     """Of each plane the elements at its indices: 0 at -1, NaN outside the plane."""
     plane, past, _ = planes_of(outputs, BLOCK)
     output = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    index = tl.load(indices + output, mask=output < numel, other=-1)
+    whole = (tl.program_id(0).to(tl.int64) + 1) * BLOCK <= numel
+    index = load_block(indices + output, output < numel, whole, -1, "")
     inside = (index >= 0) & (index < elements)
     value = tl.load(x + (plane + past) * elements + index, mask=inside, other=0.0)
-    tl.store(out + output, tl.where(inside | (index == -1), value, float("nan")), mask=output < numel)
+    taken = tl.where(inside | (index == -1), value, float("nan"))
+    store_block(out + output, taken, output < numel, whole, "")
 
 
 @triton.jit(do_not_specialize=["elements", "outputs"])

@@ -3,7 +3,8 @@
 An example's weight gradient is a product of two matrices, G[o, f] = Σ_t D[o, t] X[f, t]: output gradients and input
 features over the positions t. For a linear layer X is the input itself. For a convolution a feature is a tap (a channel
 and a place in the kernel), and X[f, t] is the pixel that tap f sees at position t: its address is the tap's offset plus
-the position's, so the patches are read where they lie and nothing is unfolded.
+the position's, so the patches are read where they lie and nothing is unfolded. Only the padding is written around the
+input beforehand: it costs a copy of the input, and saves each load six comparisons.
 
 Direct form: a program makes one tile of one example's G in registers, and squares and sums it there. Gram form: with
 ‖G‖² = Σ_{t,s} (X_t·X_s) (D_t·D_s), a program makes the same block of both matrices of inner products and multiplies
@@ -11,8 +12,9 @@ them; it wins where positions are few. That sum may cancel: an example whose sum
 rounding shows is done again by the direct form, whose programs look at a flag and mostly leave; the host need not know.
 
 Each program stores a partial sum in float64, and PyTorch adds those of an example in a fixed order: no atomics, the
-same bits every time. Products of float32 are IEEE's unless ``torch.backends.cuda.matmul`` allows TF32; bfloat16 and
-float16 are accumulated in float32. Tile sizes are not yet measured.
+same bits every time. Products of float32 are TF32's where PyTorch's are: in convolutions unless
+``torch.backends.cudnn.conv.fp32_precision`` says otherwise, in linear layers where ``torch.backends.cuda.matmul`` says
+so. bfloat16 and float16 are accumulated in float32. Tile sizes are not yet measured.
 """
 
 from __future__ import annotations
@@ -33,55 +35,38 @@ CANCELLATION = 16
 
 _SIZES = [
     "inputs", "outputs", "positions", "groups", "kernel", "kernel1", "kernel2", "input0", "input1", "input2",
-    "output1", "output2", "stride0", "stride1", "stride2", "padding0", "padding1", "padding2",
-    "dilation0", "dilation1", "dilation2",
+    "output1", "output2", "stride0", "stride1", "stride2", "dilation0", "dilation1", "dilation2",
 ]  # fmt: skip
 """A layer's sizes, arguments that Triton shall not compile anew for each value that is 1 or a multiple of 16."""
 
 
 @triton.jit
-def _tap(
-    f, kernel, kernel1, kernel2, input0, input1, input2, padding0, padding1, padding2, dilation0, dilation1, dilation2
+def _of_feature(
+    f, kernel, kernel1, kernel2, input0, input1, input2, dilation0, dilation1, dilation2, CONVOLUTION: tl.constexpr
 ):
-    """Where tap f lies from the corner that a position sees: in three dimensions and, with its channel, in memory."""
-    place = f % kernel
-    i = place // (kernel1 * kernel2) * dilation0 - padding0
-    j = place // kernel2 % kernel1 * dilation1 - padding1
-    k = place % kernel2 * dilation2 - padding2
-    return i, j, k, ((f // kernel * input0 + i) * input1 + j) * input2 + k
-
-
-@triton.jit
-def _corner(t, input1, input2, output1, output2, stride0, stride1, stride2):
-    """Where the pixels that position t sees begin: in three dimensions and in memory."""
-    i = t // (output1 * output2) * stride0
-    j = t // output2 % output1 * stride1
-    k = t % output2 * stride2
-    return i, j, k, (i * input1 + j) * input2 + k
-
-
-@triton.jit
-def _features(
-    a, t, f, inputs, positions, kernel, kernel1, kernel2, input0, input1, input2, output1, output2,
-    stride0, stride1, stride2, padding0, padding1, padding2, dilation0, dilation1, dilation2, CONVOLUTION: tl.constexpr,
-):  # fmt: skip
-    """X[f, t] for blocks of indices that broadcast, 0 outside: of a matrix [positions, inputs], or of patches.
-
-    The last dimension of the block should be the positions: neighbouring threads then read neighbouring pixels.
-    """
-    inside = (t < positions) & (f < inputs)
+    """A feature's share of the place in memory of X[f, t]: of tap f, how far it lies from the corner of a patch."""
     if CONVOLUTION:
-        i, j, k, corner = _corner(t, input1, input2, output1, output2, stride0, stride1, stride2)
-        di, dj, dk, tap = _tap(
-            f, kernel, kernel1, kernel2, input0, input1, input2, padding0, padding1, padding2,
-            dilation0, dilation1, dilation2,
-        )  # fmt: skip
-        i, j, k = i + di, j + dj, k + dk
-        inside &= (i >= 0) & (i < input0) & (j >= 0) & (j < input1) & (k >= 0) & (k < input2)
-        place = corner + tap
+        place = f % kernel
+        i = place // (kernel1 * kernel2) * dilation0
+        j = place // kernel2 % kernel1 * dilation1
+        k = place % kernel2 * dilation2
+        return ((f // kernel * input0 + i) * input1 + j) * input2 + k
     else:
-        place = t * inputs + f
-    return tl.load(a + place, mask=inside, other=0.0)
+        return f
+
+
+@triton.jit
+def _of_position(
+    t, inputs, input1, input2, output1, output2, stride0, stride1, stride2, CONVOLUTION: tl.constexpr
+):  # fmt: skip
+    """A position's share of the place in memory of X[f, t]: the corner of the patch that it sees."""
+    if CONVOLUTION:
+        i = t // (output1 * output2) * stride0
+        j = t // output2 % output1 * stride1
+        k = t % output2 * stride2
+        return (i * input1 + j) * input2 + k
+    else:
+        return t * inputs
 
 
 @triton.jit
@@ -104,7 +89,7 @@ def _operands(a, d, part, inputs, outputs, positions, kernel, input0, input1, in
 @triton.jit(do_not_specialize=_SIZES)
 def _direct(
     a, d, chosen, partial, inputs, outputs, positions, groups, kernel, kernel1, kernel2, input0, input1, input2,
-    output1, output2, stride0, stride1, stride2, padding0, padding1, padding2, dilation0, dilation1, dilation2,
+    output1, output2, stride0, stride1, stride2, dilation0, dilation1, dilation2,
     CONVOLUTION: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr,
     OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
@@ -117,15 +102,18 @@ def _direct(
         a, d = _operands(a, d, part, inputs, outputs, positions, kernel, input0, input1, input2, CONVOLUTION)
         o = (tile // columns * OUTPUTS + tl.arange(0, OUTPUTS))[:, None]
         f = (tile % columns * INPUTS + tl.arange(0, INPUTS))[:, None]
+        # The last dimension of a block is the positions: neighbouring threads read neighbouring pixels.
+        feature = _of_feature(
+            f, kernel, kernel1, kernel2, input0, input1, input2, dilation0, dilation1, dilation2, CONVOLUTION
+        )
         product = tl.zeros((OUTPUTS, INPUTS), ACCUMULATE)
         for begin in range(0, positions, POSITIONS):
-            t = begin + tl.arange(0, POSITIONS)
-            x = _features(
-                a, t[None, :], f, inputs, positions, kernel, kernel1, kernel2, input0, input1, input2, output1,
-                output2, stride0, stride1, stride2, padding0, padding1, padding2, dilation0, dilation1, dilation2,
-                CONVOLUTION,
+            t = (begin + tl.arange(0, POSITIONS))[None, :]
+            position = _of_position(
+                t, inputs, input1, input2, output1, output2, stride0, stride1, stride2, CONVOLUTION
             )  # fmt: skip
-            y = _gradients(d, t[None, :], o, outputs, positions, CONVOLUTION)
+            x = tl.load(a + (feature + position), mask=(f < inputs) & (t < positions), other=0.0)
+            y = _gradients(d, t, o, outputs, positions, CONVOLUTION)
             product = tl.dot(y, tl.trans(x), product, input_precision=PRECISION, out_dtype=ACCUMULATE)
         product = product.to(tl.float64)
         tl.store(partial + program, tl.sum(product * product))
@@ -134,7 +122,7 @@ def _direct(
 @triton.jit(do_not_specialize=_SIZES)
 def _gram(
     a, d, partial, diagonal, inputs, outputs, positions, groups, kernel, kernel1, kernel2, input0, input1, input2,
-    output1, output2, stride0, stride1, stride2, padding0, padding1, padding2, dilation0, dilation1, dilation2,
+    output1, output2, stride0, stride1, stride2, dilation0, dilation1, dilation2,
     CONVOLUTION: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr,
     POSITIONS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -149,38 +137,40 @@ def _gram(
     row, column = block // blocks, block % blocks
     if column >= row:
         a, d = _operands(a, d, part, inputs, outputs, positions, kernel, input0, input1, input2, CONVOLUTION)
-        t, s = row * POSITIONS + tl.arange(0, POSITIONS), column * POSITIONS + tl.arange(0, POSITIONS)
+        t = (row * POSITIONS + tl.arange(0, POSITIONS))[None, :]
+        s = (column * POSITIONS + tl.arange(0, POSITIONS))[None, :]
+        position, other_position = (
+            _of_position(t, inputs, input1, input2, output1, output2, stride0, stride1, stride2, CONVOLUTION),
+            _of_position(s, inputs, input1, input2, output1, output2, stride0, stride1, stride2, CONVOLUTION),
+        )
         of_inputs = tl.zeros((POSITIONS, POSITIONS), ACCUMULATE)
         for begin in range(0, inputs, DEPTH):
-            f = begin + tl.arange(0, DEPTH)
-            x = _features(
-                a, t[None, :], f[:, None], inputs, positions, kernel, kernel1, kernel2, input0, input1, input2, output1,
-                output2, stride0, stride1, stride2, padding0, padding1, padding2, dilation0, dilation1, dilation2,
-                CONVOLUTION,
-            )  # fmt: skip
-            other = _features(
-                a, s[None, :], f[:, None], inputs, positions, kernel, kernel1, kernel2, input0, input1, input2, output1,
-                output2, stride0, stride1, stride2, padding0, padding1, padding2, dilation0, dilation1, dilation2,
-                CONVOLUTION,
-            )  # fmt: skip
+            f = (begin + tl.arange(0, DEPTH))[:, None]
+            feature = _of_feature(
+                f, kernel, kernel1, kernel2, input0, input1, input2, dilation0, dilation1, dilation2, CONVOLUTION
+            )
+            x = tl.load(a + (feature + position), mask=(f < inputs) & (t < positions), other=0.0)
+            other = tl.load(a + (feature + other_position), mask=(f < inputs) & (s < positions), other=0.0)
             of_inputs = tl.dot(tl.trans(x), other, of_inputs, input_precision=PRECISION, out_dtype=ACCUMULATE)
         of_outputs = tl.zeros((POSITIONS, POSITIONS), ACCUMULATE)
         for begin in range(0, outputs, DEPTH):
-            o = begin + tl.arange(0, DEPTH)
-            y = _gradients(d, t[None, :], o[:, None], outputs, positions, CONVOLUTION)
-            other = _gradients(d, s[None, :], o[:, None], outputs, positions, CONVOLUTION)
+            o = (begin + tl.arange(0, DEPTH))[:, None]
+            y = _gradients(d, t, o, outputs, positions, CONVOLUTION)
+            other = _gradients(d, s, o, outputs, positions, CONVOLUTION)
             of_outputs = tl.dot(tl.trans(y), other, of_outputs, input_precision=PRECISION, out_dtype=ACCUMULATE)
         products = of_inputs.to(tl.float64) * of_outputs.to(tl.float64)
         total = tl.sum(products)
         tl.store(partial + program, tl.where(column > row, 2 * total, total))
-        tl.store(diagonal + program, tl.sum(tl.where(t[:, None] == s[None, :], products, 0.0)))
+        tl.store(diagonal + program, tl.sum(tl.where(tl.trans(t) == s, products, 0.0)))
 
 
 @triton.jit(do_not_specialize=["rows", "channels", "size"])
 def _channel_products(
-    a, d, center, products, sums, rows, channels, size, COMPUTE: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr
+    a, d, center, products, sums, rows, channels, size, COMPUTE: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+    MULTIPLE: tl.constexpr,
 ):  # fmt: skip
     """Per row of a and d: Σ (a - center) d and Σ d, in float64."""
+    size = size // MULTIPLE * MULTIPLE  # what the compiler may count on: loads as wide as rows are aligned
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     middle = tl.load(center + row % channels, mask=row < rows, other=0.0).to(COMPUTE)
     product, total = tl.zeros((ROWS, SIZE), tl.float64), tl.zeros((ROWS, SIZE), tl.float64)
@@ -202,9 +192,10 @@ def _accumulate(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """How float32 numbers are multiplied; the other types have one way only."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+def _precision(dtype: torch.dtype, convolution: bool) -> str:
+    """How float32 numbers are multiplied: as PyTorch does in such a layer. The other types have one way only."""
+    backend = torch.backends.cudnn.conv if convolution else torch.backends.cuda.matmul
+    return "tf32" if dtype == torch.float32 and backend.fp32_precision == "tf32" else "ieee"
 
 
 class Tile(NamedTuple):
@@ -246,9 +237,18 @@ def _at_least(size: int, least: int, most: int) -> int:
     return min(most, max(least, triton.next_power_of_2(size)))
 
 
-def channel_tile(size: int) -> tuple[int, int]:
-    """Rows and elements of a row that a program of channel_products takes at once."""
-    return (16, 32) if size <= 32 else (4, 256)
+class ChannelTile(NamedTuple):
+    """Rows and elements of a row that a program of channel_products takes at once; what divides the length of a row."""
+
+    rows: int
+    size: int
+    multiple: int
+
+
+def channel_tile(size: int) -> ChannelTile:
+    """The tile of channel_products for rows of this length."""
+    rows, width = (16, 32) if size <= 32 else (4, 256)
+    return ChannelTile(rows, width, 8 if size % 8 == 0 else 1)
 
 
 class _Layer(NamedTuple):
@@ -263,19 +263,17 @@ class _Layer(NamedTuple):
     input_sizes: tuple[int, int, int] = (1, 1, 1)
     output_sizes: tuple[int, int] = (1, 1)
     stride: tuple[int, int, int] = (1, 1, 1)
-    padding: tuple[int, int, int] = (0, 0, 0)
     dilation: tuple[int, int, int] = (1, 1, 1)
 
     def arguments(self) -> list[int]:
         return [
-            *self[:5], *self.kernel_sizes, *self.input_sizes, *self.output_sizes, *self.stride, *self.padding,
-            *self.dilation,
+            *self[:5], *self.kernel_sizes, *self.input_sizes, *self.output_sizes, *self.stride, *self.dilation,
         ]  # fmt: skip
 
 
 def _direct_norms(a: Tensor, d: Tensor, layer: _Layer, convolution: bool, chosen: Tensor) -> Tensor:
     """‖G‖² of each chosen example, and anything for the others."""
-    precision = _precision(a.dtype)
+    precision = _precision(a.dtype, convolution)
     tile = direct_tile(a.dtype, precision, layer.inputs, layer.outputs)
     tiles = layer.groups * triton.cdiv(layer.outputs, tile.rows) * triton.cdiv(layer.inputs, tile.columns)
     partial = torch.empty(len(a), tiles, dtype=torch.float64, device=a.device)
@@ -291,7 +289,7 @@ def _norms(a: Tensor, d: Tensor, layer: _Layer, convolution: bool, gram: bool) -
     """‖G‖² of each example."""
     if not gram:
         return _direct_norms(a, d, layer, convolution, torch.ones(len(a), dtype=torch.bool, device=a.device))
-    precision = _precision(a.dtype)
+    precision = _precision(a.dtype, convolution)
     tile = gram_tile(a.dtype, precision, layer.positions)
     blocks = layer.groups * triton.cdiv(layer.positions, tile.rows) ** 2
     partial, diagonal = torch.zeros(2, len(a), blocks, dtype=torch.float64, device=a.device)
@@ -362,14 +360,19 @@ def grad_sqnorm_conv(
     for n, k, s, p, m, out in zip(size, kernel3, stride3, padding3, dilation3, output, strict=True):
         fits = min(k, s, m, out) >= 1 and p >= 0 and (out - 1) * s + (k - 1) * m + 1 <= n + 2 * p
         check(fits, "d: its size does not fit the input, kernel, stride, padding and dilation")
+    padded = tuple(n + 2 * p for n, p in zip(size, padding3, strict=True))
+    check(a.shape[1] * math.prod(padded) < 2**31, "a: expected fewer than 2^31 elements an example, with its padding")
     layer = _Layer(
         a.shape[1] // groups * math.prod(kernel3), d.shape[1] // groups, math.prod(output), groups, math.prod(kernel3),
-        kernel3[1:], size, output[1:], stride3, padding3, dilation3,
+        kernel3[1:], padded, output[1:], stride3, dilation3,
     )  # fmt: skip
     bias = d.flatten(2).sum(2, dtype=torch.float64).square().sum(1)
     if 0 in (len(a), layer.inputs, layer.outputs):
         return torch.zeros_like(bias), bias
     with torch.cuda.device_of(a):
+        # The padding is written once, so that no load has to ask whether it is inside.
+        around = [p for p in reversed(padding) for _ in range(2)]
+        a = torch.nn.functional.pad(a, around) if any(padding) else a
         return _norms(a.contiguous(), d.contiguous(), layer, True, gram), bias
 
 
@@ -385,11 +388,12 @@ def channel_products(a: Tensor, d: Tensor, center: Tensor) -> tuple[Tensor, Tens
     check(fits, f"center: expected {a.shape[1]} numbers of the dtype of a, got {center.numel()}")
     products, sums = torch.zeros(2, *a.shape[:2], dtype=torch.float64, device=a.device)
     if a.numel():
-        height, width = channel_tile(a.shape[2])
+        tile = channel_tile(a.shape[2])
         with torch.cuda.device_of(a):
-            _channel_products[(triton.cdiv(products.numel(), height),)](
+            _channel_products[(triton.cdiv(products.numel(), tile.rows),)](
                 a.contiguous(), d.contiguous(), center.contiguous(), products, sums, products.numel(), a.shape[1],
-                a.shape[2], COMPUTE=_accumulate(a.dtype), ROWS=height, SIZE=width, num_warps=4,
+                a.shape[2], COMPUTE=_accumulate(a.dtype), ROWS=tile.rows, SIZE=tile.size, MULTIPLE=tile.multiple,
+                num_warps=4,
             )  # fmt: skip
     return products, sums
 
@@ -410,10 +414,10 @@ def _configurations() -> list[Configuration]:
                 shape = {"POSITIONS": tile.rows, "DEPTH": tile.depth}
                 found.append(Configuration(_gram, signature, {**constants, **shape}, tile.warps))
     for dtype, name in TYPES.items():
-        for height, width in {channel_tile(n) for n in (32, 256)}:
+        for tile in sorted({channel_tile(n) for n in (31, 32, 255, 256)}):
             signature = dict.fromkeys(["a", "d", "center"], f"*{name}")
             signature |= {"products": "*fp64", "sums": "*fp64", "rows": "i32", "channels": "i32", "size": "i32"}
-            constants = {"COMPUTE": _accumulate(dtype), "ROWS": height, "SIZE": width}
+            constants = {"COMPUTE": _accumulate(dtype), "ROWS": tile.rows, "SIZE": tile.size, "MULTIPLE": tile.multiple}
             found.append(Configuration(_channel_products, signature, constants, num_warps=4))
     return found
 

@@ -11,7 +11,12 @@ The floor is to read the input once and to write the result once. Three forms co
 The draw is an inverse CDF, in tiles of 1,024 columns: word 0 of the row's Philox call picks a tile by the tiles' sums,
 word 1 an element inside it. The tiles' running sum is in float64, so that all 32 bits of word 0 count; in a tile,
 float32 tells 1,024 elements apart. A tile that was picked out of several is read once more, from the cache: this costs
-less than a running sum of the whole row. Sums are trees of fixed shape: a row's result depends on nothing but the row.
+less than a running sum of the whole row. Where it starts has to be a scalar: added to a tensor of one element, it makes
+a tensor of 1,024 pointers that Triton 3.6 turns through shared memory, in 4,600 instructions. In a row of one tile the
+running sum has two levels. Sums are trees of fixed shape: a row's result depends on nothing but the row.
+
+Rows of a multiple of 8 columns begin at multiples of 16 bytes and are read and written in such words. Other rows of two
+passes begin their blocks at the boundary before the row; only their first and last block need a mask.
 
 A row without a softmax (NaN, +inf, or nothing above -inf) cannot be reported without stalling the stream: its loss and
 gradient are NaN and its label is -1.
@@ -29,6 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfisher.kernels.blocks import load_block, store_block
 from fastfisher.kernels.checks import TYPES, check, check_dtype, check_key
 from fastfisher.kernels.compile import Configuration
 from fastfisher.kernels.philox import philox, uniform
@@ -41,7 +47,9 @@ NARROW = (16, 128, 512)
 """The widths to which rows below a tile are padded."""
 NARROW_BYTES = 2048
 """How much of such rows a warp computes with."""
-WIDE = (1, 4, 16)
+GROUP = tl.constexpr(128)
+"""Columns per group of the search in a row of one tile."""
+WIDE = (1, 2, 4, 8, 16)
 """The numbers of tiles to which longer rows are padded, a warp each."""
 STEP_TILES = 4
 """The tiles that a step of the two passes takes."""
@@ -61,33 +69,132 @@ def to_compute(x):
 
 
 @triton.jit
+def exponential(x):
+    """exp(x) for x up to 0, to 1 + |x| / 43 units in the last place and the error of the GPU's exp2.
+
+    ``tl.exp`` is 2^y with y = x log2(e) rounded, which alone costs up to |x| / 2 units: the same error for all columns
+    that share a logit, so the sum of a row does not average it out. Here the remainder of that rounding, exact in a
+    fused multiply-add, is put back to first order.
+    """
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        x = tl.maximum(x, -200.0, propagate_nan=tl.PropagateNan.ALL)  # 0 from there on; the remainder of -inf is NaN
+        power = x * 1.4426950408889634
+        weight = tl.exp2(power)
+        return tl.fma(weight, tl.fma(power, -0.6931471805599453, x), weight)
+
+
+@triton.jit
+def quotient(x, y):
+    """x / y correctly rounded, which `/` is in float64 only: in float32 it errs by 2 units in the last place."""
+    if y.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.math.div_rn(x, y)
+
+
+@triton.jit
 def finite(maximum):
     """What to subtract from a row or tile before the exponential: where all is masked, 0 in place of -inf."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
 @triton.jit
-def first_above(weights, u):
-    """Per row of ``weights``, the first index whose running sum exceeds u times the total; never one of zero weight.
+def first_above(weights, target):
+    """In the last dimension, the first index whose running sum exceeds the target; never one of zero weight.
 
     A running sum made in parallel may fall by a rounding error where a weight is 0: the weights themselves are asked.
     Where rounding leaves nothing above the target, it is the last index of positive weight.
     """
-    size: tl.constexpr = weights.shape[1]
-    index = tl.arange(0, size)[None, :]
-    above = tl.cumsum(weights, 1) > (u * tl.sum(weights, 1))[:, None]
+    axis: tl.constexpr = len(weights.shape) - 1
+    size: tl.constexpr = weights.shape[axis]
+    index = tl.arange(0, size)
+    above = tl.cumsum(weights, axis) > target
     order = tl.where(above, index, 2 * size - index)  # the others come after all that are above, the last one first
-    first = tl.min(tl.where(weights > 0, order, 2 * size), 1)
+    first = tl.min(tl.where(weights > 0, order, 2 * size), axis)
     return tl.where(first < size, first, 2 * size - first)
 
 
 @triton.jit
-def draw(tile_sums, words):
-    """The tile that word 0 picks for each row, by its tiles' sums."""
-    return first_above(tile_sums.to(tl.float64), uniform(words, tl.float64))
+def first_above_in_groups(weights, sums, target):
+    """The same over all of ``weights[groups, size]`` in turn, whose groups have these sums.
+
+    The running sum is that of the groups, then that of one group: an addition for each element, not a step of a scan.
+    """
+    group_index = tl.arange(0, weights.shape[0])
+    group = first_above(sums, target)
+    before = tl.sum(tl.where(group_index < group, sums, 0.0))
+    chosen = tl.sum(tl.where((group_index == group)[:, None], weights, 0.0), 0)  # a sum of one: a choice
+    return group * weights.shape[1] + first_above(chosen, target - before)
+
+
+@triton.jit
+def tile_of(tile_sums, word):
+    """The tile that word 0 picks by the tiles' sums."""
+    tile_sums = tile_sums.to(tl.float64)
+    return first_above(tile_sums, uniform(word, tl.float64) * tl.sum(tile_sums))
+
+
+@triton.jit
+def boundary(row, columns):
+    """The last multiple of 8 elements at or before a row's start, so that 16 bytes are read at once; how far before."""
+    start = row * columns
+    before = start // 8 * 8
+    return before, (start - before).to(tl.int32)
 
 
 # ---- the sampled cross-entropy --------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["first_row", "rows", "columns"])
+def sample_narrow(
+    logits, key, first_row: tl.int64, nll, labels, dlogits, rows: tl.int64, columns: tl.int32, scale: tl.float64,
+    ROWS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr, MULTIPLE: tl.constexpr,
+):  # fmt: skip
+    """Draw, loss and gradient of ROWS rows of at most WIDTH columns."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    source = logits + row * columns
+    column = tl.arange(0, WIDTH)[None, :]
+    real = row < rows
+    inside = real[:, None] & (column < columns)
+    x = to_compute(tl.load(source[:, None] + column, mask=inside, other=float("-inf")))
+    subtracted = finite(tl.max(x, 1))
+    weights = exponential(x - subtracted[:, None])
+    total = tl.sum(weights, 1)
+    good = total > 0  # NaN for NaN and +inf, 0 where everything is -inf
+
+    _, word, _, _ = philox(key, first_row + row)
+    label = first_above(weights, (uniform(word, total.dtype) * total)[:, None])
+
+    logit = to_compute(tl.load(source + label, mask=real & (label < columns), other=0.0))
+    tl.store(nll + row, tl.where(good, tl.log(total) + (subtracted - logit), float("nan")), mask=real)
+    tl.store(labels + row, tl.where(good, label, -1).to(tl.int64), mask=real)
+    amount = tl.full([ROWS], scale, tl.float64).to(total.dtype)
+    factor = tl.where(good, quotient(amount, total), float("nan"))
+    gradient = weights * factor[:, None]
+    gradient = tl.where(column == label[:, None], gradient - amount[:, None], gradient)
+    tl.store((dlogits + row * columns)[:, None] + column, gradient, mask=inside)
+
+
+@triton.jit
+def store_outcome(source, nll, labels, row, columns, total, subtracted, label):
+    """Writes the loss and label of a row, and tells whether it has a softmax."""
+    good = total > 0
+    logit = to_compute(tl.load(source + label, mask=label < columns, other=0.0))
+    tl.store(nll + row, tl.where(good, tl.log(total) + (subtracted - logit), float("nan")))
+    tl.store(labels + row, tl.where(good, label, -1).to(tl.int64))
+    return good
+
+
+@triton.jit
+def label_in_tile(source, tile, columns, subtracted, word, WIDTH: tl.constexpr):
+    """The column that word 1 picks in a tile. The tile's start is a scalar: see the head of this file."""
+    start = tile * WIDTH
+    column = start + tl.arange(0, WIDTH)
+    chosen = to_compute(tl.load(source + column, mask=column < columns, other=float("-inf")))
+    weights = exponential(chosen - subtracted)
+    return start + first_above(weights, uniform(word, weights.dtype) * tl.sum(weights))
 
 
 @triton.jit(do_not_specialize=["first_row", "rows", "columns"])
@@ -95,40 +202,31 @@ def sample_resident(
     logits, key, first_row: tl.int64, nll, labels, dlogits, rows: tl.int64, columns: tl.int32, scale: tl.float64,
     ROWS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr, MULTIPLE: tl.constexpr,
 ):  # fmt: skip
-    """Draw, loss and gradient of ROWS rows that stay in registers, each of TILES tiles of WIDTH columns."""
+    """Draw, loss and gradient of one row that stays in registers, of TILES tiles of WIDTH columns."""
     columns = columns // MULTIPLE * MULTIPLE  # what the compiler may count on: loads as wide as rows are aligned
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    PARTS: tl.constexpr = TILES if TILES > 1 else WIDTH // GROUP
+    SIZE: tl.constexpr = TILES * WIDTH // PARTS
+    row = tl.program_id(0).to(tl.int64)
     source = logits + row * columns
-    column = tl.arange(0, TILES)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
-    real = row < rows
-    inside = real[:, None, None] & (column < columns)
-    x = to_compute(tl.load(source[:, None, None] + column, mask=inside, other=float("-inf")))
-    largest = tl.max(tl.max(x, 2), 1)
-    subtracted = finite(largest)
-    weights = tl.exp(x - subtracted[:, None, None])
-    tile_sums = tl.sum(weights, 2)
-    total = tl.sum(tile_sums, 1)
-    good = total > 0  # NaN for NaN and +inf, 0 where everything is -inf
+    column = tl.arange(0, PARTS)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    x = to_compute(tl.load(source + column, mask=column < columns, other=float("-inf")))
+    subtracted = finite(tl.max(x))
+    weights = exponential(x - subtracted)
+    sums = tl.sum(weights, 1)
+    total = tl.sum(sums)
 
     tile_word, element_word, _, _ = philox(key, first_row + row)
     if TILES == 1:
-        first = tl.zeros_like(row).to(tl.int32)
-        candidates = tl.reshape(weights, [ROWS, WIDTH])
+        label = first_above_in_groups(weights, sums, uniform(element_word, total.dtype) * total)
     else:
-        first = draw(tile_sums, tile_word) * WIDTH
-        again = first[:, None] + tl.arange(0, WIDTH)[None, :]
-        chosen = tl.load(source[:, None] + again, mask=real[:, None] & (again < columns), other=float("-inf"))
-        candidates = tl.exp(to_compute(chosen) - subtracted[:, None])
-    label = first + first_above(candidates, uniform(element_word, total.dtype))
+        label = label_in_tile(source, tile_of(sums, tile_word), columns, subtracted, element_word, WIDTH)
 
-    logit = to_compute(tl.load(source + label, mask=real & (label < columns), other=0.0))
-    tl.store(nll + row, tl.where(good, tl.log(total) + (subtracted - logit), float("nan")), mask=real)
-    tl.store(labels + row, tl.where(good, label, -1).to(tl.int64), mask=real)
-    amount = tl.full([ROWS], scale, tl.float64).to(total.dtype)
-    factor = tl.where(good, amount / total, float("nan"))
-    gradient = weights * factor[:, None, None]
-    gradient = tl.where(column == label[:, None, None], gradient - amount[:, None, None], gradient)
-    tl.store((dlogits + row * columns)[:, None, None] + column, gradient, mask=inside)
+    good = store_outcome(source, nll, labels, row, columns, total, subtracted, label)
+    amount = tl.full([1], scale, tl.float64).to(total.dtype)
+    factor = tl.where(good, quotient(amount, total), float("nan"))
+    gradient = weights * factor
+    gradient = tl.where(column == label, gradient - amount, gradient)
+    tl.store(dlogits + row * columns + column, gradient, mask=column < columns)
 
 
 @triton.jit(do_not_specialize=["first_row", "rows", "columns"])
@@ -139,8 +237,7 @@ def sample_looped(
     """Draw, loss and gradient of one row in two passes, TILES tiles of WIDTH columns at a step."""
     columns = columns // MULTIPLE * MULTIPLE
     row = tl.program_id(0).to(tl.int64)
-    rows_here = row + tl.arange(0, 1)  # as a tensor of one, as first_above and philox want it
-    source, target = logits + row * columns, dlogits + row * columns
+    source = logits + row * columns
     column = tl.arange(0, TILES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     step_index = tl.arange(0, STEPS)
     steps = tl.cdiv(columns, TILES * WIDTH)
@@ -152,32 +249,32 @@ def sample_looped(
         at = (step + 1) * TILES * WIDTH + column
         following = tl.load(source + at, mask=at < columns, other=float("-inf"))
         largest = tl.max(x)  # each step's own: rescaled once, at the end
-        sums = tl.sum(tl.exp(x - finite(largest)), 1)
+        sums = tl.sum(exponential(x - finite(largest)), 1)
         step_max = tl.where(step_index == step, largest, step_max)
         tile_sums = tl.where((step_index == step)[:, None], sums[None, :], tile_sums)
     subtracted = finite(tl.max(step_max))
-    tile_sums = tl.reshape(tile_sums * tl.exp(step_max - subtracted)[:, None], [1, STEPS * TILES])
-    total = tl.sum(tile_sums, 1)
-    good = total > 0
+    tile_sums = tl.reshape(tile_sums * exponential(step_max - subtracted)[:, None], [STEPS * TILES])
+    total = tl.sum(tile_sums)
 
-    tile_word, element_word, _, _ = philox(key, first_row + rows_here)
-    first = draw(tile_sums, tile_word) * WIDTH
-    again = first[:, None] + tl.arange(0, WIDTH)[None, :]
-    chosen = to_compute(tl.load(source + again, mask=again < columns, other=float("-inf")))
-    label = first + first_above(tl.exp(chosen - subtracted), uniform(element_word, total.dtype))
+    tile_word, element_word, _, _ = philox(key, first_row + row)
+    label = label_in_tile(source, tile_of(tile_sums, tile_word), columns, subtracted, element_word, WIDTH)
 
-    logit = to_compute(tl.load(source + label, mask=label < columns, other=0.0))
-    tl.store(nll + rows_here, tl.where(good, tl.log(total) + (subtracted - logit), float("nan")))
-    tl.store(labels + rows_here, tl.where(good, label, -1).to(tl.int64))
+    good = store_outcome(source, nll, labels, row, columns, total, subtracted, label)
     amount = tl.full([1], scale, tl.float64).to(total.dtype)
-    factor = tl.where(good, amount / total, float("nan"))
+    factor = tl.where(good, quotient(amount, total), float("nan"))
+    # Neither what is read for the last time nor what is written shall push other rows out of the cache.
+    before, shift = boundary(row, columns)
+    place = tl.arange(0, TILES * WIDTH)
+    end = shift + columns
+    steps = tl.cdiv(end, TILES * WIDTH)
     for step in tl.range(steps):
-        at = (steps - 1 - step) * TILES * WIDTH + column
-        # Neither what is read for the last time nor what is written shall push other rows out of the cache.
-        x = to_compute(tl.load(source + at, mask=at < columns, other=float("-inf"), eviction_policy="evict_first"))
-        gradient = tl.exp(x - subtracted) * factor[:, None]
-        gradient = tl.where(at == label[:, None], gradient - amount[:, None], gradient)
-        tl.store(target + at, gradient, mask=at < columns, eviction_policy="evict_first")
+        begin = (steps - 1 - step) * TILES * WIDTH
+        at = begin + place
+        whole, inside = (begin >= shift) & (begin + TILES * WIDTH <= end), (at >= shift) & (at < end)
+        x = to_compute(load_block(logits + before + at, inside, whole, float("-inf"), "evict_first"))
+        gradient = exponential(x - subtracted) * factor
+        gradient = tl.where(at - shift == label, gradient - amount, gradient)
+        store_block(dlogits + before + at, gradient, inside, whole, "evict_first")
 
 
 # ---- its derivative: (p⊙v − p (p·v))·scale, with p = dlogits/scale + onehot(label) -----------------------------------
@@ -216,26 +313,32 @@ def product_looped(
 ):  # fmt: skip
     """The product for one row in two passes, TILES * WIDTH columns at a step."""
     columns = columns // MULTIPLE * MULTIPLE
-    start = tl.program_id(0).to(tl.int64) * columns
-    column = tl.arange(0, TILES * WIDTH)
-    steps = tl.cdiv(columns, TILES * WIDTH)
-    label = tl.load(labels + tl.program_id(0))
+    row = tl.program_id(0).to(tl.int64)
+    before, shift = boundary(row, columns)
+    place = tl.arange(0, TILES * WIDTH)
+    end = shift + columns
+    steps = tl.cdiv(end, TILES * WIDTH)
+    label = tl.load(labels + row)
     amount = tl.full([1], scale, tl.float64)
     sums = to_compute(tl.zeros([TILES * WIDTH], dlogits.dtype.element_ty))
     inverse = (1.0 / amount).to(sums.dtype)
     for step in tl.range(steps):  # nothing here waits for other threads: loads run ahead by themselves
-        at = step * TILES * WIDTH + column
-        d = tl.load(dlogits + start + at, mask=at < columns, other=0.0)
-        v = tl.load(vector + start + at, mask=at < columns, other=0.0)
-        sums += probabilities(d, inverse, at, label) * to_compute(v)
+        begin = step * TILES * WIDTH
+        at = begin + place
+        whole, inside = (begin >= shift) & (begin + TILES * WIDTH <= end), (at >= shift) & (at < end)
+        d = load_block(dlogits + before + at, inside, whole, 0.0, "")
+        v = load_block(vector + before + at, inside, whole, 0.0, "")
+        sums += probabilities(d, inverse, at - shift, label) * to_compute(v)
     mean = tl.sum(sums)
     for step in tl.range(steps):
-        at = (steps - 1 - step) * TILES * WIDTH + column
-        d = tl.load(dlogits + start + at, mask=at < columns, other=0.0, eviction_policy="evict_first")
-        v = to_compute(tl.load(vector + start + at, mask=at < columns, other=0.0, eviction_policy="evict_first"))
-        p = probabilities(d, inverse, at, label)
+        begin = (steps - 1 - step) * TILES * WIDTH
+        at = begin + place
+        whole, inside = (begin >= shift) & (begin + TILES * WIDTH <= end), (at >= shift) & (at < end)
+        d = load_block(dlogits + before + at, inside, whole, 0.0, "evict_first")
+        v = to_compute(load_block(vector + before + at, inside, whole, 0.0, "evict_first"))
+        p = probabilities(d, inverse, at - shift, label)
         product = (p * v - p * mean) * amount.to(sums.dtype)
-        tl.store(out + start + at, product, mask=at < columns, eviction_policy="evict_first")
+        store_block(out + before + at, product, inside, whole, "evict_first")
 
 
 # ---- the Rademacher cotangent: (√p⊙ε − p⟨√p, ε⟩)·scale ---------------------------------------------------------------
@@ -255,17 +358,16 @@ def sign_words(key, words, first_call: tl.int64, calls: tl.int64, BLOCK: tl.cons
 
 
 @triton.jit
-def signed(x, words, column, inside):
-    """x, negated where the bit of its column is set in the row that ``words`` points to."""
+def signs(words, column, inside):
+    """Whether the sign of a column is negative: its bit in the row that ``words`` points to."""
     bits = tl.load(words + column // 32, mask=inside, other=0) >> (column % 32)
-    return tl.where((bits & 1) != 0, -x, x)
+    return (bits & 1) != 0
 
 
 @triton.jit
-def signed_root(x):
-    """The root of the magnitude of x, with the sign of x."""
-    root = tl.sqrt(tl.abs(x))
-    return tl.where(x < 0, -root, root)
+def signed(x, negative):
+    """x with the sign that it is given."""
+    return tl.where(negative, -x, x)
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])
@@ -279,14 +381,14 @@ def rademacher_resident(
     column = tl.arange(0, TILES * WIDTH)[None, :]
     inside = (row < rows) & (column < columns)
     x = to_compute(tl.load(logits + row * columns + column, mask=inside, other=float("-inf")))
-    weights = tl.exp(x - finite(tl.max(x, 1))[:, None])
+    weights = exponential(x - finite(tl.max(x, 1))[:, None])
     total = tl.sum(weights, 1)[:, None]
-    weights = signed(weights, words + row * (tl.cdiv(columns, 128) * 4), column, inside)
-    factor = tl.where(total > 0, 1.0 / total, float("nan"))
-    mean = tl.sum(signed_root(weights), 1)[:, None] * tl.sqrt(factor)
+    negative = signs(words + row * (tl.cdiv(columns, 128) * 4), column, inside)
+    factor = tl.where(total > 0, quotient(1.0, total), float("nan"))
+    mean = tl.sum(signed(tl.sqrt(weights), negative), 1)[:, None] * tl.sqrt(factor)
     amount = tl.full([ROWS, 1], scale, tl.float64).to(total.dtype)
     p = weights * factor
-    tl.store(out + row * columns + column, (signed_root(p) - tl.abs(p) * mean) * amount, mask=inside)
+    tl.store(out + row * columns + column, (signed(tl.sqrt(p), negative) - p * mean) * amount, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])
@@ -298,7 +400,7 @@ def rademacher_looped(
     columns = columns // MULTIPLE * MULTIPLE
     row = tl.program_id(0).to(tl.int64)
     source, target = logits + row * columns, out + row * columns
-    signs = words + row * (tl.cdiv(columns, 128) * 4)
+    words += row * (tl.cdiv(columns, 128) * 4)
     column = tl.arange(0, TILES * WIDTH)
     step_index = tl.arange(0, STEPS)
     steps = tl.cdiv(columns, TILES * WIDTH)
@@ -310,22 +412,22 @@ def rademacher_looped(
         here, at = step * TILES * WIDTH + column, (step + 1) * TILES * WIDTH + column
         following = tl.load(source + at, mask=at < columns, other=float("-inf"))
         largest = tl.max(x)
-        weights = tl.exp(x - finite(largest))
-        roots = signed_root(signed(weights, signs, here, here < columns))
+        weights = exponential(x - finite(largest))
+        roots = signed(tl.sqrt(weights), signs(words, here, here < columns))
         step_max = tl.where(step_index == step, largest, step_max)
         step_sums = tl.where(step_index == step, tl.sum(weights), step_sums)
         step_roots = tl.where(step_index == step, tl.sum(roots), step_roots)
     subtracted = finite(tl.max(step_max))
-    total = tl.sum(step_sums * tl.exp(step_max - subtracted))
-    factor = tl.where(total > 0, 1.0 / total, float("nan"))
+    total = tl.sum(step_sums * exponential(step_max - subtracted))
+    factor = tl.where(total > 0, quotient(1.0, total), float("nan"))
     # The root of an exponential scales by half the exponent.
-    mean = tl.sum(step_roots * tl.exp((step_max - subtracted) / 2)) * tl.sqrt(factor)
+    mean = tl.sum(step_roots * exponential((step_max - subtracted) / 2)) * tl.sqrt(factor)
     amount = tl.full([1], scale, tl.float64).to(total.dtype)
     for step in tl.range(steps):
         at = (steps - 1 - step) * TILES * WIDTH + column
         x = to_compute(tl.load(source + at, mask=at < columns, other=float("-inf"), eviction_policy="evict_first"))
-        p = signed(tl.exp(x - subtracted) * factor, signs, at, at < columns)
-        cotangent = (signed_root(p) - tl.abs(p) * mean) * amount
+        p = exponential(x - subtracted) * factor
+        cotangent = (signed(tl.sqrt(p), signs(words, at, at < columns)) - p * mean) * amount
         tl.store(target + at, cotangent, mask=at < columns, eviction_policy="evict_first")
 
 
@@ -335,7 +437,7 @@ def rademacher_looped(
 @functools.cache
 def plan(operator: str, dtype: torch.dtype, columns: int) -> Configuration:
     """The configuration in which ``operator`` takes rows of so many columns."""
-    resident, looped, arguments = _KERNELS[operator]
+    narrow, resident, looped, arguments = _KERNELS[operator]
     names = {"*T": f"*{TYPES[dtype]}", "*L": "*fp64" if dtype == torch.float64 else "*fp32"}
     types = {name: names.get(kind, kind) for name, kind in arguments.items()}
     signature = {**types, "rows": "i64", "columns": "i32", "scale": "fp64"}
@@ -350,23 +452,31 @@ def plan(operator: str, dtype: torch.dtype, columns: int) -> Configuration:
     rows = max(1, NARROW_BYTES // size) if width < TILE else 1
     constants = {"ROWS": rows, "TILES": tiles, "WIDTH": width, "MULTIPLE": multiple}
     warps = tiles if width == TILE else max(1, size // NARROW_BYTES)
-    return Configuration(resident, signature, constants, num_warps=warps)
+    return Configuration(narrow if rows > 1 else resident, signature, constants, num_warps=warps)
 
 
-_KERNELS: dict[str, tuple[Any, Any, dict[str, str]]] = {
+_KERNELS: dict[str, tuple[Any, Any, Any, dict[str, str]]] = {
     "sample_cross_entropy": (
+        sample_narrow,
         sample_resident,
         sample_looped,
         {"logits": "*T", "key": "*i64", "first_row": "i64", "nll": "*L", "labels": "*i64", "dlogits": "*T"},
     ),
     "softmax_hessian_product": (
         product_resident,
+        product_resident,
         product_looped,
         {"dlogits": "*T", "labels": "*i64", "vector": "*T", "out": "*T"},
     ),
-    "rademacher_cotangent": (rademacher_resident, rademacher_looped, {"logits": "*T", "words": "*i32", "out": "*T"}),
+    "rademacher_cotangent": (
+        rademacher_resident,
+        rademacher_resident,
+        rademacher_looped,
+        {"logits": "*T", "words": "*i32", "out": "*T"},
+    ),
 }
-"""The two kernels of each operator and what they take: "*T" points to the dtype of the rows, "*L" to that of a loss."""
+"""The kernels of each operator, for several rows, one row and a row in passes, and what they take: "*T" points to the
+dtype of the rows, "*L" to that of a loss."""
 
 _SIGN_CALLS = 256
 _SIGNS = Configuration(

@@ -17,6 +17,9 @@ begin anywhere in a group. Tiles therefore follow the groups, not the tensors: t
 are partly masked, and no element waits for another thread's word. A block is laid out with the calls of a group side by
 side, so that a thread that holds one column makes one call for all of it: 32 signs, or 4 normal numbers.
 
+Widths. axpy_diff and sum_squares take whole tiles of tensors that begin at multiples of 16 bytes in 16-byte words, and
+others element by element. Where probes are, a thread that held neighbouring elements would have to make four calls.
+
 The sums. Each program adds what it sees in float64 and stores it; the partial sums are then added by PyTorch, in an
 order that depends on their number alone. There are no atomics: the bits are the same every time.
 
@@ -200,38 +203,77 @@ def _probe_dot(layout, addresses, tensors, key, partial, DTYPE: tl.constexpr, GA
     tl.store(partial + tl.program_id(0), tl.sum(sums))
 
 
+@triton.jit
+def _pointer(address, WHOLE: tl.constexpr, DTYPE: tl.constexpr):
+    """The tensor at an address, which for a whole tile is a multiple of 16: then the compiler is told so."""
+    pointer = address.to(tl.pointer_type(DTYPE))
+    if WHOLE:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _load(x, places, high, WHOLE: tl.constexpr):
+    if WHOLE:
+        return tl.load(x + places)
+    else:
+        return tl.load(x + places, mask=places < high, other=0.0)
+
+
+@triton.jit
+def _axpy_diff_tile(
+    out, a, b, factor, begin, end, size, WHOLE: tl.constexpr, DTYPE: tl.constexpr, COMPUTE: tl.constexpr
+):
+    """One tile of _axpy_diff, whose tensors lie at these addresses: the sum over it."""
+    out, a, b = _pointer(out, WHOLE, DTYPE), _pointer(a, WHOLE, DTYPE), _pointer(b, WHOLE, DTYPE)
+    sums = tl.zeros((SIGNS,), tl.float64)
+    for block in range(begin, end):
+        places = block * SIGNS + tl.arange(0, SIGNS)
+        difference = _load(a, places, size, WHOLE).to(COMPUTE) - _load(b, places, size, WHOLE).to(COMPUTE)
+        target = (_load(out, places, size, WHOLE).to(COMPUTE) + factor * difference).to(DTYPE)
+        if WHOLE:
+            tl.store(out + places, target)
+        else:
+            tl.store(out + places, target, mask=places < size)
+        sums += difference.to(tl.float64) * difference.to(tl.float64)
+    return tl.sum(sums)
+
+
 @triton.jit(do_not_specialize=["tensors"])
 def _axpy_diff(layout, addresses, tensors, scale, partial, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
     """out += scale (a - b), partial[tile] = Σ (a - b)² over the tile; the lists are out, a and b."""
-    tensor, begin, end, first, size = _share(layout, tensors, SIGNS)
-    out = _address(addresses, tensors, tensor, 0, DTYPE)
-    a, b = _address(addresses, tensors, tensor, 1, DTYPE), _address(addresses, tensors, tensor, 2, DTYPE)
+    tensor, begin, end, _, size = _share(layout, tensors, SIGNS)
+    out, a = tl.load(addresses + tensor), tl.load(addresses + tensors + tensor)
+    b = tl.load(addresses + 2 * tensors + tensor)
     factor = tl.load(scale).to(COMPUTE)
-    places = tl.arange(0, SIGNS)
+    if (begin * SIGNS + TILE <= size) & ((out | a | b) % 16 == 0):
+        total = _axpy_diff_tile(out, a, b, factor, begin, begin + TILE // SIGNS, size, True, DTYPE, COMPUTE)
+    else:
+        total = _axpy_diff_tile(out, a, b, factor, begin, end, size, False, DTYPE, COMPUTE)
+    tl.store(partial + tl.program_id(0), total)
+
+
+@triton.jit
+def _sum_squares_tile(x, begin, end, size, WHOLE: tl.constexpr, DTYPE: tl.constexpr):
+    """One tile of _sum_squares."""
+    x = _pointer(x, WHOLE, DTYPE)
     sums = tl.zeros((SIGNS,), tl.float64)
     for block in range(begin, end):
-        origin, _, high = _extent(block, first, size, SIGNS)
-        inside = places < high
-        difference = tl.load(a + origin + places, mask=inside, other=0.0).to(COMPUTE)
-        difference -= tl.load(b + origin + places, mask=inside, other=0.0).to(COMPUTE)
-        target = tl.load(out + origin + places, mask=inside, other=0.0).to(COMPUTE) + factor * difference
-        tl.store(out + origin + places, target.to(DTYPE), mask=inside)
-        sums += difference.to(tl.float64) * difference.to(tl.float64)
-    tl.store(partial + tl.program_id(0), tl.sum(sums))
+        value = _load(x, block * SIGNS + tl.arange(0, SIGNS), size, WHOLE).to(tl.float64)
+        sums += value * value
+    return tl.sum(sums)
 
 
 @triton.jit(do_not_specialize=["tensors"])
 def _sum_squares(layout, addresses, tensors, partial, DTYPE: tl.constexpr):
     """partial[tile] = Σ x² over the tile."""
-    tensor, begin, end, first, size = _share(layout, tensors, SIGNS)
-    x = _address(addresses, tensors, tensor, 0, DTYPE)
-    places = tl.arange(0, SIGNS)
-    sums = tl.zeros((SIGNS,), tl.float64)
-    for block in range(begin, end):
-        origin, _, high = _extent(block, first, size, SIGNS)
-        value = tl.load(x + origin + places, mask=places < high, other=0.0).to(tl.float64)
-        sums += value * value
-    tl.store(partial + tl.program_id(0), tl.sum(sums))
+    tensor, begin, end, _, size = _share(layout, tensors, SIGNS)
+    x = tl.load(addresses + tensor)
+    if (begin * SIGNS + TILE <= size) & (x % 16 == 0):
+        total = _sum_squares_tile(x, begin, begin + TILE // SIGNS, size, True, DTYPE)
+    else:
+        total = _sum_squares_tile(x, begin, end, size, False, DTYPE)
+    tl.store(partial + tl.program_id(0), total)
 
 
 # ---- the tables ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -21,7 +23,14 @@ DTYPES = [torch.float32, torch.float64, torch.float16] + [torch.bfloat16] * (DEV
 # Those of the other backends; the largest without the Gram form, whose pairs of 1,640 positions would keep the
 # interpreter busy for minutes; and one of several tiles and blocks, with stride and dilation.
 FORMS = [(shape, gram) for shape in CONVOLUTIONS for gram in (False, True) if not (gram and shape[2] == (40, 41))]
+PRECISION = gradient_norms._precision
 SEVERAL = (9, 70, (21, 12), (3, 3), (2, 1), (1, 1), (1, 2), 1)
+
+
+@pytest.fixture(autouse=True)
+def products_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU convolutions multiply in TF32 unless told otherwise; norms are held to the errors of float32 here."""
+    monkeypatch.setattr(gradient_norms, "_precision", lambda dtype, convolution: "ieee")
 
 
 def low(dtype: torch.dtype) -> torch.dtype:
@@ -205,13 +214,12 @@ def test_on_a_gpu_the_form_goes_by_multiply_adds() -> None:
     assert gram_is_cheaper(4, 64, 10, cpu)
 
 
-def test_tf32_is_used_where_the_user_allows_it() -> None:
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    try:
-        for allowed, precision in ((True, "tf32"), (False, "ieee")):
-            matmul.allow_tf32 = allowed
-            assert gradient_norms._precision(torch.float32) == precision
-            assert gradient_norms._precision(torch.bfloat16) == "ieee"
-    finally:
-        matmul.allow_tf32 = before
+def test_tf32_is_used_where_pytorch_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for linear, convolution in (("tf32", "ieee"), ("ieee", "tf32"), ("none", "none")):
+        monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=linear))
+        monkeypatch.setattr(torch.backends.cudnn, "conv", SimpleNamespace(fp32_precision=convolution))
+        assert PRECISION(torch.float32, False) == ("tf32" if linear == "tf32" else "ieee")
+        assert PRECISION(torch.float32, True) == ("tf32" if convolution == "tf32" else "ieee")
+        assert PRECISION(torch.bfloat16, False) == PRECISION(torch.bfloat16, True) == "ieee"
+    monkeypatch.undo()
+    assert {PRECISION(torch.float32, convolution) for convolution in (False, True)} <= {"tf32", "ieee"}  # PyTorch's own

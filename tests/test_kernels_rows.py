@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import math
 
+import numpy
 import pytest
 import scipy.stats
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
 if torch.cuda.is_available():
     pytest.skip("on a GPU the kernels themselves are tested (tests/test_gpu.py)", allow_module_level=True)
 
@@ -70,6 +76,51 @@ def test_philox_words_are_those_of_the_reference(key: Tensor) -> None:
         words = torch.empty(calls, 4, dtype=torch.int32)
         rows.sign_words[(2,)](key, words, first, calls, BLOCK=256)
         assert torch.equal(words.long() & 0xFFFFFFFF, reference.philox(key, first + torch.arange(calls)))
+
+
+@triton.jit
+def _exponentials(x, out, SIZE: tl.constexpr):
+    place = tl.arange(0, SIZE)
+    tl.store(out + place, rows.exponential(tl.load(x + place)))
+
+
+@triton.jit
+def _quotients(x, y, out, SIZE: tl.constexpr):
+    place = tl.arange(0, SIZE)
+    tl.store(out + place, rows.quotient(tl.load(x + place), tl.load(y + place)))
+
+
+def fma(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+    """x y + z rounded once, as a GPU does; the interpreter rounds twice."""
+    product = x.data.astype(numpy.longdouble) * y.data  # exact for float32, and the sum to 64 bits
+    return TensorHandle((product + z.data).astype(x.data.dtype), z.dtype.scalar)
+
+
+def exp2(self: InterpreterBuilder, x: TensorHandle) -> TensorHandle:
+    """2^x rounded once, which numpy's float32 function is not."""
+    return TensorHandle(numpy.exp2(x.data.astype(numpy.longdouble)).astype(x.data.dtype), x.dtype.scalar)
+
+
+def test_exponentials_far_below_0_are_nearly_as_exact_as_near_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(InterpreterBuilder, "create_fma", fma)
+    monkeypatch.setattr(InterpreterBuilder, "create_exp2", exp2)
+    x = torch.linspace(-87, 0, 2**16)  # to the smallest normal number
+    x[:4] = torch.tensor([-math.inf, math.nan, -1e4, -200.5])
+    found = torch.empty_like(x)
+    _exponentials[(1,)](x, found, SIZE=len(x))
+    assert found[0] == found[2] == found[3] == 0 and bool(found[1].isnan())
+    exact = numpy.asarray(x[4:]).astype(numpy.longdouble)
+    error = numpy.abs(numpy.asarray(found[4:]) / numpy.exp(exact) - 1)
+    # Two roundings, and what float32 lacks of log 2, 2.75e-9 of it: eps / 43.
+    assert bool((error <= torch.finfo(torch.float32).eps * (1 - exact / 43)).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_quotients_are_ieees(dtype: torch.dtype) -> None:
+    x, y = torch.rand(2, 2**12, dtype=dtype) + 0.1
+    found = torch.empty_like(x)
+    _quotients[(1,)](x, y, found, SIZE=len(x))
+    assert torch.equal(found, x / y)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

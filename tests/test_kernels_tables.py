@@ -147,6 +147,21 @@ def test_strided_tensors_are_read_in_their_logical_order() -> None:
         tables.perturb([torch.empty_like(x)], [x], key, 1.0, "gaussian")
 
 
+def test_tensors_that_begin_between_multiples_of_16_bytes() -> None:
+    # Whole tiles of aligned tensors are read in 16-byte words; here a list has both, and one tensor of each list.
+    for dtype in (torch.float32, torch.float16):
+        out, a, b = ([x, x.clone()[1:]] for x in (tensors_for(dtype, seed, [2 * 8192])[0] for seed in (1, 2, 3)))
+        a = [a[0].clone()[1:], a[1]]
+        out, b = [out[0].clone()[:-1], out[1]], [b[0].clone()[:-1], b[1]]
+        expected = [x.clone() for x in out]
+        size = reference.axpy_diff([x.double() for x in out], [x.double() for x in a], [x.double() for x in b], SCALE)
+        reference.axpy_diff(expected, a, b, SCALE)
+        torch.testing.assert_close(tables.axpy_diff(out, a, b, SCALE), size, rtol=1e-6, atol=0)
+        for x, y in zip(out, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+        torch.testing.assert_close(tables.sum_squares(a), reference.sum_squares(a), rtol=1e-13, atol=0)
+
+
 def test_lists_without_elements() -> None:
     empty, key = [torch.empty(0, device=DEVICE)], KEYS[0].to(DEVICE)
     tables.perturb(empty, [], key, 1.0, "gaussian")
