@@ -230,6 +230,7 @@ def _axpy_diff_tile(
     for block in range(begin, end):
         places = block * SIGNS + tl.arange(0, SIGNS)
         difference = _load(a, places, size, WHOLE).to(COMPUTE) - _load(b, places, size, WHOLE).to(COMPUTE)
+        difference = tl.where(factor == 0, 0.0, difference)  # a NaN must not come through a factor of 0
         target = (_load(out, places, size, WHOLE).to(COMPUTE) + factor * difference).to(DTYPE)
         if WHOLE:
             tl.store(out + places, target)
