@@ -109,7 +109,11 @@ class _Sampled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, key: Tensor, first: int, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
-        nll, labels, gradient = ops.sample_cross_entropy(rows, key, 1.0, first)
+        # With the mean taken in the operator, a backward from the loss itself has nothing left to do. A low precision
+        # would lose there what a gradient scaler is to keep.
+        precise = rows.dtype in (torch.float32, torch.float64) and not looking_waits(rows)
+        ctx.scale = 1.0 / len(rows) if reduction == "mean" and precise and len(rows) else 1.0
+        nll, labels, gradient = ops.sample_cross_entropy(rows, key, ctx.scale, first)
         ctx.reduction = reduction
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(labels)
@@ -121,12 +125,15 @@ class _Sampled(torch.autograd.Function):
         labels, gradient = ctx.saved_tensors
         grad = None
         if grad_loss is not None:
-            if ctx.reduction == "mean":
+            alone = grad_gradient is None and not torch.is_grad_enabled()
+            if ctx.scale != 1.0 and alone and float(grad_loss) == 1.0:
+                return gradient, None, None, None
+            if ctx.reduction == "mean" and ctx.scale == 1.0:
                 grad_loss = grad_loss / len(labels)
-            factor = grad_loss.to(gradient.dtype)
-            grad = gradient * (factor[:, None] if ctx.reduction == "none" else factor)
+            # In the precision of the loss: what a gradient scaler multiplies by may have no value in float16.
+            grad = (gradient * grad_loss.reshape(-1, 1)).to(gradient.dtype)
         if grad_gradient is not None:  # the Jacobian of softmax is symmetric
-            product = ops.softmax_hessian_product(gradient, labels, grad_gradient, 1.0)
+            product = ops.softmax_hessian_product(gradient, labels, grad_gradient, ctx.scale)
             grad = product if grad is None else grad + product
         return grad, None, None, None
 
