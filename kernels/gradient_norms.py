@@ -39,6 +39,11 @@ _SIZES = [
 ]  # fmt: skip
 """A layer's sizes, arguments that Triton shall not compile anew for each value that is 1 or a multiple of 16."""
 
+LAST_DIMENSION_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7))
+"""Along which dimension of a block neighbouring threads go where Triton sees contiguous addresses in none: the last one
+from 3.7 on, and the first one before. Across features they would read pixels that lie far apart, and each thread would
+divide for many positions."""
+
 
 @triton.jit
 def _of_feature(
@@ -67,6 +72,17 @@ def _of_position(
         return (i * input1 + j) * input2 + k
     else:
         return t * inputs
+
+
+@triton.jit
+def _features(a, feature, position, real_feature, real_position):
+    """A block X[f, t], 0 outside, by the shares of its features and positions; neighbouring threads read along t."""
+    if LAST_DIMENSION_FIRST:
+        inside = real_feature[:, None] & real_position[None, :]
+        return tl.load(a + (feature[:, None] + position[None, :]), mask=inside, other=0.0)
+    else:
+        inside = real_feature[None, :] & real_position[:, None]
+        return tl.trans(tl.load(a + (feature[None, :] + position[:, None]), mask=inside, other=0.0))
 
 
 @triton.jit
@@ -101,19 +117,18 @@ def _direct(
     if tl.load(chosen + part // groups) != 0:
         a, d = _operands(a, d, part, inputs, outputs, positions, kernel, input0, input1, input2, CONVOLUTION)
         o = (tile // columns * OUTPUTS + tl.arange(0, OUTPUTS))[:, None]
-        f = (tile % columns * INPUTS + tl.arange(0, INPUTS))[:, None]
-        # The last dimension of a block is the positions: neighbouring threads read neighbouring pixels.
+        f = tile % columns * INPUTS + tl.arange(0, INPUTS)
         feature = _of_feature(
             f, kernel, kernel1, kernel2, input0, input1, input2, dilation0, dilation1, dilation2, CONVOLUTION
         )
         product = tl.zeros((OUTPUTS, INPUTS), ACCUMULATE)
         for begin in range(0, positions, POSITIONS):
-            t = (begin + tl.arange(0, POSITIONS))[None, :]
+            t = begin + tl.arange(0, POSITIONS)
             position = _of_position(
                 t, inputs, input1, input2, output1, output2, stride0, stride1, stride2, CONVOLUTION
             )  # fmt: skip
-            x = tl.load(a + (feature + position), mask=(f < inputs) & (t < positions), other=0.0)
-            y = _gradients(d, t, o, outputs, positions, CONVOLUTION)
+            x = _features(a, feature, position, f < inputs, t < positions)
+            y = _gradients(d, t[None, :], o, outputs, positions, CONVOLUTION)
             product = tl.dot(y, tl.trans(x), product, input_precision=PRECISION, out_dtype=ACCUMULATE)
         product = product.to(tl.float64)
         tl.store(partial + program, tl.sum(product * product))

@@ -10,6 +10,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+import triton.language as tl
+
 from fastfisher import reference
 from fastfisher.kernels import gradient_norms
 from fastfisher.kernels.checks import TYPES
@@ -119,6 +121,16 @@ def test_channel_products(size: int, dtype: torch.dtype) -> None:
         # The difference from the center is rounded once, as PyTorch's; the sums are exact beside that.
         allowed = 2 * (theirs - truth).abs() + torch.finfo(wide).eps * magnitude
         assert bool(((mine - truth).abs() <= allowed).all())
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="compiled kernels keep the constant of their first launch")
+def test_patches_are_read_alike_in_either_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, d, options = convolution(SEVERAL, torch.float32)
+    found = []
+    for last_first in (True, False):
+        monkeypatch.setattr(gradient_norms, "LAST_DIMENSION_FIRST", tl.constexpr(last_first))
+        found.append(gradient_norms.grad_sqnorm_conv(a, d, *options, False)[0])
+    assert torch.equal(*found)
 
 
 def test_the_same_bits_twice() -> None:
