@@ -205,7 +205,8 @@ class FisherPenalty:
             step: shapes, dtypes, train and eval mode, ``alpha``, which parameters require a gradient, and where
             parameters and buffers are in memory. Anything else that the model's Python code decides stays as it was at
             the capture. A forward that reads a value, or puts another tensor in the place of a buffer, is refused.
-            ``.grad`` and ``logits`` are overwritten by the next step. Dropout repeats its masks; of other random functions none may be met.
+            ``.grad`` and ``logits`` are overwritten by the next step. Dropout repeats its masks; of other random
+            functions none may be met.
         scaler: the ``torch.amp.GradScaler`` of the loop, for autocast in float16: gradients are taken of scaled losses,
             and ``.grad`` is left scaled, as ``scaler.scale(loss).backward()`` leaves it. Unscale, clip, step and update
             are the caller's as ever. A recomputing step that overflowed is not kept: ``value`` and what is reused stay
