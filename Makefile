@@ -20,7 +20,8 @@ test: $(VENV)/built-test ## the whole test suite
 
 nightly: $(VENV)/built-test ## 10,000 random cases for each operator and public function, every error at every call
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --hypothesis-profile=nightly tests/test_properties.py tests/test_fuzz.py \
-	  tests/test_faults.py tests/test_everything.py tests/test_kernels_compile.py
+	  tests/test_faults.py tests/test_everything.py tests/test_kernels_compile.py \
+	  tests/paper/test_paper_scale.py
 
 # A tree of its own, so that the libraries that everything else uses stay as they are. libasan has to be there before
 # Python, and libstdc++ with it, or it finds no function to intercept where an exception is thrown.
