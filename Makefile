@@ -20,7 +20,8 @@ test: $(VENV)/built-test ## the whole test suite
 
 nightly: $(VENV)/built-test ## 10,000 random cases for each operator and public function, every error at every call
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --hypothesis-profile=nightly tests/test_properties.py tests/test_fuzz.py \
-	  tests/test_faults.py tests/test_everything.py tests/test_kernels_compile.py
+	  tests/test_faults.py tests/test_everything.py tests/test_kernels_compile.py \
+	  tests/paper/test_paper_scale.py
 
 # A tree of its own, so that the libraries that everything else uses stay as they are. libasan has to be there before
 # Python, and libstdc++ with it, or it finds no function to intercept where an exception is thrown.
@@ -86,7 +87,8 @@ bench: $(VENV)/peers ## every figure of the README; writes bench/results/
 
 gpu: $(VENV)/built-test ## the tests that need a GPU, and every figure that does; writes bench/results/<device>.json
 	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
-	  $(BIN)/python -m bench.gpu; \
+	  failed=0; for call in 1 2 3 4; do $(BIN)/python -m bench.gpu --call $$call || failed=1; done; \
+	  $(BIN)/python -m bench.readme; exit $$failed; \
 	else echo "make gpu: no GPU was found ($$($(BIN)/fastfisher info | grep '^cuda')); nothing was run"; fi
 
 docs: $(VENV)/built-test ## the documentation, in build/site; a warning is an error

@@ -1,4 +1,4 @@
-"""Puts the latest results into the pages, between their markers; ``make bench`` ends with it.
+"""Puts the latest results into the pages, between their markers; ``make bench`` and ``make gpu`` end with it.
 
 By itself: ``python -m bench.readme``.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+
+from bench.gpu.report import Report, table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -60,14 +62,25 @@ def whole(text: str) -> str:
     return re.sub(r"^# .*\n|^!\[.*\n", "", text, flags=re.MULTILINE).strip()
 
 
+def gpu(results: Path = RESULTS) -> str:
+    """What was promised on a GPU, for each device that was measured; or that none was."""
+    parts = []
+    for report in map(Report.read, sorted(results.glob("*.json"))):
+        page = f"bench/results/{report.path.stem}.md"
+        promised = [figure for figure in report.figures if figure.met is not None]
+        parts.append(f"{report.heading()} All figures: [{page}]({page}).\n\n{table(promised)}")
+    return "\n\n".join(parts) or "GPU figures are not yet measured."
+
+
 def filled(page: str) -> str:
     """The page with what stands between ``<!-- name -->`` and ``<!-- /name -->`` replaced by the results."""
     forms: dict[str, Callable[[str], str]] = {"steps": steps, "claims": claims}
-    for name, source in SOURCES.items():
-        if f"<!-- {name} -->" in page and source.exists():
-            body = forms.get(name, whole)(source.read_text())
-            marked = f"<!-- {name} -->\n{body}\n<!-- /{name} -->"
-            page = re.sub(f"<!-- {name} -->.*<!-- /{name} -->", lambda _, m=marked: m, page, flags=re.DOTALL)
+    for name in ("gpu", *SOURCES):
+        if f"<!-- {name} -->" not in page or (name in SOURCES and not SOURCES[name].exists()):
+            continue
+        body = gpu() if name == "gpu" else forms.get(name, whole)(SOURCES[name].read_text())
+        marked = f"<!-- {name} -->\n{body}\n<!-- /{name} -->"
+        page = re.sub(f"<!-- {name} -->.*<!-- /{name} -->", lambda _, m=marked: m, page, flags=re.DOTALL)
     return page
 
 

@@ -13,7 +13,6 @@ here knows is named in ``Capture.fallbacks``.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import types
 from collections.abc import Callable, Iterable
@@ -200,32 +199,6 @@ class Capture:
                 f"model: expected a forward without random numbers, as {named(self.fallbacks)} have no formula and "
                 "take a forward for each example, which would draw others; got one that draws (dropout in eval mode?)"
             )
-
-    def misplaced(self) -> frozenset[int]:
-        """Which of the layers have gradients in the places of examples whose logits get none.
-
-        Such a layer has its examples in another order than the batch, or it mixes them, or it sees a single one, whose
-        positions are as many as there are examples. Takes two backwards, each without a half of the examples: the
-        calls of a forward that goes from example to example have no gradient in one of them.
-        """
-        if self.examples == 1:
-            return frozenset()
-        generator = torch.Generator().manual_seed(1)
-        order = torch.randperm(self.examples, generator=generator).to(self.logits.device)
-        found: set[int] = set()
-        numbers = {id(layer): number for number, layer in enumerate(self.layers)}
-
-        def look(out: Tensor, layer: Layer, grad: Tensor) -> None:
-            _, d = layer.seen(grad)
-            largest = d.detach().abs().reshape(len(d), -1).max(1).values if d.numel() else d.new_zeros(len(d))
-            if not bool((largest[out] <= 1e-6 * largest.max()).all()):
-                found.add(numbers[id(layer)])
-
-        for out in order.tensor_split(2):
-            cotangent = random_cotangent(self.logits)
-            cotangent[out] = 0
-            self.backward(cotangent, functools.partial(look, out), retain_graph=True)
-        return frozenset(found)
 
     def _parts(self, mode: _Watch) -> dict[str, list[Part]]:
         """By name, the uses of each parameter: those of the tensors whose graphs lead to it."""

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfisher.autocast import autocast_dtype
+
 PIECE_BYTES = 2 << 20
 """The input or output of one piece takes at most this many bytes."""
 
@@ -101,7 +103,7 @@ def in_pieces(function: Callable[..., Any], args: Any, kwargs: Any) -> Tensor | 
     That is: another function, one example, tensors of at most two pieces, not row-major on the CPU, padding by name,
     or autocast.
     """
-    if _FUNCTIONS.get(function) is None or torch.is_autocast_enabled("cpu"):
+    if _FUNCTIONS.get(function) is None or autocast_dtype("cpu") is not None:
         return None
     x, weight, bias, stride, padding, dilation, groups = _arguments(*args, **kwargs)
     usual = x.device.type == "cpu" and x.dim() == _FUNCTIONS[function] and isinstance(padding, int | tuple | list)

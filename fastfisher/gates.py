@@ -32,6 +32,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from fastfisher import ops
 from fastfisher.arguments import check_flags, check_model
+from fastfisher.autocast import autocast_dtype
 from fastfisher.calls import opened, positional
 from fastfisher.checkpointing import in_checkpoint, keep_saved_tensors
 from fastfisher.convolution import in_pieces
@@ -260,10 +261,10 @@ def fused_forward(model: torch.nn.Module) -> Iterator[_Fused | None]:
     and the same values and gradients up to rounding.
 
     Where a module is compiled or scripted, no compiled kernel serves a tensor, or a checkpoint will run a call again,
-    PyTorch's own run as ever.
+    PyTorch's own run as ever, and so they do on other devices than the CPU.
     """
     hidden = any(is_compiled(module) or isinstance(module, torch.jit.ScriptModule) for module in model.modules())
-    if ops.UNAVAILABLE is not None or hidden:
+    if ops.UNAVAILABLE is not None or hidden or _device_of(model) != "cpu":
         yield None
     else:
         with _Fused() as fused:
@@ -391,7 +392,7 @@ class _Repeatable(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.gates.full_precision and torch.is_autocast_enabled(self.device):  # switched on within the model
+        if self.gates.full_precision and autocast_dtype(self.device) is not None:  # switched on within the model
             with self.gates.without_autocast():
                 return self._call(func, args, kwargs)
         return self._call(func, args, kwargs)
@@ -531,8 +532,8 @@ class _Record(_Repeatable):
         self.may_have_drawn = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.gates.autocast is None and torch.is_autocast_enabled(self.device):
-            self.gates.autocast = torch.get_autocast_dtype(self.device)
+        if self.gates.autocast is None:
+            self.gates.autocast = autocast_dtype(self.device)
         return super().__torch_function__(func, types, args, kwargs)
 
     def gated(self, known: Known, rule: Rule, func: Any, args: Any, kwargs: Any) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastfisher.arguments import check_generator, is_count, is_number
+from fastfisher.autocast import autocast_dtype
 from fastfisher.labels import new_key
 from fastfisher.reference import TILE, first_above, philox
 
@@ -79,8 +80,7 @@ def linear_sample_cross_entropy(
     check_generator(generator)
     if key is not None and (key.dtype != torch.int64 or key.shape != (2,)):
         raise ValueError(f"key: expected int64 of shape (2,), got {key.dtype} of shape {tuple(key.shape)}")
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    if (dtype := autocast_dtype(hidden.device.type)) is not None:
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     _check(hidden, weight, targets, bias, labels, reduction, ignore_index, label_smoothing, chunk_bytes, first)
     if labels == "true":

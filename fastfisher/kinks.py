@@ -123,18 +123,34 @@ class Written(Rule):
 
 
 class Constant(Rule):
-    """A function whose derivative is 0 wherever it has one: sign, floor, round, …"""
+    """A function whose derivative is 0 wherever it has one: sign, floor, round, … Of complex numbers it is smooth."""
 
     def record(self, run: Run, function: Function, args: Any, kwargs: Any) -> tuple[Any, Any]:
         out = function(*args, **kwargs)
+        if out.is_complex():
+            return out, None
         return out, out.detach().clone() if names_inplace(function) else out.detach()
 
     def replay(self, run: Run, saved: Any, function: Function, args: Any, kwargs: Any) -> Any:
         out = function(*args, **kwargs)  # for its place in the graph: what autograd follows here, it followed at θ
-        if out.shape == saved.shape:
+        if saved is None or out.shape != saved.shape:
+            return out
+        if names_inplace(function):
             with torch.no_grad():
-                out.copy_(saved)
-        return out
+                return out.copy_(saved)
+        return _Valued.apply(out, saved)  # type: ignore[no-untyped-call]
+
+
+class _Valued(torch.autograd.Function):
+    """A tensor with another value in its place. It stays as it is: its backward may look at it, as that of sgn does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, None
 
 
 class StraightThrough(Rule):
@@ -248,10 +264,11 @@ def _keep_sides(x: Tensor, low: Any = None, high: Any = None) -> Tensor:
 
 
 def _apply_sides(x: Tensor, sides: Tensor, low: Any = None, high: Any = None) -> Tensor:
-    if low is not None:
-        x = torch.where(sides < 0, torch.as_tensor(low, dtype=x.dtype, device=x.device), x)
-    if high is not None:
-        x = torch.where(sides > 0, torch.as_tensor(high, dtype=x.dtype, device=x.device), x)
+    for bound, beyond in ((low, sides < 0), (high, sides > 0)):
+        if isinstance(bound, Tensor):
+            x = torch.where(beyond, bound.to(x.dtype), x)
+        elif bound is not None:  # a number is an argument of the kernel; a tensor of it would be copied from the host
+            x = x.masked_fill(beyond, bound)
     return x
 
 

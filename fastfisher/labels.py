@@ -83,10 +83,59 @@ def sample_cross_entropy(
         key = new_key(generator, logits.device)
     elif generator is not None:
         raise ValueError("key and generator: expected one of them, got both")
-    rows = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
-    nll, labels, _ = ops.sample_cross_entropy(rows, key, 1.0, first)
-    loss = nll.mean() if reduction == "mean" else nll.sum() if reduction == "sum" else nll.view(logits.shape[:-1])
-    return loss, labels.view(logits.shape[:-1])
+    flat = logits.dim() == 2
+    rows = logits if flat else logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
+    transformed = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    if logits.requires_grad and torch.is_grad_enabled() and not transformed:
+        loss, labels, _ = _Sampled.apply(rows, key, first, reduction)  # type: ignore[no-untyped-call]
+    else:
+        nll, labels, _ = ops.sample_cross_entropy(rows, key, 1.0, first)
+        loss = _reduced(nll, reduction)
+    if flat:
+        return loss, labels
+    return loss.view(logits.shape[:-1]) if reduction == "none" else loss, labels.view(logits.shape[:-1])
+
+
+def _reduced(nll: Tensor, reduction: str) -> Tensor:
+    return nll.mean() if reduction == "mean" else nll.sum() if reduction == "sum" else nll
+
+
+class _Sampled(torch.autograd.Function):
+    """The drawn loss with its derivative, in half of the time that the operator's own takes, which is registered in
+    Python. ``torch.compile`` and ``torch.func`` take that one.
+
+    Its third output is the gradient in the logits, so that a second derivative finds its way through it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, key: Tensor, first: int, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
+        # With the mean taken in the operator, a backward from the loss itself has nothing left to do. A low precision
+        # would lose there what a gradient scaler is to keep.
+        precise = rows.dtype in (torch.float32, torch.float64) and not looking_waits(rows)
+        ctx.scale = 1.0 / len(rows) if reduction == "mean" and precise and len(rows) else 1.0
+        nll, labels, gradient = ops.sample_cross_entropy(rows, key, ctx.scale, first)
+        ctx.reduction = reduction
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(labels)
+        ctx.save_for_backward(labels, gradient)
+        return _reduced(nll, reduction), labels, gradient
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, _: None, grad_gradient: Tensor | None) -> Any:
+        labels, gradient = ctx.saved_tensors
+        grad = None
+        if grad_loss is not None:
+            alone = grad_gradient is None and not torch.is_grad_enabled()
+            if ctx.scale != 1.0 and alone and float(grad_loss) == 1.0:
+                return gradient, None, None, None
+            if ctx.reduction == "mean" and ctx.scale == 1.0:
+                grad_loss = grad_loss / len(labels)
+            # In the precision of the loss: what a gradient scaler multiplies by may have no value in float16.
+            grad = (gradient * grad_loss.reshape(-1, 1)).to(gradient.dtype)
+        if grad_gradient is not None:  # the Jacobian of softmax is symmetric
+            product = ops.softmax_hessian_product(gradient, labels, grad_gradient, ctx.scale)
+            grad = product if grad is None else grad + product
+        return grad, None, None, None
 
 
 def cross_entropy(
@@ -289,9 +338,13 @@ def ignored(logits: Tensor, targets: Any) -> Tensor | None:
     return found if looking_waits(found) or bool(found.any()) else None
 
 
+HOST = "cpu"
+"""The type of device whose values the host reads at once; a test has others wait, too."""
+
+
 def looking_waits(x: Tensor) -> bool:
     """Whether the host would wait for a value, as on a GPU, where that stalls the stream."""
-    return x.device.type != "cpu"
+    return x.device.type != HOST
 
 
 def counted_rows(logits: Tensor, targets: Any) -> int | Tensor:

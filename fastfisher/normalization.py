@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastfisher import ops
+from fastfisher.autocast import autocast_dtype
 from fastfisher.gated import Passage, alias, gate
 
 
@@ -112,7 +113,7 @@ def by_batch(function: Callable[..., Any], args: Any, kwargs: Any) -> Tensor | N
     None where that is another function, eval mode, a single value per channel, autocast, tensors of several dtypes, or
     not row-major on the CPU.
     """
-    if function is not F.batch_norm or torch.is_autocast_enabled("cpu"):
+    if function is not F.batch_norm or autocast_dtype("cpu") is not None:
         return None
     x, running_mean, running_var, weight, bias, training, momentum, eps = _arguments(*args, **kwargs)
     if not (training and x.device.type == "cpu" and x.is_contiguous() and x.dim() >= 2 and x.is_floating_point()):

@@ -19,7 +19,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from fastfisher import ops
 from fastfisher.arguments import check_flags, is_number
+from fastfisher.autocast import autocast_dtype, autocast_of
 from fastfisher.batches import paired
 from fastfisher.checkpointing import REENTRANT
 from fastfisher.gates import AccuracyWarning, Gates, fused_forward, record_gates
@@ -157,7 +158,10 @@ class AdaptiveStep:
     def rho(self, value: float | None) -> None:
         if value is not None and not (is_number(value) and value > 0):
             raise ValueError(f"rho: expected a positive number or None, got {value!r}")
-        self._rho = None if value is None else torch.tensor(value, dtype=torch.float64)
+        if value is None or self._rho is None:
+            self._rho = None if value is None else torch.tensor(value, dtype=torch.float64)
+        else:
+            self._rho.fill_(value)  # captured steps go on reading it where it is
 
     def current(self, norm: Callable[[], Tensor], device: torch.device) -> Tensor:
         """The ρ to use, a float64 scalar on the device, where the shifted quantity has norm ``norm()``."""
@@ -232,17 +236,49 @@ class Settings:
         return self.gates.frozen if isinstance(self.gates, Gates) else self.gates == "frozen"
 
 
-def autocast_of(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """A context as the caller's autocast is now, for a backward, where autograd does not restore it."""
-    enabled, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-    return lambda: torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
-
-
 def _norm(tensors: dict[str, Tensor], device: torch.device, total: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """A float64 scalar on the device; ``total`` adds the squares that other processes have."""
     parts = [real(x) for x in tensors.values()]
     squared = ops.sum_squares(parts) if parts else torch.zeros((), dtype=torch.float64, device=device)
     return (squared if total is None else total(squared)).sqrt()
+
+
+def plus(x: list[Tensor], factor: float | Tensor, y: list[Tensor]) -> list[Tensor]:
+    """x + factor·y, of lists, in as few calls as there are: a number where that can be had without waiting.
+
+    On a GPU the factor stays there, and the products are made first.
+    """
+    if not isinstance(factor, Tensor) or not looking_waits(factor):
+        return list(torch._foreach_add(x, y, alpha=float(factor)))
+    return list(torch._foreach_add(_times(factor, y), x))
+
+
+def add_(x: list[Tensor], factor: float | Tensor, y: list[Tensor]) -> None:
+    """x += factor·y, in place, as :func:`plus`."""
+    if not isinstance(factor, Tensor) or not looking_waits(factor):
+        torch._foreach_add_(x, y, alpha=float(factor))
+    else:
+        torch._foreach_add_(x, _times(factor, y))
+
+
+def _times(factor: Tensor, y: list[Tensor]) -> list[Tensor]:
+    dtypes = {tensor.dtype for tensor in y}
+    if len(dtypes) > 1:
+        return [tensor * factor.to(tensor.dtype) for tensor in y]
+    return list(torch._foreach_mul(y, factor.to(dtypes.pop())))
+
+
+def scaled(loss: Tensor, scale: float | Tensor) -> Tensor:
+    """The loss times the scale, which is most often 1: then it costs nothing, here and in the backward."""
+    return loss if not isinstance(scale, Tensor) and scale == 1.0 else loss * scale
+
+
+def zeros(like: Iterable[Tensor]) -> list[Tensor]:
+    """Tensors of 0, in one launch."""
+    found = [torch.empty_like(x) for x in like]
+    if found:
+        torch._foreach_zero_(found)
+    return found
 
 
 def real(x: Tensor) -> Tensor:
@@ -319,7 +355,7 @@ class FiniteDifference:
     @property
     def value(self) -> Tensor:
         """R."""
-        return self.factor * (self.norm / self.scale).square()
+        return (self.norm * (math.sqrt(self.factor) / self.scale)).square()
 
     def add_to(self, out: dict[str, Tensor], weight: float | Tensor) -> Tensor:
         """out += weight·scale·∇R, in place, for the parameters in ``gradient``.
@@ -343,7 +379,7 @@ class FiniteDifference:
             else:  # on one side only: twice the forward difference
                 del loss, leaves
                 self._accumulate(out, *self.shifted_loss(rho), scale)
-        return torch.where(self.norm > 0, squared.sqrt() / self.size, math.nan)
+        return (squared.sqrt() / self.size).masked_fill(self.norm == 0, math.nan)
 
     def _at_finite_loss(
         self, weight: Callable[[Tensor], Tensor] | None = None, loss: Callable[[Tensor], Tensor] | None = None
@@ -353,14 +389,14 @@ class FiniteDifference:
         A guard such as ``clamp(min=eps).log()`` stays on its side when its gates are replayed; what it guards may then
         leave its domain. On a GPU the host would wait for a look: see :meth:`_accumulate`.
         """
-        start = self.rho()
+        start = rho = self.rho()
         for _ in range(_TRIES):
-            rho = self.rho()
             total, leaves = self.shifted_loss(rho, None if weight is None else weight(rho), loss)
             shorter = self._shortening(total)
             if shorter == 1.0:
                 return rho, total, leaves
             self.shorter *= shorter
+            rho = self.rho()
             del total, leaves
         warnings.warn(
             f"step: the loss at θ + ρd is not finite for ρ from {float(start):.1e} to {float(rho):.1e}: this step has "
@@ -407,8 +443,7 @@ class FiniteDifference:
             total = dict(zip(leaves, self._gradients_of(combined, leaves), strict=True))
         if found is not None:
             coefficient = weight * self.coefficient(rho)
-            for name, gradient in self.gradient.items():
-                total[name].addcmul_(gradient, -coefficient.to(gradient.dtype))
+            add_([total[name] for name in self.gradient], -coefficient, list(self.gradient.values()))
         return total
 
     @staticmethod
@@ -418,7 +453,8 @@ class FiniteDifference:
 
     def coefficient(self, rho: Tensor) -> Tensor:
         """scale·∇R = coefficient·(the difference of the gradients of scaled losses)."""
-        return self.factor * (self.norm / self.scale) * (2.0 if self.settings.difference == "forward" else 1.0) / rho
+        sides = 2.0 if self.settings.difference == "forward" else 1.0
+        return self.norm * (sides * self.factor / self.scale) / rho
 
     def rho(self) -> Tensor:
         """The length of the step: as given, or the default for the gates and the precision."""
@@ -442,8 +478,9 @@ class FiniteDifference:
         inputs = self.shifted_inputs(length)
         parameters = {name: p.detach() for name, p in self.parameters.items()}
         if self.settings.wrt == "parameters" and length is not None:
-            for name, direction in self.direction.items():
-                parameters[name] = _shifted(parameters[name], direction, length)
+            before = [parameters[name] for name in self.direction]
+            moved = plus(before, length, list(self.direction.values())) if before else []
+            parameters.update(zip(self.direction, moved, strict=True))
         # What required a gradient at θ does here: that is how the gates tell what moves.
         parameters = {n: p.detach().requires_grad_(self.parameters[n].requires_grad) for n, p in parameters.items()}
         leaves = {name: parameters[name] for name in self.gradient}
@@ -452,7 +489,7 @@ class FiniteDifference:
 
     def length(self, rho: Tensor) -> Tensor:
         """What the direction is multiplied by to have length ρ."""
-        return torch.where(self.norm > 0, rho / self.norm, 0.0)
+        return (rho / self.norm).masked_fill(self.norm == 0, 0.0)
 
     def shifted_inputs(self, length: Tensor | None) -> Any:
         """The inputs of the shifted forward."""
@@ -462,7 +499,11 @@ class FiniteDifference:
 
         def shift(x: Tensor) -> Tensor:
             direction = self.direction.get(str(next(position)))
-            x = x.detach() if direction is None or length is None else _shifted(x, direction, length)
+            x = (
+                x.detach()
+                if direction is None or length is None
+                else torch.addcmul(x.detach(), direction, length.to(x.dtype))
+            )
             return x.requires_grad_(x.is_floating_point())
 
         return map_inputs(self.inputs, shift)
@@ -484,7 +525,7 @@ class FiniteDifference:
                 total = weight.to(total.dtype) * total
             if loss is not None:
                 total = total + loss(logits)
-            return total * self.scale
+            return scaled(total, self.scale)
 
     def _accumulate(self, out: dict[str, Tensor], loss: Tensor, leaves: dict[str, Tensor], scale: Tensor) -> Tensor:
         """out += scale·(the gradient of the shifted ``loss`` − ∇ℓ(θ)); returns the squared norm of the difference.
@@ -496,16 +537,16 @@ class FiniteDifference:
             ValueError: the gradient is not finite although the loss is (on a CPU, where that is seen at once).
         """
         squares: list[Tensor] = []
-        usable = loss.detach().isfinite() if looking_waits(loss) else None
+        waits, level = looking_waits(loss), loss.detach()
+        if waits:  # nobody looked at the loss: a step that left its domain counts as one that changed nothing
+            scale = scale * (level - level == 0)
 
         # Neither function may hold `leaves`: the leaves hold the hooks, and would live on until the next collection.
         def add(named: dict[str, Tensor]) -> None:
             gradients = []
-            for name, leaf in named.items():  # with free gates the shifted forward may not need a parameter
+            for leaf in named.values():  # with free gates the shifted forward may not need a parameter
                 grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-                grad = grad.to_dense() if grad.is_sparse else grad
-                # Where nobody looked at the loss, a step that left the domain counts as one that changed nothing.
-                gradients.append(grad if usable is None else torch.where(usable, grad, self.gradient[name]))
+                gradients.append(grad.to_dense() if grad.is_sparse else grad)
                 leaf.grad = None
             if named:
                 there, here = [real(g) for g in gradients], [real(self.gradient[n]) for n in named]
@@ -525,7 +566,7 @@ class FiniteDifference:
                 loss.backward(inputs=list(leaves.values()))  # type: ignore[no-untyped-call]
         add({name: leaf for name, leaf in leaves.items() if name not in made})
         squared = torch.stack(squares).sum() if squares else torch.zeros_like(self.norm)
-        if usable is None and not squared.isfinite() and self.size.isfinite():
+        if not waits and not squared.isfinite() and self.size.isfinite():
             raise ValueError(
                 f"step: the gradient at θ + ρd is not finite with ρ = {float(self.rho()):.1e}, although the loss is; "
                 'take a shorter step, or method="double_backprop"'
@@ -581,17 +622,17 @@ class FiniteDifference:
         if not met:  # with free gates nothing was recorded
             met = [p.dtype for p in self.parameters.values()]
             with self.autocast():
-                if torch.is_autocast_enabled(self.device.type):
-                    met.append(torch.get_autocast_dtype(self.device.type))
-            met += [self.gates.autocast] if self.gates.autocast is not None else []
+                met += [dtype for dtype in (autocast_dtype(self.device.type), self.gates.autocast) if dtype is not None]
         found = coarsest(_real_dtype(dtype) for dtype in met)
         lower = lower_precision(self.device) if found == torch.float32 else None
         return found if lower is None else lower
 
     def _movement(self, logits: Tensor) -> Tensor | None:
-        """See ``moved``."""
-        if self.expected is None or self.settings.step != "auto" or not self.settings.frozen:
+        """See ``moved``; None where it would have to be waited for."""
+        automatic = self.expected is not None and self.settings.step == "auto" and self.settings.frozen
+        if not automatic or looking_waits(logits):
             return None
+        assert self.expected is not None
         rows = max(1, _SAMPLE // max(1, logits[0].numel()))
         away = logits[:rows].double() - self.expected[:rows].double()
         return torch.where(away.isfinite(), away, 0.0).square().mean().sqrt()
@@ -723,10 +764,6 @@ class FiniteDifference:
 
 def _real_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype.to_real() if dtype.is_complex else dtype
-
-
-def _shifted(x: Tensor, direction: Tensor, length: Tensor) -> Tensor:
-    return torch.addcmul(x.detach(), direction, length.to(x.dtype))
 
 
 # ---- the gradient at θ -----------------------------------------------------------------------------------------------

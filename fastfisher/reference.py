@@ -187,9 +187,10 @@ def gate_put(y: Tensor, indices: Tensor, elements: int) -> Tensor:
 def axpy_diff(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: Tensor) -> Tensor:
     """``out += scale (a − b)``, tensor by tensor in place; returns Σ (a − b)² over all of them.
 
-    ``scale`` and the result are float64 scalars on the tensors' device: on a GPU the host waits for neither.
+    ``scale`` and the result are float64 scalars on the tensors' device: on a GPU the host waits for neither. With a
+    scale of 0 neither ``a`` nor ``b`` is looked at, whatever they hold: ``out`` stays as it is, and the result is 0.
     """
-    differences = [x - y for x, y in zip(a, b, strict=True)]
+    differences = [torch.where(scale == 0, 0, x - y) for x, y in zip(a, b, strict=True)]
     for target, difference in zip(out, differences, strict=True):
         target.add_(difference * scale.to(difference.dtype))
     return sum_squares(differences)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastfisher import ops
 from fastfisher.arguments import check_flags, check_generator, is_count, is_number
+from fastfisher.autocast import autocast_dtype
 from fastfisher.batches import check_own_loss, paired
 from fastfisher.convolution import saving_memory
 from fastfisher.distributed import (
@@ -29,7 +30,7 @@ from fastfisher.distributed import (
     shared_by,
 )
 from fastfisher.gates import Gates, fused_forward, record_gates
-from fastfisher.graphs import CapturedSteps, CudaCapture
+from fastfisher.graphs import CapturedSteps, CudaCapture, places
 from fastfisher.labels import (
     IGNORED,
     are_drawn,
@@ -78,11 +79,14 @@ from fastfisher.penalty import (
     Method,
     Settings,
     Step,
+    add_,
     autograd_gradients,
     dense,
     gradient_at,
     real,
+    scaled,
     twice_forward,
+    zeros,
 )
 from fastfisher.rollback import undone_on_error
 from fastfisher.slow_path import warn_slow_path
@@ -198,9 +202,11 @@ class FisherPenalty:
             penalty (Tr(F)/B) and lowers the cost. None: on all.
         graphs: capture the steps as CUDA graphs once each kind has come three times (see :mod:`fastfisher.graphs`), and
             launch them by replay. Values of tensors may change from step to step, and what is hashed with a captured
-            step: shapes, dtypes, train and eval mode, ``alpha``, which parameters require a gradient and where they
-            are. Anything else that the model's Python code decides is decided once. ``.grad`` and ``logits`` are
-            overwritten by the next step. Dropout repeats its masks; of other random functions none may be met.
+            step: shapes, dtypes, train and eval mode, ``alpha``, which parameters require a gradient, and where
+            parameters and buffers are in memory. Anything else that the model's Python code decides stays as it was at
+            the capture. A forward that reads a value, or puts another tensor in the place of a buffer, is refused.
+            ``.grad`` and ``logits`` are overwritten by the next step. Dropout repeats its masks; of other random
+            functions none may be met.
         scaler: the ``torch.amp.GradScaler`` of the loop, for autocast in float16: gradients are taken of scaled losses,
             and ``.grad`` is left scaled, as ``scaler.scale(loss).backward()`` leaves it. Unscale, clip, step and update
             are the caller's as ever. A recomputing step that overflowed is not kept: ``value`` and what is reused stay
@@ -358,7 +364,7 @@ class FisherPenalty:
             device = next(iter(trainable_parameters(model).values())).device
             if device.type != "cuda":
                 raise ValueError(f"graphs: expected False with a model on {device}; graphs are for CUDA devices")
-            self._captured = CapturedSteps(CudaCapture())
+            self._captured = CapturedSteps(model, CudaCapture(device))
         self._key: Tensor | None = None
 
     @property
@@ -558,7 +564,7 @@ class FisherPenalty:
             shift.expected = point.logits.detach()
             if self._verifies:
                 shift.verify()
-            gradient = {name: torch.zeros_like(g) for name, g in at.items()}
+            gradient = dict(zip(at, zeros(at.values()), strict=True))
             self._judge(shift, shift.add_to(gradient, 1.0))
             value = shift.value
         self.value, self._rows = value, counted_rows(rows, true)
@@ -610,13 +616,15 @@ class FisherPenalty:
                 raise ValueError(f"state: the reused gradient of {name!r} does not fit a parameter of the model")
         device = next(iter(trainable.values())).device
         drawn = state["key"] is not None and state["key"].tolist() != _NO_KEY
-        self._key = state["key"].to(device, copy=True) if drawn else None
+        self._key = _placed(self._key, state["key"].to(device, copy=True)) if drawn else None
         taken = state["rows"] is not None and int(state["rows"]) != _NO_ROWS
         self.steps, self._rows = state["steps"], state["rows"] if taken else None
         self.value = state["value"].to(device, copy=True) if taken else None
         # A gradient of 0 stands for that of a parameter that is not used, too: such a one keeps its .grad of None.
         reused = {n: placed_like(g, trainable[n]) for n, g in (state["reused"] or {}).items() if taken}
-        self._reused = {n: g for n, g in reused.items() if bool(local_part(g).any())} or None
+        kept = self._reused or {}
+        found = {n: _placed(kept.get(n), g) for n, g in reused.items() if bool(local_part(g).any())}
+        self._reused = found or None
         if isinstance(self.settings.step, AdaptiveStep):
             self.settings.step.rho = state["rho"]
 
@@ -657,11 +665,14 @@ class FisherPenalty:
             if id(parameter.grad) in handed_out:  # kept by the caller, to accumulate: the replay would overwrite it
                 parameter.grad = None if parameter.grad is None else parameter.grad.clone()
         modes = tuple(module.training for module in self.model.modules())
-        places = tuple(p.data_ptr() for p in trainable_parameters(self.model).values())
-        kind = *drawn, self.alpha, self._reused is None, modes, places
+        adaptive = self.settings.step._rho if isinstance(self.settings.step, AdaptiveStep) else None
+        state = places([self._key, adaptive, *(self._reused or {}).values()])
+        kind = *drawn, self.alpha, modes, tuple(self._reused or ()), state
         outcome = self._captured.run(kind, step, inputs, targets)
+        # What is handed out here and kept by the caller stays as it is when the next replay writes its own.
         value = None if outcome.value is None else outcome.value.clone()
-        return dataclasses.replace(outcome, loss=outcome.loss.clone(), value=value)
+        rows = outcome.rows.clone() if isinstance(outcome.rows, Tensor) else outcome.rows
+        return dataclasses.replace(outcome, loss=outcome.loss.clone(), value=value, rows=rows)
 
     def _plain(self, inputs: Inputs, targets: Any, scale: float | Tensor = 1.0) -> _Outcome:
         """The gradient of scale·(loss + α·(R as it was recomputed last))."""
@@ -674,7 +685,7 @@ class FisherPenalty:
                 self._all_small.add(shapes)
             targets, _ = self._fitting(logits, targets)
             loss = self._training_loss(logits, targets)
-        weighted = loss * scale
+        weighted = scaled(loss, scale)
         if self._shared is not None:
             weighted = weighted * self._shared.loss_weight(self._counted(logits, targets))
         total = self._gradients(weighted, trainable)
@@ -739,7 +750,7 @@ class FisherPenalty:
             # All activations are kept over this backward: the peak of the whole step.
             with saving_memory() if keep else nullcontext(), gates.arithmetic():
                 gradient, direction = gradient_at(
-                    penalised * scale,
+                    scaled(penalised, scale),
                     trainable,
                     part_inputs,
                     self.settings,
@@ -747,7 +758,9 @@ class FisherPenalty:
                     retain_graph=keep,
                     differentiate=self._derivatives,
                 )
-            total = gradient if same and not self.mixed else self._gradients(loss * scale, trainable) if keep else {}
+            total = (
+                gradient if same and not self.mixed else self._gradients(scaled(loss, scale), trainable) if keep else {}
+            )
             del logits, loss, part, penalised  # the first graph is not needed while the second one is built
             arguments = self.model, part_inputs, first_only, self.settings, gates, labels, gradient
             if share is None:
@@ -780,7 +793,7 @@ class FisherPenalty:
                     total[name] = torch.zeros_like(gradient[name])
                 self._judge(shift, shift.add_to(total, alpha))
             else:
-                reused = {name: torch.zeros_like(g) for name, g in gradient.items()}
+                reused = dict(zip(gradient, zeros(gradient.values()), strict=True))
                 change = shift.add_to(reused, 1.0 / scale)
                 if not adaptive:
                     self._judge(shift, change)
@@ -796,10 +809,8 @@ class FisherPenalty:
                     g.mul_(ratio)
             _add(total, reused, self.alpha * scale)
             if self._captured is not None and self._reused is not None:
-                # Captured steps read it where it is.
-                for name, g in self._reused.items():
-                    g.copy_(reused[name])
-                reused = None
+                kept = self._reused  # captured steps read it where it is
+                reused = {name: kept[name].copy_(g) if name in kept else g for name, g in reused.items()}
         return _Outcome(
             own, detached, _laid_out(total, trainable, self._sparse), value, rows, reused if self.every > 1 else None
         )
@@ -867,9 +878,7 @@ class FisherPenalty:
         if settings.method != "finite_difference" or settings.step != "auto" or not settings.frozen:
             return False
         parameter = next(self.model.parameters())
-        met = self._met_autocast
-        if torch.is_autocast_enabled(parameter.device.type):
-            met = torch.get_autocast_dtype(parameter.device.type)
+        met = autocast_dtype(parameter.device.type) or self._met_autocast
         if met is None or torch.finfo(met).eps <= torch.finfo(parameter.dtype).eps:
             return False
         warn_slow_path(IN_FULL_PRECISION.format(met))
@@ -911,7 +920,7 @@ class FisherPenalty:
     def _judge(self, shift: FiniteDifference, change: Tensor) -> None:
         """Adapts the step, and warns of a bad one; on a GPU, where the host would wait, of the first one only."""
         shift.adapt(change)
-        if change.device.type == "cpu" or self.value is None:
+        if not looking_waits(change) or self.value is None:
             shift.judge(change)
 
     def _share(self, logits: Tensor, targets: Any, part: Tensor, true: Tensor | None, key: Tensor | None) -> Share:
@@ -995,7 +1004,7 @@ class FisherPenalty:
             params=digest(sorted(self._chosen(trainable))),
             reused=self._reused is not None,
             training=digest(name for name, module in self.model.named_modules() if module.training),
-            autocast=[torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")],
+            autocast=[autocast_dtype(kind) for kind in ("cpu", "cuda")],
             **settings,
         )
 
@@ -1055,6 +1064,12 @@ class FisherPenalty:
         return loss
 
 
+def _placed(kept: Tensor | None, value: Tensor) -> Tensor:
+    """The value in the memory that is kept for it, if it fits there: captured steps go on reading that."""
+    fits = kept is not None and (kept.shape, kept.dtype, kept.device) == (value.shape, value.dtype, value.device)
+    return kept.copy_(value) if kept is not None and fits else value
+
+
 def _none_counts(targets: Tensor | None) -> bool:
     """Whether all targets are of rows that do not count: a micro-batch of prompts."""
     return targets is not None and not targets.is_floating_point() and not bool((targets != IGNORED).any())
@@ -1085,10 +1100,7 @@ def _after_hooks(gradients: Gradients, trainable: dict[str, Tensor]) -> Gradient
 def _add(total: Gradients, gradients: Gradients, weight: float | Tensor) -> None:
     """total += weight·gradients, by name."""
     both = [name for name in gradients if name in total]
-    if isinstance(weight, Tensor):
-        for name in both:
-            total[name].addcmul_(gradients[name], weight.to(gradients[name].dtype))
-    elif both:
-        torch._foreach_add_([total[name] for name in both], [gradients[name] for name in both], alpha=weight)
+    if both:
+        add_([total[name] for name in both], weight, [gradients[name] for name in both])
     for name in gradients.keys() - total.keys():
         total[name] = gradients[name] * weight

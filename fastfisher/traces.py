@@ -93,8 +93,8 @@ def per_example_grad_norms(
         generator: where labels are drawn; torch's default generator otherwise.
         class_dim: which dimension of the logits holds the classes; by default the last, but where logits have four
             dimensions or more, or targets fit another one, it has to be said.
-        verify: compare the first capture of a model and kind of batch with its ordinary gradient: a forward and about
-            three backwards, once.
+        verify: compare the first capture of a model and kind of batch with its ordinary gradient: three forwards and
+            backwards, once.
 
     Returns:
         float64 (N,), or (draws, N) for more than one draw.

@@ -230,7 +230,8 @@ def _axpy_diff_tile(
     for block in range(begin, end):
         places = block * SIGNS + tl.arange(0, SIGNS)
         difference = _load(a, places, size, WHOLE).to(COMPUTE) - _load(b, places, size, WHOLE).to(COMPUTE)
-        target = (_load(out, places, size, WHOLE).to(COMPUTE) + factor * difference).to(DTYPE)
+        difference = tl.where(factor == 0, 0.0, difference)  # a NaN must not come through a factor of 0
+        target = (_load(out, places, size, WHOLE).to(COMPUTE) + factor.to(COMPUTE) * difference).to(DTYPE)
         if WHOLE:
             tl.store(out + places, target)
         else:
@@ -245,7 +246,7 @@ def _axpy_diff(layout, addresses, tensors, scale, partial, DTYPE: tl.constexpr, 
     tensor, begin, end, _, size = _share(layout, tensors, SIGNS)
     out, a = tl.load(addresses + tensor), tl.load(addresses + tensors + tensor)
     b = tl.load(addresses + 2 * tensors + tensor)
-    factor = tl.load(scale).to(COMPUTE)
+    factor = tl.load(scale)
     if (begin * SIGNS + TILE <= size) & ((out | a | b) % 16 == 0):
         total = _axpy_diff_tile(out, a, b, factor, begin, begin + TILE // SIGNS, size, True, DTYPE, COMPUTE)
     else:

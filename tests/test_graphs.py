@@ -1,12 +1,11 @@
-"""Captured steps without a GPU: a capture that calls the step again stands in for CUDA's, and tensors without values
-show that no step waits for one. ``tests/test_gpu.py`` has the real graphs."""
+"""Captured steps without a GPU: a stand-in for CUDA's graphs, which freezes what they freeze, and tensors without
+values, which show that no step waits for one. ``tests/test_gpu.py`` has the real graphs."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -15,50 +14,44 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
 
-from fastfisher import FisherPenalty
-from fastfisher.graphs import WARM_UP, CapturedSteps
+from fastfisher import FisherPenalty, labels, ops
+from fastfisher.graphs import WARM_UP, CapturedSteps, CudaCapture
 from fastfisher.model import known_of
 from fastfisher.penalty import AdaptiveStep
+from fastfisher.training.networks import build_network
+from tests.cpu_graphs import capture
+from tests.launches import Launches
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "host_that_waits")
+
+LAUNCHES = {"plain": 35, "recomputing": 125, "reusing": 36}
+"""By a step of SimpleCNN, with R recomputed every tenth step, and gradients kept apart for reuse."""
 
 X, Y = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 10
 
 
-def tensors_of(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if dataclasses.is_dataclass(value):
-        value = vars(value)
-    return [x for item in value.values() for x in tensors_of(item)] if isinstance(value, dict) else []
+@pytest.fixture
+def host_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where a look at a value stalls the stream, and stops a capture."""
+    monkeypatch.setattr(labels, "HOST", "none")
 
 
-class Recapture:
-    """As CUDA: nothing happens at the capture, and a replay writes to the memory of its result."""
+class Counted:
+    """The stand-in for a capture, and how often it was asked."""
 
-    def __init__(self, penalty: FisherPenalty) -> None:
-        self.penalty = penalty
+    def __init__(self) -> None:
         self.captures = 0
 
     def __call__(self, function: Callable[[], Any]) -> tuple[Any, Any]:
         self.captures += 1
-        step = self.penalty.settings.step
-        state = [*self.penalty.model.buffers(), *tensors_of(self.penalty._reused or {})]
-        state += [
-            x for x in (self.penalty._key, step._rho if isinstance(step, AdaptiveStep) else None) if x is not None
-        ]
-        before, random = [x.clone() for x in state], torch.get_rng_state()
-        result = function()
-        for x, value in zip(state, before, strict=True):
-            x.copy_(value)
-        torch.set_rng_state(random)
+        return capture(function)
 
-        class Graph:
-            def replay(self) -> None:
-                for x, value in zip(tensors_of(result), tensors_of(function()), strict=True):
-                    x.copy_(value)
 
-        return Graph(), result
+def in_graphs(penalty: FisherPenalty) -> Counted:
+    """Has the penalty capture its steps, by the stand-in."""
+    counted = Counted()
+    penalty._captured = CapturedSteps(penalty.model, counted)
+    return counted
 
 
 class Small(nn.Module):
@@ -129,20 +122,19 @@ def test_replayed_steps_are_the_steps(options: dict[str, Any], network: type[nn.
     model = network().train()
     plain = FisherPenalty(model, 0.2, generator=torch.Generator().manual_seed(1), **copy.deepcopy(options))
     twin = FisherPenalty(copy.deepcopy(model), 0.2, generator=torch.Generator().manual_seed(1), **options)
-    recapture = Recapture(twin)
-    twin._captured = CapturedSteps(recapture)
+    counted = in_graphs(twin)
     steps = (WARM_UP + 2) * plain.every + plain.start
     for expected, found in zip(train(plain, steps), train(twin, steps), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
     kinds = 1 if plain.every == 1 else 2  # with a new penalty, and without
-    assert recapture.captures == kinds
+    assert counted.captures == kinds
 
 
 def test_gradients_that_the_caller_accumulates_are_kept() -> None:
     torch.manual_seed(0)
     model = Small().eval()
     penalty = FisherPenalty(model, 0.0)
-    penalty._captured = CapturedSteps(Recapture(penalty))
+    in_graphs(penalty)
     for _ in range(WARM_UP):
         penalty.backward(X, Y)
     model.zero_grad()
@@ -161,8 +153,7 @@ def test_gradients_that_the_caller_accumulates_are_kept() -> None:
 def test_what_a_step_depends_on_is_captured_anew() -> None:
     model = Small()
     penalty = FisherPenalty(model, 0.1, every=1)
-    recapture = Recapture(penalty)
-    penalty._captured = CapturedSteps(recapture)
+    counted = in_graphs(penalty)
     changes: list[Callable[[], Any]] = [
         lambda: None,
         model.eval,
@@ -175,11 +166,11 @@ def test_what_a_step_depends_on_is_captured_anew() -> None:
         x = X.to(next(model.parameters()).dtype)
         for _ in range(WARM_UP + 2):
             penalty.backward(x, Y)
-        assert recapture.captures == number
+        assert counted.captures == number
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for _ in range(WARM_UP + 1):
             penalty.backward(x, Y)
-    assert recapture.captures == len(changes) + 1
+    assert counted.captures == len(changes) + 1
 
 
 class Random(nn.Module):
@@ -207,7 +198,7 @@ class Random(nn.Module):
 def test_other_random_functions_are_refused_by_name(name: str, gates: Any, draw: Any) -> None:
     penalty = FisherPenalty(Random(draw), 0.1, gates=gates)
     penalty.backward(torch.randn(5, 4), torch.arange(5) % 3)
-    penalty._captured = CapturedSteps(Recapture(penalty))
+    in_graphs(penalty)
     penalty.steps = 0
     with pytest.raises(ValueError, match=f"graphs: {name} draws"):
         penalty.backward(torch.randn(5, 4), torch.arange(5) % 3)
@@ -222,12 +213,10 @@ def test_graphs_need_a_gpu() -> None:
 def test_no_step_waits_for_a_value(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors without values: a step that reads one raises."""
     monkeypatch.setattr(FisherPenalty, "_judge", lambda *_: None)  # on a GPU it looks at the first penalty alone
-    for name in ("labels", "penalty", "regularizer", "repeatable"):  # as on a GPU
-        monkeypatch.setattr(sys.modules[f"fastfisher.{name}"], "looking_waits", lambda _: True)
     with FakeTensorMode():
         model, x, y = Small(), torch.randn(8, 3, 8, 8), torch.randint(10, (8,))
         fp = FisherPenalty(model, 0.1, **options)
-        fp._captured = CapturedSteps(Recapture(fp))
+        in_graphs(fp)
         for step in (fp._penalised, fp._plain):
             outcome = step(x, y)
             assert {n for n, _ in model.named_parameters()} == set(outcome.total)
@@ -239,3 +228,318 @@ def test_no_step_waits_for_a_value(options: dict[str, Any], monkeypatch: pytest.
         fp._penalised(x, y)
         with pytest.raises(DataDependentOutputException):
             float(outcome.loss)
+
+
+def test_a_state_that_is_loaded_is_what_the_graphs_go_on_from() -> None:
+    def steps(penalty: FisherPenalty, loaded: dict[str, Any] | None = None) -> list[Tensor]:
+        first = train(penalty, 5)
+        if loaded is not None:
+            penalty.load_state_dict(loaded)
+        return first + train(penalty, 9)
+
+    model = Small().eval()
+    state = FisherPenalty(copy.deepcopy(model), 0.2, every=3, generator=torch.Generator().manual_seed(7))
+    train(state, 4)
+    found = []
+    for graphs in (False, True):
+        penalty = FisherPenalty(copy.deepcopy(model), 0.2, every=3, generator=torch.Generator().manual_seed(1))
+        counted = in_graphs(penalty) if graphs else None
+        train(penalty, 3 * (WARM_UP + 1))
+        found.append(steps(penalty, state.state_dict()))
+        assert counted is None or counted.captures == 2  # none was made anew
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+def test_an_adaptive_step_that_is_set_is_the_one_that_is_taken() -> None:
+    model = Small().eval()
+    found = []
+    for graphs in (False, True):
+        step = AdaptiveStep(rho=0.1)
+        penalty = FisherPenalty(copy.deepcopy(model), 0.2, every=1, gates="free", step=step, labels="true")
+        counted = in_graphs(penalty) if graphs else None
+        train(penalty, WARM_UP + 1)
+        step.rho = 0.5
+        found.append([*train(penalty, 2), torch.tensor(step.rho)])
+        assert counted is None or counted.captures == 1
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+def test_weights_are_converted_anew_within_one_autocast_block() -> None:
+    model, found = Small().eval(), []
+    for graphs in (False, True):
+        penalty = FisherPenalty(copy.deepcopy(model), 0.0)
+        if graphs:
+            in_graphs(penalty)
+        optimizer = torch.optim.SGD(penalty.model.parameters(), 0.1)
+        for _ in range(WARM_UP):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                penalty.backward(X, Y)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            penalty.model(X)  # keeps the converted weights
+            for _ in range(3):
+                optimizer.zero_grad()
+                penalty.backward(X, Y)
+                optimizer.step()
+                torch.clear_autocast_cache()  # as leaving the block does
+        found.append(list(penalty.model.parameters()))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+def test_what_was_handed_out_stays_as_it_was() -> None:
+    penalty = FisherPenalty(Small(), 0.1, every=1)
+    in_graphs(penalty)
+    for _ in range(WARM_UP + 1):
+        penalty.backward(X, Y)
+    padded = Y.masked_fill(torch.arange(12) > 5, -100)
+    kept = []
+    for targets in (Y, padded, Y):
+        penalty.backward(X, targets)
+        assert penalty.trace_estimate is not None
+        kept.append((penalty.trace_estimate, float(penalty.trace_estimate), penalty._rows, targets))
+    for estimate, before, rows, targets in kept:
+        assert float(estimate) == before
+        assert float(rows) == (targets != -100).sum()  # type: ignore[arg-type]
+
+
+class WithFrozen(nn.Module):
+    """A frozen layer, a buffer that scales, and a layer that is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.linear = nn.Linear(4, 6).requires_grad_(False), nn.Linear(6, 3)
+        self.register_buffer("scale", torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(torch.tanh(self.frozen(x)) * self.scale)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m, "scale", torch.tensor(0.5)),
+        lambda m: setattr(m, "frozen", nn.Linear(4, 6).requires_grad_(False)),
+        lambda m: setattr(m.frozen, "weight", nn.Parameter(torch.ones(6, 4), requires_grad=False)),
+        lambda m: m.frozen.requires_grad_(True),
+        lambda m: m.linear.bias.requires_grad_(False),
+    ],
+    ids=["a buffer", "a frozen layer", "a frozen weight", "thawed", "frozen"],
+)
+@pytest.mark.parametrize("every", [1, 3])
+def test_what_is_replaced_or_frozen_between_steps(change: Callable[[WithFrozen], Any], every: int) -> None:
+    torch.manual_seed(0)
+    model, x, y, found = WithFrozen(), torch.randn(5, 4), torch.arange(5) % 3, []
+    for graphs in (False, True):
+        own = copy.deepcopy(model)
+        penalty = FisherPenalty(own, 0.3, every=every, generator=torch.Generator().manual_seed(1))
+        if graphs:
+            in_graphs(penalty)
+        gradients: list[Tensor] = []
+        for step in range(6 * (WARM_UP + 2)):
+            if step == 3 * (WARM_UP + 1) + 1:
+                torch.manual_seed(3)
+                change(own)
+            own.zero_grad()
+            penalty.backward(x * (1 + step), y)
+            gradients += [p.grad.clone() for p in own.parameters() if p.grad is not None]
+        found.append(gradients)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+class Unrepeatable(nn.Module):
+    """A forward that no graph can repeat."""
+
+    def __init__(self, forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner = Inner(forward)
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.inner(x))
+
+
+class Inner(nn.Module):
+    """What one layer does, with a buffer."""
+
+    def __init__(self, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.call = call
+        self.register_buffer("seen", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self, x)
+
+
+def reads(module: nn.Module, x: Tensor) -> Tensor:
+    return x / float(x.detach().abs().max())
+
+
+def replaces(module: nn.Module, x: Tensor) -> Tensor:
+    module.seen = module.seen * 0.9 + x.detach().mean(0)
+    return x - module.seen
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: Unrepeatable(reads), r"reads no value on the host.* in 'inner' \(Inner\)"),
+        (lambda: Unrepeatable(replaces), r"graphs: .*in the place of the buffer 'inner.seen'"),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, momentum=None)),
+            r"reads no value on the host.* in '1' \(BatchNorm1d\)",
+        ),
+    ],
+    ids=["reads", "replaces", "momentum=None"],
+)
+@pytest.mark.parametrize("alpha", [0.0, 0.1])
+def test_what_no_graph_can_repeat_is_refused_by_name(
+    model: Callable[[], nn.Module], message: str, alpha: float
+) -> None:
+    penalty = FisherPenalty(model(), alpha, every=1, gates="free", step=0.1)
+    in_graphs(penalty)
+    x, y = torch.randn(6, 4), torch.arange(6) % 3
+    with pytest.raises(ValueError, match=message):
+        for _ in range(WARM_UP + 2):  # the first step makes the key of the labels, and is of a kind of its own
+            before = [b.clone() for b in penalty.model.buffers()]
+            penalty.backward(x, y)
+    torch.testing.assert_close(list(penalty.model.buffers()), before)
+
+
+def test_a_capture_is_made_on_the_device_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever is the current one, on a stream of its own, and beside threads that use the device."""
+    current, seen = [torch.device("cuda:0")], []
+
+    @contextmanager
+    def device(given: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], given
+        yield
+        current[0] = before
+
+    class Graph:
+        def replay(self) -> None:
+            seen.append(("replay", current[0]))
+
+        def pool(self) -> str:
+            return "pool"
+
+    @contextmanager
+    def graph(made: Any, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        seen.append(("capture", current[0], pool, stream, capture_error_mode))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda on: ("stream", on, current[0]))
+    second = torch.device("cuda:1")
+    capture_on = CudaCapture(second)
+    for pool in (None, "pool"):
+        captured, result = capture_on(lambda: current[0])
+        assert result == second
+        captured.replay()
+        assert seen[-2:] == [
+            ("capture", second, pool, ("stream", second, second), "thread_local"),
+            ("replay", second),
+        ]
+    assert current == [torch.device("cuda:0")]
+
+
+def scanned(model: nn.Module, x: Tensor, y: Tensor, monkeypatch: pytest.MonkeyPatch) -> dict[str, Launches]:
+    """What a plain step, one that recomputes the penalty and one that reuses it launch, with a kernel for each of our
+    operators."""
+    monkeypatch.setattr(ops, "_compiled", lambda name, device: True)
+    monkeypatch.setattr(FisherPenalty, "_judge", lambda *_: None)  # on a GPU it looks at the first penalty alone
+    penalty = FisherPenalty(model, 0.1, every=10, verify=False)
+    penalty._penalised(x, y)  # the first one makes the key
+
+    def plain() -> None:
+        F.cross_entropy(model(x), y).backward()
+
+    found = {}
+    for name, step in (
+        ("plain", plain),
+        ("recomputing", lambda: penalty._penalised(x, y)),
+        ("reusing", lambda: penalty._plain(x, y)),
+    ):
+        model.zero_grad()
+        with Launches() as found[name]:
+            outcome = step()
+        if name == "recomputing":
+            penalty._reused = outcome.reused
+    return found
+
+
+def test_what_a_step_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device("meta"):
+        model = build_network("simple_cnn", in_channels=3, image_size=32, classes=10)
+        x, y = torch.empty(128, 3, 32, 32), torch.empty(128, dtype=torch.int64)
+    found = scanned(model, x, y, monkeypatch)
+    assert {name: launches.kernels.total() for name, launches in found.items()} == LAUNCHES, found
+    assert all(not launches.copies for launches in found.values())
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    **{
+        type(module).__name__: module
+        for module in (
+            *(nn.ReLU6(), nn.Hardtanh(-0.5, 0.7), nn.Hardsigmoid(), nn.Hardswish(), nn.LeakyReLU(), nn.ELU(alpha=1.3)),
+            *(nn.Threshold(0.1, 0.2), nn.Softshrink(), nn.Hardshrink(), nn.PReLU(6), nn.RReLU(), nn.CELU(1.2)),
+            *(nn.Dropout(0.3), nn.MaxPool1d(2, 1, 0), nn.GELU(), nn.SiLU(), nn.Softmax(1)),
+        )
+    },
+    "clamp": lambda x: x.clamp(-1, 1),
+    "clamp, below": lambda x: x.clamp(min=0.1),
+    "clip, above": lambda x: x.clip(max=2),
+    "abs": lambda x: x.abs(),
+    "maximum": lambda x: x.maximum(x * 0.5),
+    "where": lambda x: torch.where(x > 0, x, 0.1 * x),
+    "masked_fill": lambda x: x.masked_fill(x < 0, 0.0),
+    "comparison": lambda x: x * (x > 0),
+    "normalize": lambda x: F.normalize(x, p=1),
+    "sort": lambda x: x.sort(1)[0],
+    "sign": lambda x: x.sign() * x,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_nothing_is_copied_from_the_host(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph would go on reading the host's memory, whatever has become of it."""
+    function = copy.deepcopy(FUNCTIONS[name])
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.LazyLinear(3, device="cpu")
+            self.last(function(self.first(torch.randn(2, 4))))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(function(self.first(x)))
+
+    model = Model()
+    function = function.to("meta") if isinstance(function, nn.Module) else function
+    found = scanned(
+        model.to("meta"),
+        torch.empty(8, 4, device="meta"),
+        torch.empty(8, dtype=torch.int64, device="meta"),
+        monkeypatch,
+    )
+    plain = found["plain"].copies
+    assert found["recomputing"].copies.keys() <= plain.keys()
+    assert found["reusing"].copies == plain
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_step_that_leaves_the_domain_adds_nothing_though_nobody_looks(every: int) -> None:
+    class Rooted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (4 + self.linear(x)).sqrt()
+
+    torch.manual_seed(0)
+    model, x, y = Rooted(), torch.randn(6, 4), torch.arange(6) % 3
+    penalty = FisherPenalty(model, 10.0, every=every, step=1e4, labels="true", verify=False)
+    penalty.backward(x, y)
+    expected = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+    torch.testing.assert_close([p.grad for p in model.parameters()], list(expected), rtol=0, atol=0)

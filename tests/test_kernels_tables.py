@@ -74,6 +74,15 @@ def test_perturb_and_probe_dot_agree_with_the_reference(distribution: str, dtype
     assert all(map(torch.equal, tensors, before))  # read, not written
 
 
+def test_a_difference_times_0_is_not_looked_at() -> None:
+    out, b = torch.randn(5000), torch.randn(5000)
+    a = b + 1
+    a[3], a[4500] = float("nan"), float("inf")
+    before = out.clone()
+    assert tables.axpy_diff([out], [a], [b], torch.zeros((), dtype=torch.float64)) == 0
+    assert torch.equal(out, before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_combines_err_at_most_twice_what_pytorch_errs(dtype: torch.dtype) -> None:
     out, a, b = (tensors_for(dtype, seed) for seed in (1, 2, 3))

@@ -417,3 +417,31 @@ def test_labels_are_drawn_in_any_dimension() -> None:
         fastfisher.sample_cross_entropy(torch.randn(2, 3, 4, 5))
     with pytest.raises(ValueError, match=r"class_dim: expected a dimension of the logits \(2, 5, 3\), got 3"):
         fastfisher.sample_cross_entropy(logits, class_dim=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("factor", [1.0, 3.0, 2.0**16])
+def test_the_gradient_is_that_of_cross_entropy_at_the_drawn_labels(
+    dtype: torch.dtype, reduction: Any, factor: float
+) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(500, 7).to(dtype).requires_grad_()
+    loss, labels = fastfisher.sample_cross_entropy(logits, reduction=reduction)
+    expected = F.cross_entropy(logits.float() if dtype != torch.float64 else logits, labels, reduction=reduction)
+    found, wanted = (torch.autograd.grad(factor * x.mean(), logits, retain_graph=True)[0] for x in (loss, expected))
+    torch.testing.assert_close(found, wanted, rtol=4 * torch.finfo(dtype).eps, atol=1e-6 * float(wanted.abs().max()))
+    again = torch.autograd.grad(factor * loss.mean(), logits, retain_graph=True)[0]
+    assert torch.equal(again, found)
+
+
+def test_second_derivatives_of_the_drawn_loss() -> None:
+    torch.manual_seed(0)
+    logits, key = torch.randn(5, 4, dtype=torch.float64, requires_grad=True), torch.tensor([1, 2])
+    for reduction in ("mean", "sum", "none"):
+
+        def call(x: Tensor, reduction: Any = reduction) -> Tensor:
+            return fastfisher.sample_cross_entropy(x, key=key, reduction=reduction)[0]
+
+        assert torch.autograd.gradcheck(call, (logits,))
+        assert torch.autograd.gradgradcheck(call, (logits,))

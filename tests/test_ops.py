@@ -310,6 +310,16 @@ def test_opcheck() -> None:
         torch.library.opcheck(operator.default, args)
 
 
+@pytest.mark.parametrize("module", [ops, reference])
+def test_a_difference_times_0_is_not_looked_at(module: Any) -> None:
+    out, b = torch.randn(40), torch.randn(40)
+    a = b + 1
+    a[3], a[5] = math.nan, math.inf
+    before = out.clone()
+    assert module.axpy_diff([out], [a], [b], scalar(0.0)) == 0
+    assert torch.equal(out, before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("numel", [0, 1, 31, 32, 33, 1000, 2**16 + 5])
 def test_gates_and_combines_agree_with_the_reference(numel: int, dtype: torch.dtype) -> None:

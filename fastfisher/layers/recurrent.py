@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastfisher.autocast import autocast_dtype
 from fastfisher.layers.base import Layer, Layout
 from fastfisher.layers.linear import Linear
 
@@ -329,7 +330,7 @@ def unrolled(func: Any, args: Any, kwargs: Any, tracked: Tracked) -> Unrolled | 
     if not (func in _NETWORKS or func in _CELLS) or kwargs:
         return None
     x = args[0]
-    if tracked(x) or x.is_complex() or torch.is_autocast_enabled(x.device.type):
+    if tracked(x) or x.is_complex() or autocast_dtype(x.device.type) is not None:
         return None
     if func in _CELLS:
         states = [args[1]] if isinstance(args[1], Tensor) else list(args[1])

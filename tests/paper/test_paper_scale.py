@@ -18,7 +18,7 @@ from fastfisher.paper.workers import Job, train_run
 from fastfisher.training.config import to_values
 from fastfisher.training.folder import RunFolder
 from tests.archives import accept_any_cifar, write_cifar, write_imagenet, write_tiny_imagenet
-from tests.conftest import Once
+from tests.conftest import Once, is_nightly
 
 
 class Done:
@@ -62,7 +62,11 @@ def out(once: Once) -> Path:
     return once("dry-paper", lambda folder: None)
 
 
-@pytest.mark.parametrize("name", IDS)
+LONG = () if is_nightly() else ("table3",)
+"""Left to the nightly tests: forty runs of the largest networks. At digits' scale it is with the others."""
+
+
+@pytest.mark.parametrize("name", [name for name in IDS if name not in LONG])
 def test_a_dry_run_at_the_papers_scale(
     name: str, archives: Path, out: Path, torchvision: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,7 @@
+"""``python -m bench.gpu``: see the package."""
+
+import sys
+
+from bench.gpu.program import main
+
+sys.exit(main())
