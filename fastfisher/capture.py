@@ -98,7 +98,8 @@ class Known:
     """What captures of a model and of batches of the same shapes have in common.
 
     Attributes:
-        scattered: which layers have their examples in another order than the batch, as :meth:`Capture.misplaced` finds.
+        scattered: which layers have their examples in another order than the batch, as
+            :mod:`fastfisher.completeness` finds.
         layouts: where the examples are, by the number of the call, for the function and the shape that were met there.
     """
 

@@ -58,15 +58,16 @@ def _verify(model: nn.Module, inputs: Inputs, names: list[str]) -> tuple[Capture
     devices = frozenset(p.device.index for p in model.parameters() if p.device.type == "cuda")
     before = RandomState.current(devices)
 
-    def capture(known: Known | None = None) -> Capture:
+    known, left_out = Known(), frozenset[str]()
+
+    def capture() -> Capture:
         before.restore()
         return Capture(model, inputs, names, known)
 
-    known, left_out = Known(), frozenset[str]()
     while True:
         before.restore()
         logits, ordinary = _ordinary(model, inputs, names)
-        seen = _Seen(capture(known), ordinary, left_out)
+        seen = _Seen(capture(), ordinary, left_out)
         fitting = logits.dim() >= 2 and len(logits) == seen.capture.examples
         if not fitting or not all(bool(g.isfinite().all()) for g in ordinary.values()):
             return seen.capture, False  # the caller says what logits should be; NaN is said there too, or given back
@@ -104,7 +105,7 @@ def _verify(model: nn.Module, inputs: Inputs, names: list[str]) -> tuple[Capture
             "the measurement is of one forward",
             stacklevel=6,
         )
-        return capture(seen.capture.known), True
+        return capture(), True
     seen.capture.check_repeatable()
     try:
         off = seen.differences(model, inputs, tolerance, coarsest**0.5)
@@ -126,9 +127,8 @@ def _verify(model: nn.Module, inputs: Inputs, names: list[str]) -> tuple[Capture
             "per-example gradients do not exist. Leave them out with params=, or write that part with functions of "
             "torch; verify=False goes without this check"
         )
-    known = seen.capture.known
-    del seen  # and its graph
-    return capture(known), True
+    del seen, ordinary  # a graph, and gradients
+    return capture(), True
 
 
 class _Seen:
@@ -157,15 +157,15 @@ class _Seen:
         self.taken: set[str] = set()
         self.error: Exception | None = None
 
-    def look(self, capture: Callable[[Known], Capture]) -> None:
+    def look(self, capture: Callable[[], Capture]) -> None:
         """Takes the backwards: of the capture that is there, and of another one."""
         examples = self.capture.examples
         order = torch.randperm(examples, generator=torch.Generator().manual_seed(1)).to(self.capture.logits.device)
         halves = order.tensor_split(2) if examples > 1 else (order[:0],)
         for number, out in enumerate(halves):
             if number > 0:
-                known, self.capture = self.capture.known, None  # type: ignore[assignment] # one graph at a time
-                self.capture = capture(known)
+                del self.capture  # one graph at a time
+                self.capture = capture()
             cotangent = random_cotangent(self.capture.logits)
             cotangent[out] = 0
             self._half(cotangent, out)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from fastfisher import ops
 from fastfisher.arguments import is_number
+from fastfisher.lists import add_
 from fastfisher.model import call_model
 from fastfisher.penalty import FiniteDifference, autograd_gradients
 from fastfisher.placement import check_not_within, is_initialised, is_live, is_spread, placement_of, sharding_modules
@@ -488,8 +489,8 @@ class ShardedDifference(FiniteDifference):
         rho = self.rho()
         coefficient = weight * self.coefficient(rho)
         found = self._gradient_there(rho, coefficient, loss)
-        for name, gradient in self.gradient.items():
-            local_part(found[name]).addcmul_(local_part(gradient), -coefficient.to(gradient.dtype))
+        mine, here = ([local_part(named[name]) for name in self.gradient] for named in (found, self.gradient))
+        add_(mine, -coefficient, here)
         return found
 
     def _norm(self, named: Gradients) -> Tensor:
@@ -505,7 +506,7 @@ class ShardedDifference(FiniteDifference):
         squared = self._add(out, rho, scale)
         if self.settings.difference == "central":
             self._add(out, -rho, -scale)
-        return torch.where(self.norm > 0, squared.sqrt() / self.size, torch.nan)
+        return (squared.sqrt() / self.size).masked_fill(self.norm == 0, torch.nan)
 
     def _add(self, out: Gradients, rho: Tensor, scale: Tensor) -> Tensor:
         found = self._gradient_there(rho)
@@ -541,8 +542,7 @@ class ShardedDifference(FiniteDifference):
             with torch.no_grad():
                 for name, buffer in self.gates.buffers.items():  # as the forward at θ found them
                     buffers[name].copy_(buffer)
-                for name, shard in shards.items():
-                    shard.addcmul_(local_part(shifts[name]), length.to(shard.dtype))
+                add_(list(shards.values()), length, [local_part(shifts[name]) for name in shards])
             yield
         finally:
             reshard(self.model)  # what was gathered is of the shifted shards

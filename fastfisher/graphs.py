@@ -19,11 +19,16 @@ from torch import Tensor, nn
 
 from fastfisher.autocast import autocast_dtype
 from fastfisher.model import Inputs, input_tensors, map_inputs
+from fastfisher.slow_path import warn_slow_path
 
 Result = TypeVar("Result")
 
 WARM_UP = 3
 """Steps of each kind that run as usual before one is captured: in them, libraries choose their algorithms."""
+
+
+KINDS = 32
+"""So many kinds of steps, none of which came often enough, are no beginning any more."""
 
 
 class Graph(Protocol):
@@ -56,7 +61,8 @@ class CudaCapture:
         self.device = device
         self.pool: Any = None
         with torch.cuda.device(device):
-            self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # that of torch.cuda.graph is on whichever device came first
+            # Its own: that of torch.cuda.graph is on whichever device came first.
+            self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, function: Callable[[], Result]) -> tuple[Graph, Result]:
         """Captures what ``function`` launches on the device.
@@ -108,21 +114,28 @@ class CapturedSteps(Generic[Result]):
         tensors = _tensors(inputs, targets)
         autocast = autocast_dtype(tensors[0].device.type)
         rest = repr(map_inputs(inputs, lambda x: None))  # what is no tensor is fixed in what is captured
-        kind = kind, autocast, tuple((x.shape, x.stride(), x.dtype) for x in tensors), rest, self._places()
+        before = self._places()
+        kind = kind, autocast, tuple((x.shape, x.stride(), x.dtype) for x in tensors), rest, before
         captured = self.captured.get(kind)
         if captured is None:
             self.seen[kind] = self.seen.get(kind, 0) + 1
             if self.seen[kind] <= WARM_UP:
+                if len(self.seen) == KINDS and not self.captured:
+                    warn_slow_path(
+                        f"graphs: none of the steps could be captured: {KINDS} kinds of them came, and none more "
+                        f"than {WARM_UP} times: batches of ever new shapes, an alpha or a weight that changes with "
+                        "each step, or tensors that are replaced between steps. They run as without graphs"
+                    )
                 outcome = step(inputs, targets)
-                self._check_places(kind[-1])
+                self._check_places(before)
                 return outcome
-            captured = self.captured[kind] = self._captured(step, inputs, targets)
+            captured = self.captured[kind] = self._record(step, inputs, targets)
         for fixed, given in zip(captured.tensors, tensors, strict=True):
             fixed.copy_(given, non_blocking=True)
         captured.graph.replay()
         return captured.result
 
-    def _captured(self, step: Callable[[Inputs, Any], Result], inputs: Inputs, targets: Any) -> _Captured[Result]:
+    def _record(self, step: Callable[[Inputs, Any], Result], inputs: Inputs, targets: Any) -> _Captured[Result]:
         inputs = map_inputs(inputs, lambda x: x.detach().clone())
         targets = targets.clone() if isinstance(targets, Tensor) else targets
         # Within one autocast block weights are converted once and kept. Kept from before, the graph would never convert

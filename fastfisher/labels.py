@@ -125,8 +125,9 @@ class _Sampled(torch.autograd.Function):
         labels, gradient = ctx.saved_tensors
         grad = None
         if grad_loss is not None:
-            alone = grad_gradient is None and not torch.is_grad_enabled()
-            if ctx.scale != 1.0 and alone and float(grad_loss) == 1.0:
+            # A graph that is kept reads the gradient again: nobody else may get it, and write into it as into a .grad.
+            kept = torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
+            if ctx.scale != 1.0 and not kept and grad_gradient is None and float(grad_loss) == 1.0:
                 return gradient, None, None, None
             if ctx.reduction == "mean" and ctx.scale == 1.0:
                 grad_loss = grad_loss / len(labels)

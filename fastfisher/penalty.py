@@ -44,6 +44,7 @@ from fastfisher.labels import (
     looking_waits,
     new_key,
 )
+from fastfisher.lists import add_, plus
 from fastfisher.model import (
     Inputs,
     call_copy,
@@ -243,42 +244,9 @@ def _norm(tensors: dict[str, Tensor], device: torch.device, total: Callable[[Ten
     return (squared if total is None else total(squared)).sqrt()
 
 
-def plus(x: list[Tensor], factor: float | Tensor, y: list[Tensor]) -> list[Tensor]:
-    """x + factor·y, of lists, in as few calls as there are: a number where that can be had without waiting.
-
-    On a GPU the factor stays there, and the products are made first.
-    """
-    if not isinstance(factor, Tensor) or not looking_waits(factor):
-        return list(torch._foreach_add(x, y, alpha=float(factor)))
-    return list(torch._foreach_add(_times(factor, y), x))
-
-
-def add_(x: list[Tensor], factor: float | Tensor, y: list[Tensor]) -> None:
-    """x += factor·y, in place, as :func:`plus`."""
-    if not isinstance(factor, Tensor) or not looking_waits(factor):
-        torch._foreach_add_(x, y, alpha=float(factor))
-    else:
-        torch._foreach_add_(x, _times(factor, y))
-
-
-def _times(factor: Tensor, y: list[Tensor]) -> list[Tensor]:
-    dtypes = {tensor.dtype for tensor in y}
-    if len(dtypes) > 1:
-        return [tensor * factor.to(tensor.dtype) for tensor in y]
-    return list(torch._foreach_mul(y, factor.to(dtypes.pop())))
-
-
 def scaled(loss: Tensor, scale: float | Tensor) -> Tensor:
     """The loss times the scale, which is most often 1: then it costs nothing, here and in the backward."""
     return loss if not isinstance(scale, Tensor) and scale == 1.0 else loss * scale
-
-
-def zeros(like: Iterable[Tensor]) -> list[Tensor]:
-    """Tensors of 0, in one launch."""
-    found = [torch.empty_like(x) for x in like]
-    if found:
-        torch._foreach_zero_(found)
-    return found
 
 
 def real(x: Tensor) -> Tensor:
@@ -478,8 +446,7 @@ class FiniteDifference:
         inputs = self.shifted_inputs(length)
         parameters = {name: p.detach() for name, p in self.parameters.items()}
         if self.settings.wrt == "parameters" and length is not None:
-            before = [parameters[name] for name in self.direction]
-            moved = plus(before, length, list(self.direction.values())) if before else []
+            moved = plus([parameters[name] for name in self.direction], length, list(self.direction.values()))
             parameters.update(zip(self.direction, moved, strict=True))
         # What required a gradient at θ does here: that is how the gates tell what moves.
         parameters = {n: p.detach().requires_grad_(self.parameters[n].requires_grad) for n, p in parameters.items()}

@@ -46,6 +46,7 @@ from fastfisher.labels import (
     looking_waits,
     new_key,
 )
+from fastfisher.lists import add_, zeros
 from fastfisher.model import (
     Call,
     Inputs,
@@ -79,14 +80,12 @@ from fastfisher.penalty import (
     Method,
     Settings,
     Step,
-    add_,
     autograd_gradients,
     dense,
     gradient_at,
     real,
     scaled,
     twice_forward,
-    zeros,
 )
 from fastfisher.rollback import undone_on_error
 from fastfisher.slow_path import warn_slow_path
@@ -758,9 +757,9 @@ class FisherPenalty:
                     retain_graph=keep,
                     differentiate=self._derivatives,
                 )
-            total = (
-                gradient if same and not self.mixed else self._gradients(scaled(loss, scale), trainable) if keep else {}
-            )
+            total = gradient if same and not self.mixed else {}
+            if keep:
+                total = self._gradients(scaled(loss, scale), trainable)
             del logits, loss, part, penalised  # the first graph is not needed while the second one is built
             arguments = self.model, part_inputs, first_only, self.settings, gates, labels, gradient
             if share is None:
@@ -1100,7 +1099,6 @@ def _after_hooks(gradients: Gradients, trainable: dict[str, Tensor]) -> Gradient
 def _add(total: Gradients, gradients: Gradients, weight: float | Tensor) -> None:
     """total += weight·gradients, by name."""
     both = [name for name in gradients if name in total]
-    if both:
-        add_([total[name] for name in both], weight, [gradients[name] for name in both])
+    add_([total[name] for name in both], weight, [gradients[name] for name in both])
     for name in gradients.keys() - total.keys():
         total[name] = gradients[name] * weight

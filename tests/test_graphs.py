@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
 
-from fastfisher import FisherPenalty, labels, ops
-from fastfisher.graphs import WARM_UP, CapturedSteps, CudaCapture
+from fastfisher import FisherPenalty, SlowPathWarning, labels, ops
+from fastfisher.graphs import KINDS, WARM_UP, CapturedSteps, CudaCapture
 from fastfisher.model import known_of
 from fastfisher.penalty import AdaptiveStep
 from fastfisher.training.networks import build_network
@@ -543,3 +543,12 @@ def test_a_step_that_leaves_the_domain_adds_nothing_though_nobody_looks(every: i
     penalty.backward(x, y)
     expected = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
     torch.testing.assert_close([p.grad for p in model.parameters()], list(expected), rtol=0, atol=0)
+
+
+def test_steps_of_ever_new_kinds_say_that_they_are_not_captured() -> None:
+    penalty = FisherPenalty(WithFrozen(), 0.0)
+    counted = in_graphs(penalty)
+    with pytest.warns(SlowPathWarning, match="none of the steps could be captured") as warned:
+        for rows in range(2, KINDS + 4):
+            penalty.backward(torch.randn(rows, 4), torch.arange(rows) % 3)
+    assert len(warned) == 1 and counted.captures == 0
