@@ -117,14 +117,16 @@ class Batches:
         if not self.whole:
             yield from self._stream()
             return
-        size = self.batch_size or max(1, self.examples)
-        for start in range(0, self.examples, size):
+        start = 0
+        while start < self.examples:
+            size = self.batch_size or self.examples  # which may grow from batch to batch
             rows: Any = slice(start, start + size)
             if self.order is not None:
                 rows = self.order[rows]
             elif size >= self.examples:
                 rows = None
             yield self._take(self.inputs, self.targets, rows)
+            start += size
 
     def _stream(self) -> Iterator[Pair]:
         if self.exhausted:

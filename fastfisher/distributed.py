@@ -383,10 +383,11 @@ class Ranks:
                 return
             yield batch
 
-    def share_key(self, key: Tensor, rows: int) -> tuple[Tensor, int]:
-        """The key of rank 0, on the device of ``key``, and the number of this process's first row."""
+    def share_key(self, key: Tensor, rows: int) -> tuple[Tensor, int, int]:
+        """The key of rank 0, on the device of ``key``, the number of this process's first row, and the rows of all."""
         told = self.agree("a key", rows, *key.tolist())
-        return torch.tensor(told[0][1:3], device=key.device), sum(numbers[0] for numbers in told[: self.rank])
+        counts = [numbers[0] for numbers in told]
+        return torch.tensor(told[0][1:3], device=key.device), sum(counts[: self.rank]), sum(counts)
 
     def share_buffers(self, model: nn.Module) -> None:
         """The buffers of rank 0 everywhere, in one message for each dtype: as DDP has it before a forward."""

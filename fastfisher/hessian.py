@@ -43,7 +43,7 @@ from fastfisher.model import (
 from fastfisher.rollback import undoing
 from fastfisher.slow_path import warn_slow_path
 from fastfisher.taylor import NoRule, Tape
-from fastfisher.traces import draw_key, trace_fisher, whole_model
+from fastfisher.traces import Keys, trace_fisher, whole_model
 from fastfisher.twice import differentiable_gradients, second_derivatives, twice_differentiable
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def trace_hessian(
         stack.enter_context(
             measuring_together(ranks, "trace_hessian", model, trainable, mode=mode, params=digest(chosen), **told)
         )
-        key, _ = draw_key(generator, torch.device("cpu"), 0, ranks)
+        key, _ = Keys(generator, ranks).of(0, 0, torch.device("cpu"))
         device = next(iter(trainable.values())).device
         batches = labelled(model, data, targets, batch_size, device, class_dim)
         parameters = stack.enter_context(measuring(model, [trainable[name] for name in chosen], mode))

@@ -23,6 +23,7 @@ from fastfisher.distributed import Ranks, digest, measuring_together, shared_by
 from fastfisher.estimate import TraceEstimate
 from fastfisher.labels import IGNORED, check_classes, cross_entropy, fit, ignored, new_key
 from fastfisher.layers import GRAM_ELEMENTS, Layer, chunks, computing, dots, flat_rows, squares
+from fastfisher.memory import BATCH, held, may_double
 from fastfisher.model import (
     Call,
     Inputs,
@@ -114,7 +115,7 @@ def per_example_grad_norms(
         inputs, targets = _savable(inputs, targets)
         _check(labels, draws, loss, targets)
         capture = _capture(model, inputs, names, verify)
-        cotangents = _Cotangents(capture.logits.detach(), labels, targets, loss, generator, inputs.class_dim)
+        cotangents = _Cotangents(capture.logits.detach(), labels, targets, loss, Keys(generator), inputs.class_dim)
         found = [sum(n.values()) for n in _draws(model, inputs, capture, cotangents, draws)]
     norms = torch.stack([n if isinstance(n, Tensor) else _zeros(capture) for n in found])
     norms = norms if squared else norms.sqrt()
@@ -153,7 +154,7 @@ def trace_fisher(
     samples: int | None = None,
     labels: Labels = "rademacher",
     draws: int = 1,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     tolerance: float | None = None,
     minibatch: bool = False,
     params: Iterable[Tensor] | None = None,
@@ -185,7 +186,9 @@ def trace_fisher(
         labels: "rademacher" has by far the smallest variance once a network has fitted its data; "sampled", "exact" as
             in :func:`per_example_grad_norms`; "true" gives the empirical Fisher's trace, of the targets in ``data``.
         draws: how many draws for each example.
-        batch_size: how many examples at a time, where ``data`` is no iterable.
+        batch_size: how many examples at a time, where ``data`` is no iterable; by default 128, and on a GPU twice as
+            many with each batch while memory allows. But for rounding, and for ``minibatch``, the value is the same
+            however the data are cut into batches.
         tolerance: go on drawing (at least two draws in all) until standard_error ≤ tolerance·value.
         minibatch: also Tr(F_B), for about a third more.
         params, generator, class_dim: as in :func:`per_example_grad_norms`.
@@ -221,22 +224,32 @@ def trace_fisher(
     device = next(model.parameters()).device
     told = {"labels": labels, "draws": draws, "tolerance": tolerance, "params": digest(names)}
     with measuring_together(ranks, "trace_fisher", model, trainable_parameters(model), **told), eval_mode(model):
+        size = BATCH if batch_size is None else batch_size
         batches = Batches(
-            model, data, device, class_dim=class_dim, samples=samples, batch_size=batch_size, generator=generator
+            model, data, device, class_dim=class_dim, samples=samples, batch_size=size, generator=generator
         )
+        growing = batch_size is None and not minibatch and ranks is None
+        keys = Keys(generator, ranks)
         while True:
+            keys.begin(sums.draws)
             sums.begin(rounds)
             for batch in batches if ranks is None else ranks.aligned(batches):
                 if batch is None:  # the others have more: their labels are drawn with what rank 0 tells them
-                    for _ in range(rounds if drawn else 0):
-                        draw_key(generator, device, 0, ranks)
+                    for draw in range(rounds if drawn else 0):
+                        keys.of(draw, 0, device)
                     continue
                 inputs, targets = _savable(*batch)
+                before = held(device)
                 capture = _capture(model, inputs, names, verify)
-                cotangents = _Cotangents(capture.logits.detach(), labels, targets, None, generator, class_dim, ranks)
+                activations = held(device) - before
+                cotangents = _Cotangents(capture.logits.detach(), labels, targets, None, keys, class_dim)
                 sums.add(_draws(model, inputs, capture, cotangents, rounds, sums.means if minibatch else None))
                 sums.fallbacks.update(capture.fallbacks)
+                full = capture.examples == size
                 del capture, cotangents  # before the next forward
+                if growing and full and not sums.fallbacks and may_double(activations, device):
+                    size *= 2
+                    batches.batch_size = size
             fraction = batches.fraction
             found = sums
             if ranks is not None:
@@ -421,12 +434,33 @@ def _fraction_of_all(ranks: Ranks, examples: int, fraction: float, device: torch
     return float(counts[0] / counts[1]) if counts[1] else 1.0
 
 
-def draw_key(
-    generator: torch.Generator | None, device: torch.device, rows: int, ranks: Ranks | None
-) -> tuple[Tensor, int]:
-    """A fresh key for ``rows`` rows, that of rank 0 where there are several processes, and the number of the first."""
-    key = new_key(generator, device)
-    return (key, 0) if ranks is None else ranks.share_key(key, rows)
+class Keys:
+    """The keys that labels are drawn with: one in all, whose offset counts the draws, while the rows of logits are
+    counted through all batches. The same labels are drawn however the data are cut into batches.
+
+    Of several processes the key is that of rank 0, and the rows of each batch are those of rank 0 first.
+    """
+
+    def __init__(self, generator: torch.Generator | None, ranks: Ranks | None = None) -> None:
+        self.generator, self.ranks = generator, ranks
+        self.key: Tensor | None = None
+        self.drawn = self.done = self.rows = 0
+
+    def begin(self, drawn: int) -> None:
+        """A pass over the data is to come, after so many draws of each example."""
+        self.drawn, self.done, self.rows = drawn, 0, 0
+
+    def of(self, draw: int, rows: int, device: torch.device) -> tuple[Tensor, int]:
+        """The key for one draw of a batch of so many rows, and the number of its first row."""
+        if self.key is None:
+            self.key = new_key(self.generator, device)
+        if draw == 0:  # of the next batch
+            self.done += self.rows
+        key, first, self.rows = self.key.clone(), 0, rows
+        if self.ranks is not None:
+            key, first, self.rows = self.ranks.share_key(key, rows)
+        key[1] += self.drawn + draw
+        return key, self.done + first
 
 
 def _zeros(capture: Capture) -> Tensor:
@@ -445,12 +479,11 @@ class _Cotangents:
         labels: str | Tensor,
         targets: Tensor | None,
         loss: Loss | None,
-        generator: torch.Generator | None,
+        keys: Keys,
         class_dim: int | None = None,
-        ranks: Ranks | None = None,
     ) -> None:
         self.logits, self.labels, self.targets, self.loss = logits, labels, targets, loss
-        self.generator, self.class_dim, self.ranks = generator, class_dim, ranks
+        self.keys, self.class_dim, self.draws = keys, class_dim, 0
         self.name = "targets"
         if loss is None:
             check_classes(logits)
@@ -488,7 +521,8 @@ class _Cotangents:
         elif self.labels == "true":
             yield self._true()
         else:
-            key, first = draw_key(self.generator, rows.device, len(rows), self.ranks)
+            key, first = self.keys.of(self.draws, len(rows), rows.device)
+            self.draws += 1
             if self.labels == "sampled":
                 yield ops.sample_cross_entropy(rows, key, 1.0, first)[2].view(self.logits.shape)
             else:
@@ -644,7 +678,7 @@ def one_backward(
     """A capture, one backward of it, and what its layers saw there; the model is in eval mode."""
     inputs, targets = _savable(inputs, targets)
     capture = _capture(model, inputs, names, verify)
-    cotangents = _Cotangents(capture.logits.detach(), labels, targets, loss, generator, inputs.class_dim)
+    cotangents = _Cotangents(capture.logits.detach(), labels, targets, loss, Keys(generator), inputs.class_dim)
     (cotangent,) = cotangents.draw()
     kept: Seen = {}
 
@@ -812,25 +846,35 @@ class _Sums:
         self.fallbacks: dict[str, str] = {}
         self.means: list[float] = []
         self.draws = 0
-        self.batch = 0
+        self.again = False
+        self.done = 0
 
     def begin(self, draws: int) -> None:
         """A pass over the data with so many draws is to come."""
         self.draws += draws
-        self.batch = 0
+        self.again, self.done = bool(self.first), 0
+        if self.again:  # batches may be others than those of the first pass
+            self.first, self.second = [torch.cat(self.first)], [torch.cat(self.second)]
 
     def add(self, draws: Iterable[dict[str, Tensor]]) -> None:
         """The norms of one batch."""
+        rows: list[Tensor] = []
         for norms in draws:
             for name, values in norms.items():
                 self.parameters[name] += float(values.sum())
             total = torch.stack(list(norms.values())).sum(0)
-            if self.batch == len(self.first):
-                self.first.append(torch.zeros_like(total))
-                self.second.append(torch.zeros_like(total))
-            self.first[self.batch] += total
-            self.second[self.batch] += total.square()
-        self.batch += 1
+            rows = rows or self._rows(total)
+            rows[0].add_(total)
+            rows[1].add_(total.square())
+        self.done += len(rows[0])
+
+    def _rows(self, like: Tensor) -> list[Tensor]:
+        """Where the sums of the next examples are."""
+        if self.again:
+            return [part[0][self.done : self.done + len(like)] for part in (self.first, self.second)]
+        self.first.append(torch.zeros_like(like))
+        self.second.append(torch.zeros_like(like))
+        return [self.first[-1], self.second[-1]]
 
     def of_all(self, ranks: Ranks, device: torch.device) -> _Sums:
         """What all processes have added up."""

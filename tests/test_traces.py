@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastfisher
-from fastfisher import grad_inner_products, per_example_grad_norms, trace_fisher
+from fastfisher import grad_inner_products, memory, per_example_grad_norms, trace_fisher, traces
 from fastfisher.capture import Capture
 from tests.networks import Hostile
 
@@ -505,7 +505,53 @@ def test_data_may_be_tensors_pairs_loaders_and_streams() -> None:
     assert few.value == pytest.approx(float(first.mean()), rel=1e-12) and few.samples == 8
     assert few.standard_error == pytest.approx(float(first.std()) / 8**0.5, rel=1e-12)
     unlabelled = [trace_fisher(model, d, generator=torch.Generator().manual_seed(1)).value for d in (x, [x], loader)]
-    assert unlabelled[0] == unlabelled[1] != unlabelled[2]  # a loader of other batches draws other signs
+    assert unlabelled[0] == unlabelled[1] == pytest.approx(unlabelled[2], rel=1e-9)
+
+
+@pytest.mark.parametrize("labels", ["sampled", "rademacher"])
+def test_the_labels_do_not_depend_on_the_batches(labels: Any) -> None:
+    model, x = small_network(), images(20)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=6)
+
+    def trace(data: Any, batch_size: int | None = None) -> tuple[float, float, int]:
+        generator = torch.Generator().manual_seed(3)
+        found = trace_fisher(
+            model, data, labels=labels, draws=2, tolerance=0.03, batch_size=batch_size, generator=generator
+        )
+        return found.value, found.standard_error, found.draws
+
+    expected = trace(x)
+    assert expected[2] > 2  # several passes
+    for found in (trace(x, 7), trace(x, 1), trace(loader), trace([[x[:11]], [x[11:]]])):
+        assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_batches_grow_while_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small_network(), images(memory.BATCH * 6)
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+
+    def trace(**options: Any) -> float:
+        sizes.clear()
+        return trace_fisher(model, x, verify=False, generator=torch.Generator().manual_seed(0), **options).value
+
+    expected = trace()
+    assert sizes == [memory.BATCH] * 6  # a CPU
+    monkeypatch.setattr(traces, "held", lambda device: 10 * sum(sizes))
+    monkeypatch.setattr(traces, "may_double", lambda activations, device: activations < 20 * memory.BATCH)
+    assert trace() == pytest.approx(expected, rel=1e-9)
+    assert sizes == [memory.BATCH, 2 * memory.BATCH, 2 * memory.BATCH, memory.BATCH]
+    assert trace(batch_size=memory.BATCH) == expected and sizes == [memory.BATCH] * 6  # as it was asked for
+
+
+def test_a_batch_is_doubled_where_there_is_room_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 4 << 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1 << 30)
+    assert memory.held(gpu) == 1 << 30 and memory.free(gpu) == 8 << 30  # of the driver, and kept by PyTorch
+    assert memory.may_double(1 << 30, gpu) and not memory.may_double((1 << 30) + 1, gpu)
+    assert not memory.may_double(0, torch.device("cpu"))
 
 
 def test_the_minibatch_trace_has_the_trace_over_b_as_its_mean() -> None:
