@@ -24,9 +24,9 @@ from bench import peers
 from bench.conftest import ROWS, Bar, Refusal
 from bench.networks import network
 from fastfisher import ops
-from fastfisher.layers.base import Layout
-from fastfisher.layers.conv import Conv
-from fastfisher.layers.linear import gram_is_cheaper
+from fastfisher.engine.layers.base import Layout
+from fastfisher.engine.layers.conv import Conv
+from fastfisher.engine.layers.linear import gram_is_cheaper
 
 BARS: dict[str, dict[str, float]] = {
     "SimpleCNN": {"sampled": 1.05, "rademacher": 1.05, "exact": 6.8},

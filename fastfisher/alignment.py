@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastfisher.gates import RandomState
+from fastfisher.engine.gates import RandomState
 from fastfisher.labels import IGNORED
 from fastfisher.model import Call, call_copy, class_last, known_of, logits_of, map_inputs
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastfisher import ops, reference
-from fastfisher.arguments import check_generator, is_count
+from fastfisher import ops
+from fastfisher.checks import check_generator, is_count
 from fastfisher.model import as_given, class_last, known_of
+from fastfisher.ops import reference
 
 LABELS = ("sampled", "true", "uniform", "rademacher")
 

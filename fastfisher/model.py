@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 from torch.nn.utils.stateless import _reparametrize_module
 
-from fastfisher.arguments import check_model
+from fastfisher.checks import check_model
 from fastfisher.placement import check_held
 from fastfisher.slow_path import warn_slow_path
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from fastfisher.arguments import check_model
+from fastfisher.checks import check_model
 from fastfisher.slow_path import warn_slow_path
 
 _LEAVE = "for the value of what this process alone is given, pass copy.deepcopy of the module within"

@@ -210,7 +210,7 @@ def _relu_into(x: Tensor, out: Tensor) -> Tensor:
 
 
 def gate_relu(x: Tensor) -> tuple[Tensor, Tensor]:
-    """See :func:`fastfisher.reference.gate_relu`.
+    """See :func:`fastfisher.ops.reference.gate_relu`.
 
     Raises:
         ValueError: ``x`` is not contiguous, or its dtype no float.
@@ -220,12 +220,12 @@ def gate_relu(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gate_relu_(x: Tensor) -> Tensor:
-    """See :func:`fastfisher.reference.gate_relu_`; errors as in :func:`gate_relu`."""
+    """See :func:`fastfisher.ops.reference.gate_relu_`; errors as in :func:`gate_relu`."""
     return _relu_into(x, x)
 
 
 def gate_apply(x: Tensor, bits: Tensor) -> Tensor:
-    """See :func:`fastfisher.reference.gate_apply`.
+    """See :func:`fastfisher.ops.reference.gate_apply`.
 
     Raises:
         ValueError: ``x`` is not contiguous, its dtype no float, or ``bits`` is not what it needs.
@@ -242,7 +242,7 @@ def gate_apply(x: Tensor, bits: Tensor) -> Tensor:
 def gate_max_pool(
     x: Tensor, height: int, width: int, stride_height: int, stride_width: int, gated: bool
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`fastfisher.reference.gate_max_pool`.
+    """See :func:`fastfisher.ops.reference.gate_max_pool`.
 
     Raises:
         ValueError: ``x`` is not contiguous (planes, height, width), its dtype no float, its planes smaller than the
@@ -275,7 +275,7 @@ def _check_planes(x: Tensor, name: str, indices: Tensor) -> None:
 
 
 def gate_take(x: Tensor, indices: Tensor) -> Tensor:
-    """See :func:`fastfisher.reference.gate_take`. An index outside its plane yields NaN.
+    """See :func:`fastfisher.ops.reference.gate_take`. An index outside its plane yields NaN.
 
     Raises:
         ValueError: ``x`` or ``indices`` is not contiguous, of two dimensions, as many planes and its dtype.
@@ -288,7 +288,7 @@ def gate_take(x: Tensor, indices: Tensor) -> Tensor:
 
 
 def gate_put(y: Tensor, indices: Tensor, elements: int) -> Tensor:
-    """See :func:`fastfisher.reference.gate_put`. An element whose index lies outside its plane is dropped.
+    """See :func:`fastfisher.ops.reference.gate_put`. An element whose index lies outside its plane is dropped.
 
     Raises:
         ValueError: ``y`` or ``indices`` is not contiguous, of two dimensions, one shape and its dtype.

@@ -331,7 +331,7 @@ def _check(a: Tensor, d: Tensor, dimensions: int, what: str) -> None:
 
 
 def grad_sqnorm_linear(a: Tensor, d: Tensor, gram: bool) -> Tensor:
-    """See :func:`fastfisher.reference.grad_sqnorm_linear`.
+    """See :func:`fastfisher.ops.reference.grad_sqnorm_linear`.
 
     Raises:
         ValueError: shapes or dtypes that do not match, or a dtype without kernels.
@@ -351,7 +351,7 @@ def grad_sqnorm_conv(
     a: Tensor, d: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
     gram: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See :func:`fastfisher.reference.grad_sqnorm_conv`.
+    """See :func:`fastfisher.ops.reference.grad_sqnorm_conv`.
 
     Raises:
         ValueError: shapes, dtypes or options that do not match, or a dtype without kernels.
@@ -393,7 +393,7 @@ def grad_sqnorm_conv(
 
 
 def channel_products(a: Tensor, d: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
-    """See :func:`fastfisher.reference.channel_products`.
+    """See :func:`fastfisher.ops.reference.channel_products`.
 
     Raises:
         ValueError: shapes or dtypes that do not match, or a dtype without kernels.

@@ -517,7 +517,7 @@ def _check_rows(x: Tensor, name: str) -> tuple[int, int]:
 
 
 def sample_cross_entropy(logits: Tensor, key: Tensor, scale: float, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`fastfisher.reference.sample_cross_entropy`.
+    """See :func:`fastfisher.ops.reference.sample_cross_entropy`.
 
     Raises:
         ValueError: not 2 dimensions, more than 262,144 classes or none, a dtype that is no float, a scale of 0, or
@@ -534,7 +534,7 @@ def sample_cross_entropy(logits: Tensor, key: Tensor, scale: float, first: int =
 
 
 def softmax_hessian_product(dlogits: Tensor, labels: Tensor, vector: Tensor, scale: float) -> Tensor:
-    """See :func:`fastfisher.reference.softmax_hessian_product`. A row without a softmax, label -1, stays NaN.
+    """See :func:`fastfisher.ops.reference.softmax_hessian_product`. A row without a softmax, label -1, stays NaN.
 
     Raises:
         ValueError: not 2 dimensions, more than 262,144 classes or none, a dtype that is no float, tensors that differ
@@ -551,7 +551,7 @@ def softmax_hessian_product(dlogits: Tensor, labels: Tensor, vector: Tensor, sca
 
 
 def rademacher_cotangent(logits: Tensor, key: Tensor, scale: float, first: int = 0) -> Tensor:
-    """See :func:`fastfisher.reference.rademacher_cotangent`. A row without a softmax is NaN.
+    """See :func:`fastfisher.ops.reference.rademacher_cotangent`. A row without a softmax is NaN.
 
     Raises:
         ValueError: as in :func:`sample_cross_entropy`, but any scale will do.

@@ -416,7 +416,7 @@ def _check_probe(key: Tensor, distribution: str, first: int, device: torch.devic
 def perturb(
     out: list[Tensor], tensors: list[Tensor], key: Tensor, eps: float, distribution: str, first: int = 0
 ) -> None:
-    """See :func:`fastfisher.reference.perturb`.
+    """See :func:`fastfisher.ops.reference.perturb`.
 
     Raises:
         ValueError: no tensors, lists that do not match, tensors that are not contiguous, a dtype without kernels, or a
@@ -434,7 +434,7 @@ def perturb(
 
 
 def probe_dot(tensors: list[Tensor], key: Tensor, distribution: str, first: int = 0) -> Tensor:
-    """See :func:`fastfisher.reference.probe_dot`.
+    """See :func:`fastfisher.ops.reference.probe_dot`.
 
     Raises:
         ValueError: no tensors, a dtype without kernels, or a bad key, distribution or ``first``.
@@ -454,7 +454,7 @@ def probe_dot(tensors: list[Tensor], key: Tensor, distribution: str, first: int 
 
 
 def axpy_diff(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: Tensor) -> Tensor:
-    """See :func:`fastfisher.reference.axpy_diff`.
+    """See :func:`fastfisher.ops.reference.axpy_diff`.
 
     Raises:
         ValueError: no tensors, lists that do not match, tensors that are not contiguous, or a dtype without kernels.
@@ -476,7 +476,7 @@ def axpy_diff(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: Tensor
 
 
 def sum_squares(tensors: list[Tensor]) -> Tensor:
-    """See :func:`fastfisher.reference.sum_squares`.
+    """See :func:`fastfisher.ops.reference.sum_squares`.
 
     Raises:
         ValueError: no tensors, or a dtype without kernels.

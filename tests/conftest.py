@@ -43,7 +43,7 @@ def torchvision() -> Any:
 @pytest.fixture(autouse=True)
 def kernels_at_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests' tensors are small: they too go through the kernels that serve large ones."""
-    from fastfisher import gates  # which may import Triton
+    from fastfisher.engine import gates  # which may import Triton
 
     monkeypatch.setattr(gates, "FUSED_ELEMENTS", 0)
 

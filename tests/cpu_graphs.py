@@ -76,7 +76,7 @@ class _Recording(TorchDispatchMode):
 
 
 def capture(function: Callable[[], Any]) -> tuple[Recorded, Any]:
-    """The :data:`fastfisher.graphs.Capture` of the stand-in."""
+    """The :data:`fastfisher.penalise.graphs.Capture` of the stand-in."""
     random = torch.get_rng_state()
     recording = _Recording()
     try:

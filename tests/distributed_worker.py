@@ -30,7 +30,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import fastfisher
-from fastfisher import FisherPenalty, RankFailure, distributed
+from fastfisher import FisherPenalty, RankFailure
+from fastfisher.distributed import ranks as distributed
 from tests.networks import SmallResNet
 
 RNG = torch.Generator().manual_seed(0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastfisher.alignment import Alignment, Alignments, alignment_of, labels_in
-from fastfisher.batches import split
+from fastfisher.data import split
 
 BATCH, LENGTH, CLASSES = 3, 5, 7
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import fastfisher
 from fastfisher import FisherPenalty
-from fastfisher.batches import Batches, paired, split
+from fastfisher.data import Batches, paired, split
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

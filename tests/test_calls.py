@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fastfisher.calls import opened, positional
+from fastfisher.engine.calls import opened, positional
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from fastfisher.checkpointing import graph_nodes, keep_saved_tensors, refuse_recomputed
+from fastfisher.engine.checkpointing import graph_nodes, keep_saved_tensors, refuse_recomputed
 
 
 class Keeping(TorchFunctionMode):

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastfisher
-from fastfisher import completeness, per_example_grad_norms
+from fastfisher import per_example_grad_norms
+from fastfisher.engine import completeness
 from tests.test_traces import data_for, per_example_gradients
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::fastfisher.SlowPathWarning")]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastfisher import convolution
-from fastfisher.convolution import in_pieces, saving_memory
+from fastfisher.engine.fused import convolution
+from fastfisher.engine.fused.convolution import in_pieces, saving_memory
 
 # Strides, padding, dilation and groups; a last piece that is shorter than the others; one, two and three dimensions.
 CASES: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {

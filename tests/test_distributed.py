@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastfisher import FisherPenalty, distributed
+from fastfisher import FisherPenalty
+from fastfisher.distributed import ranks as distributed
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch was built without gloo", allow_module_level=True)

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 import fastfisher
 from bench import readme
-from fastfisher import cli, reference
+from fastfisher import cli
+from fastfisher.ops import reference
 from fastfisher.paper.arguments import IDS
 
 ROOT = Path(__file__).parent.parent
@@ -177,7 +178,7 @@ def test_figures_quoted_are_those_of_the_last_measurement(page: Path) -> None:
 
 
 def test_the_steps_quoted_are_those_of_the_library() -> None:
-    from fastfisher.penalty import FROZEN_STEP
+    from fastfisher.penalise.function import FROZEN_STEP
 
     table = (ROOT / "docs" / "choosing.md").read_text()
     rows = re.findall(r"^\| (float64|float32|float16|bfloat16)[^|]*\| (\S+) \| (\S+) \|", table, re.MULTILINE)

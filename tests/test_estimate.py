@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fastfisher
-from fastfisher.estimate import TraceEstimate, student_quantile
+from fastfisher.measure.estimate import TraceEstimate, student_quantile
 from tests.test_traces import images, small_network
 
 scipy_stats = pytest.importorskip("scipy.stats")

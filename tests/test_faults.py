@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 import fastfisher
-from fastfisher import FisherPenalty, convolution
+from fastfisher import FisherPenalty
+from fastfisher.engine.fused import convolution
 from tests.conftest import is_nightly
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import fastfisher
-from fastfisher import gates
-from fastfisher.gates import _Fused, record_gates
+from fastfisher.engine import gates
+from fastfisher.engine.gates import _Fused, record_gates
 
 Network = Callable[[Tensor], Tensor]
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastfisher
-from fastfisher import ops, reference
+from fastfisher import ops
+from fastfisher.ops import reference
 from tests import test_ops, test_probes
 from tests.test_ops import KEY, assert_labels_are_the_exact_inverse_cdf, logits_for
 

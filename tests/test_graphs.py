@@ -15,9 +15,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn import functional as F
 
 from fastfisher import FisherPenalty, SlowPathWarning, labels, ops
-from fastfisher.graphs import KINDS, WARM_UP, CapturedSteps, CudaCapture
 from fastfisher.model import known_of
-from fastfisher.penalty import AdaptiveStep
+from fastfisher.penalise.function import AdaptiveStep
+from fastfisher.penalise.graphs import KINDS, WARM_UP, CapturedSteps, CudaCapture
 from fastfisher.training.networks import build_network
 from tests.cpu_graphs import capture
 from tests.launches import Launches

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastfisher import linear_sample_cross_entropy, reference
+from fastfisher import linear_sample_cross_entropy
+from fastfisher.ops import reference
 from tests.test_ops import DTYPES, KEY, assert_labels_are_the_exact_inverse_cdf, precise
 
 ROWS, WIDTH = 21, 12

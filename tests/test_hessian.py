@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastfisher
 from fastfisher import SlowPathWarning, TraceEstimate, trace_hessian
-from fastfisher.hessian import LogitsForm, _agreed, logits_form
+from fastfisher.measure.hessian import LogitsForm, _agreed, logits_form
 from fastfisher.model import as_call
 from tests.networks import Hostile, OnceDifferentiable, Shared
 
@@ -173,7 +173,7 @@ def exact_fisher(model: nn.Module, data: Any, **options: Any) -> TraceEstimate:
 @pytest.fixture
 def reference_fisher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The trace of the Fisher matrix from vmap(grad), so that this file tests the identity and not trace_fisher."""
-    monkeypatch.setattr("fastfisher.hessian.trace_fisher", exact_fisher)
+    monkeypatch.setattr("fastfisher.measure.hessian.trace_fisher", exact_fisher)
     yield
 
 
@@ -246,7 +246,7 @@ def test_labels_by_the_number_of_classes(
     classes: int, expected: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = lambda model, data, **options: (options["labels"], options["draws"])  # noqa: E731
-    monkeypatch.setattr("fastfisher.hessian.trace_fisher", chosen)
+    monkeypatch.setattr("fastfisher.measure.hessian.trace_fisher", chosen)
     assert trace_hessian(nn.Linear(3, classes), torch.randn(2, 3), torch.zeros(2).long()) == expected
 
 

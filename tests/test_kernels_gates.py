@@ -14,8 +14,9 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("on a GPU the kernels themselves are tested (tests/test_gpu.py)", allow_module_level=True)
 
-from fastfisher import ops, reference
+from fastfisher import ops
 from fastfisher.kernels import gates
+from fastfisher.ops import reference
 
 DTYPES = [torch.float32, torch.float64, torch.float16]
 

@@ -12,10 +12,10 @@ pytest.importorskip("triton")
 
 import triton.language as tl
 
-from fastfisher import reference
+from fastfisher.engine.layers.linear import gram_is_cheaper
 from fastfisher.kernels import gradient_norms
 from fastfisher.kernels.checks import TYPES
-from fastfisher.layers.linear import gram_is_cheaper
+from fastfisher.ops import reference
 from tests.test_ops import CONVOLUTIONS, GRAM_LOSS, rounding
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -23,8 +23,8 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 if torch.cuda.is_available():
     pytest.skip("on a GPU the kernels themselves are tested (tests/test_gpu.py)", allow_module_level=True)
 
-from fastfisher import reference
 from fastfisher.kernels import rows
+from fastfisher.ops import reference
 from tests.test_ops import (
     KEY,
     SIGNIFICANCE,

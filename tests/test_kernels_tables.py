@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 
 from triton.runtime.jit import _normalize_ty
 
-from fastfisher import reference
 from fastfisher.kernels import tables
+from fastfisher.ops import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] * (DEVICE == "cuda")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import fastfisher
 from fastfisher import FisherPenalty
 from fastfisher.alignment import Alignments
-from fastfisher.batches import split
+from fastfisher.data import split
 from fastfisher.labels import Signs, cross_entropy, label_loss, new_key
 from tests.networks import flat, relative_error
 from tests.transformer_models import KINDS, batch_of, model_of, penalised, targets_of

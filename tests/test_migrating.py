@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastfisher
-from fastfisher.estimate import TraceEstimate
+from fastfisher.measure.estimate import TraceEstimate
 from tests.networks import flat
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastfisher import ops, reference
-from fastfisher.gates import _Fused
-from fastfisher.normalization import by_batch
+from fastfisher import ops
+from fastfisher.engine.fused.batch_norm import by_batch
+from fastfisher.engine.gates import _Fused
+from fastfisher.ops import reference
 
 needs_kernels = pytest.mark.skipif(ops.UNAVAILABLE is not None, reason="needs the compiled kernels")
 

@@ -17,8 +17,9 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 import fastfisher
-from fastfisher import ops, reference
+from fastfisher import ops
 from fastfisher.labels import Signs, cross_entropy
+from fastfisher.ops import reference
 
 needs_kernels = pytest.mark.skipif(ops.UNAVAILABLE is not None, reason=f"no compiled kernels: {ops.UNAVAILABLE}")
 
@@ -189,7 +190,7 @@ def test_every_simd_level_gives_the_same_labels(level: str) -> None:
         "y = torch.arange(-40., 45.); out, bits = ops.gate_relu(y)\n"
         "assert torch.equal(out, y.relu()) and torch.equal(ops.gate_apply(y, bits), out)\n"
         "x = torch.randn(3, 40, 41); pool = (2, 2, 2, 2, False)\n"
-        "from fastfisher import reference\n"
+        "from fastfisher.ops import reference\n"
         "assert all(map(torch.equal, ops.gate_max_pool(x, *pool), reference.gate_max_pool(x, *pool)))\n"
     )
     lines = {}
@@ -655,7 +656,7 @@ def test_norms_and_cotangents_have_the_same_bits_for_any_number_of_threads() -> 
 @pytest.mark.parametrize("level", ["baseline", "avx2"])
 def test_every_simd_level_has_the_same_norms(level: str) -> None:
     program = (
-        "import torch; from fastfisher import ops, reference; torch.manual_seed(0)\n"
+        "import torch; from fastfisher import ops; from fastfisher.ops import reference; torch.manual_seed(0)\n"
         "for dtype, rtol in ((torch.float32, 1e-5), (torch.float64, 1e-12)):\n"
         "    a, d = torch.randn(3, 7, 9, 8, dtype=dtype), torch.randn(3, 37, 9, 8, dtype=dtype)\n"
         "    args = ([3, 3], [1, 1], [1, 1], [1, 1], 1)\n"

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastfisher
-from fastfisher import AdaptiveStep, reference
+from fastfisher import AdaptiveStep
 from fastfisher.labels import new_key
+from fastfisher.ops import reference
 from fastfisher.training.networks import build_network
 from tests.networks import Hostile, SmallResNet, flat, relative_error, smooth_network
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastfisher import ops, reference
+from fastfisher import ops
+from fastfisher.ops import reference
 from tests.test_ops import (
     DTYPES,
     GRAM_LOSS,

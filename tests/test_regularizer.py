@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 import fastfisher
 from fastfisher import FisherPenalty
-from fastfisher.gates import fused_forward
-from fastfisher.penalty import FiniteDifference
+from fastfisher.engine.gates import fused_forward
+from fastfisher.penalise.function import FiniteDifference
 from fastfisher.training.networks import build_network
 from tests.networks import Hostile, SmallResNet, flat, relative_error
 
@@ -152,7 +152,9 @@ def test_a_state_that_does_not_fit_restores_nothing() -> None:
 def test_batchnorm_moves_once_dropout_and_random_state_as_in_a_plain_step(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastfisher.gates.FUSED_ELEMENTS", 0)  # the same kernels, whether gates are recorded or not
+    monkeypatch.setattr(
+        "fastfisher.engine.gates.FUSED_ELEMENTS", 0
+    )  # the same kernels, whether gates are recorded or not
     torch.manual_seed(0)
     model = nn.Sequential(SmallResNet(), nn.Dropout(0.5), nn.Linear(10, 10))
     reference = copy.deepcopy(model)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fastfisher
 from fastfisher import FisherPenalty, ops
-from fastfisher.layers import base
+from fastfisher.engine.layers import base
 from tests.networks import SmallResNet
 from tests.test_ops import KEY, needs_kernels, scalar
 

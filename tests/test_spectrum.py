@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastfisher
-from fastfisher import gradient_covariance, spectrum, top_eigenvalues
-from fastfisher.layers import base
+from fastfisher import gradient_covariance, top_eigenvalues
+from fastfisher.engine.layers import base
+from fastfisher.measure import spectrum
 from tests.networks import Hostile, OnceDifferentiable, Shared
 
 IMAGES = torch.randn(7, 4, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.networks import network
-from fastfisher.taylor import NoRule, Tape
-from fastfisher.taylor.tape import RULES
-from fastfisher.twice import twice_differentiable
+from fastfisher.engine.taylor import NoRule, Tape
+from fastfisher.engine.taylor.tape import RULES
+from fastfisher.engine.twice import twice_differentiable
 from tests.networks import SmallResNet
 
 TOLERANCE = 1e-10
@@ -591,7 +591,7 @@ def test_the_mean_of_the_reduced_form_is_the_trace(name: str) -> None:
 def test_less_is_left_to_the_directions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loss, parameters = known_case(name)
     found = tape_of(loss, parameters, reduced=True)
-    monkeypatch.setattr("fastfisher.taylor.tape.take_out_own", lambda nodes, *_: (nodes, []))
+    monkeypatch.setattr("fastfisher.engine.taylor.tape.take_out_own", lambda nodes, *_: (nodes, []))
     before = tape_of(loss, parameters, reduced=True)
     generator = torch.Generator().manual_seed(0)
     z = [[torch.randn(p.shape, generator=generator, dtype=DOUBLE) for p in parameters.values()] for _ in range(200)]

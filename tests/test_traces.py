@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastfisher
-from fastfisher import grad_inner_products, memory, per_example_grad_norms, trace_fisher, traces
-from fastfisher.capture import Capture
+from fastfisher import grad_inner_products, memory, per_example_grad_norms, trace_fisher
+from fastfisher.engine.capture import Capture
+from fastfisher.measure import traces
 from tests.networks import Hostile
 
 DTYPES = [torch.float64, torch.float32]

@@ -6,7 +6,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fastfisher.twice import (
+from fastfisher.engine.twice import (
     differentiable_gradients,
     refuse_once_differentiable,
     second_derivatives,

@@ -13,7 +13,8 @@ import fastfisher
 from bench.gpu.bars import LISTS, PUBLIC, SAMPLE
 from bench.gpu.report import Figure
 from bench.gpu.timing import Setting, case, cost, faster, of_copy, race
-from fastfisher import ops, reference
+from fastfisher import ops
+from fastfisher.ops import reference
 
 SMALL = ((128, 10), (128, 100), (128, 1000), (4096, 1000))
 """Rows and classes where launches count."""

@@ -18,7 +18,7 @@ from bench.gpu.kernels import DTYPES, LARGE, key_on, logits_on
 from bench.gpu.report import Figure
 from bench.gpu.timing import Call, Rival, Setting, case, cost, faster, late, of_copy, race
 from fastfisher import ops
-from fastfisher.graphs import WARM_UP
+from fastfisher.penalise.graphs import WARM_UP
 from fastfisher.training.networks import build_network
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastfisher.arguments import check_generator, is_count
-from fastfisher.traces import trace_fisher
+from fastfisher.checks import check_generator, is_count
+from fastfisher.measure.traces import trace_fisher
 
 
 class TraceAtSteps:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastfisher.alignment import Alignments, labels_in
 from fastfisher.integrations._tracing import TraceAtSteps
 from fastfisher.model import Call, logits_of
-from fastfisher.regularizer import FisherPenalty
+from fastfisher.penalise.regularizer import FisherPenalty
 
 
 def _callback_class() -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastfisher.alignment import Alignments, labels_in
 from fastfisher.integrations._tracing import TraceAtSteps
-from fastfisher.regularizer import FisherPenalty, WatchedForward
+from fastfisher.penalise.regularizer import FisherPenalty, WatchedForward
 
 try:
     from transformers import Trainer, TrainerCallback

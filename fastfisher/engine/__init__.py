@@ -1,0 +1,1 @@
+"""What forwards and backwards are watched, replayed and differentiated with."""

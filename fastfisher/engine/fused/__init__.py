@@ -1,0 +1,1 @@
+"""The forwards of layers that run through kernels of this package."""

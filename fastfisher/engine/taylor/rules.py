@@ -1,0 +1,795 @@
+"""How each function of PyTorch goes onto the tape; a rule takes the tape, the function as called, and its arguments."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastfisher import ops
+from fastfisher.engine import twice
+from fastfisher.engine.taylor.nodes import Elementwise, LogSumExp, Normalise, Softmax, Sum
+from fastfisher.engine.taylor.tape import RULES, NoRule, Tape, name_of, rule_for, tensors_in
+
+
+def _outplace(function: Any) -> Any:
+    """The function that returns what ``function`` would write into its first argument."""
+    name = getattr(function, "__name__", "")
+    if name.startswith("__i") and name.endswith("__") and hasattr(Tensor, f"__{name[3:]}"):
+        return getattr(Tensor, f"__{name[3:]}")
+    if name.endswith("_") and not name.endswith("__"):
+        for place in (torch, F, Tensor):
+            if hasattr(place, name[:-1]):
+                return getattr(place, name[:-1])
+    return function
+
+
+def _linear_in_first(picks: bool, tape: Tape, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """``picks``: whether each element of the output is one of the input, or 0."""
+    if tape.slot(x) is None or any(tape.slot(y) is not None for y in tensors_in((args, kwargs))):
+        raise NoRule(f"{name_of(func)} has no rule for these arguments")
+    function = _outplace(func)
+    value = function(x, *args, **kwargs)
+    if not any(part.requires_grad for part in tensors_in(value)):
+        return value  # of integers, or no tensor at all: x.type()
+
+    def add(value: Tensor, *part: int) -> Tensor:
+        def derivative(t: Tensor) -> Tensor:
+            y = function(t, *args, **kwargs)
+            return y[part[0]] if part else y  # type: ignore[no-any-return]
+
+        return tape.linear(name_of(func), derivative, [x], value, derivative if picks else None)
+
+    return add(value) if isinstance(value, Tensor) else type(value)(add(y, i) for i, y in enumerate(value))
+
+
+_picking = functools.partial(_linear_in_first, True)
+rule_for(
+    "view reshape flatten unflatten permute transpose t swapaxes swapdims movedim moveaxis squeeze unsqueeze expand",
+    "contiguous clone narrow select index_select gather take_along_dim __getitem__ chunk split",
+    "tensor_split unbind roll flip tril triu diagonal repeat repeat_interleave tile pixel_shuffle pixel_unshuffle",
+    "channel_shuffle unfold broadcast_to adjoint rot90",
+)(_picking)
+rule_for(
+    "sum mean cumsum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d",
+    "interpolate upsample neg negative __neg__ fold to float double half bfloat16 type nll_loss diff trace",
+)(functools.partial(_linear_in_first, False))
+for _attribute in ("T", "mT", "H", "mH"):
+    RULES[getattr(Tensor, _attribute).__get__] = (_picking, False)
+
+
+@rule_for("view_as reshape_as expand_as type_as")
+def _as(tape: Tape, func: Any, x: Tensor, other: Tensor) -> Tensor:
+    """``other`` gives its shape or dtype only, so that it may move."""
+    if tape.slot(x) is None:
+        return func(x, other.detach())  # type: ignore[no-any-return]
+    if func is Tensor.type_as:
+        return tape.linear("type_as", lambda t: t, [x], x.type_as(other.detach()))
+    shape = other.shape
+    form = Tensor.expand if func is Tensor.expand_as else Tensor.view if func is Tensor.view_as else Tensor.reshape
+    return tape.linear(func.__name__, lambda t: form(t, shape), [x], form(x, shape))
+
+
+_VALUES = {
+    "masked_fill": (0, 2),
+    "index_fill": (0, 3),
+    "index_put": (0, 2),
+    "index_copy": (0, 3),
+    "index_add": (0, 3),
+    "scatter": (0, 3),
+    "scatter_add": (0, 3),
+    "masked_scatter": (0, 2),
+    "select_scatter": (0, 1),
+    "slice_scatter": (0, 1),
+    "where": (1, 2),
+    "__setitem__": (0, 2),
+}
+"""Functions that put together what they are given, by the places of the arguments in which they are linear jointly."""
+
+
+def _put_together(name: str, tape: Tape, func: Any, *args: Any, **kwargs: Any) -> Tensor:
+    places = (0, 2) if func is Tensor.where else _VALUES[name]
+    values = [args[place] for place in places]
+    moves = [tape.slot(x) is not None for x in values]
+    others = [x for place, x in enumerate(args) if place not in places]
+    if kwargs.get("reduce") is not None or any(tape.slot(x) is not None for x in tensors_in((others, kwargs))):
+        raise NoRule(f"{name_of(func)} has no rule for these arguments")
+    function = _set if name == "__setitem__" else _outplace(func)
+    zeros = [_zero(x) for x in values]
+
+    def with_values(*given: Any) -> Tensor:
+        filled = list(args)
+        for place, x in zip(places, given, strict=True):
+            filled[place] = x
+        return function(*filled, **kwargs)
+
+    value = with_values(*values)
+    for place in places:
+        args = (*args[:place], None, *args[place + 1 :])
+
+    def derivative(*moving: Tensor) -> Tensor:
+        queue = iter(moving)
+        return with_values(*(next(queue) if move else zero for move, zero in zip(moves, zeros, strict=True)))
+
+    return tape.linear(name, derivative, [x for x, move in zip(values, moves, strict=True) if move], value)
+
+
+def _zero(x: Any) -> Any:
+    """Zeros in the form of a value that does not move, in the memory of one."""
+    return torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape) if isinstance(x, Tensor) else 0
+
+
+def _set(x: Tensor, index: Any, value: Any) -> Tensor:
+    """What ``x[index] = value`` makes of x."""
+    x = x.clone(memory_format=torch.contiguous_format)
+    x[index] = value
+    return x
+
+
+for _function in _VALUES:
+    rule_for(_function)(functools.partial(_put_together, _function))
+RULES[Tensor.__setitem__] = (functools.partial(_put_together, "__setitem__"), True)
+
+
+def _overwrite(tape: Tape, func: Any, x: Tensor, value: Any = 0, *_: Any) -> Tensor:
+    """``copy_``, ``fill_`` and ``zero_``: what a tensor was before plays no part any more."""
+    if tape.slot(value) is None:
+        return torch.empty_like(x).copy_(value) if isinstance(value, Tensor) else torch.full_like(x, value)
+    with tape:
+        return value.to(x.dtype).expand(x.shape).clone()  # type: ignore[no-any-return]
+
+
+RULES[Tensor.copy_] = RULES[Tensor.fill_] = RULES[Tensor.zero_] = RULES[torch.zero_] = (_overwrite, True)
+
+
+@rule_for("pad")
+def _pad(tape: Tape, func: Any, input: Tensor, pad: Any, mode: str = "constant", value: Any = None) -> Tensor:
+    derivative = lambda t: F.pad(t, pad, mode) if mode == "constant" else F.pad(t, pad, mode, value)  # noqa: E731
+    return tape.linear("pad", derivative, [input], F.pad(input, pad, mode, value))
+
+
+@rule_for("cat concat concatenate stack hstack vstack dstack")
+def _join(tape: Tape, func: Any, tensors: Any, *args: Any, **kwargs: Any) -> Tensor:
+    moves = [tape.slot(x) is not None for x in tensors]
+    zeros = [None if move else torch.zeros_like(x) for x, move in zip(tensors, moves, strict=True)]
+
+    def derivative(*moving: Tensor) -> Tensor:
+        queue = iter(moving)
+        return func([next(queue) if zero is None else zero for zero in zeros], *args, **kwargs)  # type: ignore[no-any-return]
+
+    moving = [x for x, move in zip(tensors, moves, strict=True) if move]
+    return tape.linear(name_of(func), derivative, moving, func(tensors, *args, **kwargs))
+
+
+@rule_for("add __add__ __radd__ sub subtract __sub__ rsub __rsub__")
+def _add(tape: Tape, func: Any, a: Any, b: Any, *, alpha: Any = 1) -> Tensor:
+    name = func.__name__
+    factors = (-alpha, 1) if "rsub" in name else (1, -alpha if "sub" in name else alpha)  # rsub: b − alpha a
+    value = a + b if factors == (1, 1) else factors[0] * a + factors[1] * b
+    moving = [(tape.slots[id(x)], s) for x, s in zip((a, b), factors, strict=True) if tape.slot(x) is not None]
+    return tape.add(Sum(name, [slot for slot, _ in moving], [s for _, s in moving], value.shape), value)
+
+
+@rule_for("lerp")
+def _lerp(tape: Tape, func: Any, start: Tensor, end: Tensor, weight: Any) -> Tensor:
+    with tape:
+        return start + weight * (end - start)  # type: ignore[no-any-return]
+
+
+@rule_for("mul multiply __mul__ __rmul__")
+def _mul(tape: Tape, func: Any, a: Any, b: Any) -> Tensor:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        x, factor = (a, b) if isinstance(a, Tensor) else (b, a)
+        return tape.linear("mul", lambda t: t * factor, [x], x * factor, lambda v: v * factor**2)
+    if a is b:
+        return _elementwise("square", tape, torch.square, a)
+    return tape.product("mul", torch.mul, a, b, sums="single")
+
+
+@rule_for("div divide true_divide __truediv__")
+def _div(tape: Tape, func: Any, a: Any, b: Any, *, rounding_mode: str | None = None) -> Tensor:
+    if rounding_mode is not None:
+        raise NoRule("div with a rounding mode has no rule")
+    if tape.slot(b) is None:
+        return tape.linear("div", lambda t: t / b, [a], a / b, lambda v: v / b**2)
+    with tape:
+        return a * torch.reciprocal(b)  # type: ignore[no-any-return]
+
+
+@rule_for("__rtruediv__ __rdiv__")
+def _rdiv(tape: Tape, func: Any, a: Tensor, b: Any) -> Tensor:
+    with tape:
+        return torch.reciprocal(a) * b  # type: ignore[no-any-return]
+
+
+@rule_for("addcmul")
+def _addcmul(tape: Tape, func: Any, x: Tensor, a: Tensor, b: Tensor, *, value: Any = 1) -> Tensor:
+    with tape:
+        return x + value * (a * b)  # type: ignore[no-any-return]
+
+
+# ---- products ------------------------------------------------------------------------------------------------------
+
+
+@rule_for("linear")
+def _linear_layer(tape: Tape, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return tape.product("linear", F.linear, input, weight, bias)
+
+
+@rule_for("conv1d conv2d conv3d")
+def _conv(
+    tape: Tape,
+    func: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    function = lambda a, b, c=None: func(a, b, c, stride, padding, dilation, groups)  # noqa: E731
+    return tape.product(func.__name__, function, input, weight, bias)
+
+
+@rule_for("conv_transpose1d conv_transpose2d conv_transpose3d")
+def _conv_transpose(
+    tape: Tape,
+    func: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Tensor:
+    rest = (stride, padding, output_padding, groups, dilation)
+    return tape.product(func.__name__, lambda a, b, c=None: func(a, b, c, *rest), input, weight, bias)
+
+
+@rule_for("matmul __matmul__ mm bmm mv dot inner outer")
+def _matmul(tape: Tape, func: Any, a: Tensor, b: Tensor) -> Tensor:
+    function = torch.matmul if func.__name__ == "__matmul__" else func
+    return tape.product(func.__name__, function, a, b)
+
+
+@rule_for("addmm baddbmm")
+def _addmm(tape: Tape, func: Any, x: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    with tape:
+        return beta * x + alpha * (a @ b)  # type: ignore[no-any-return]
+
+
+@rule_for("einsum")
+def _einsum(tape: Tape, func: Any, equation: str, *operands: Any) -> Tensor:
+    tensors = list(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else list(operands)
+    places = [i for i, x in enumerate(tensors) if tape.slot(x) is not None]
+    fixed = [x.detach() for x in tensors]
+
+    def at(*given: Tensor) -> Tensor:
+        filled = list(fixed)
+        for place, x in zip(places, given, strict=True):
+            filled[place] = x
+        return torch.einsum(equation, *filled)
+
+    if len(places) == 1:
+        return tape.linear("einsum", at, [tensors[places[0]]], at(tensors[places[0]]))
+    if len(places) > 2:
+        raise NoRule("einsum has no rule for more than two operands that move")
+    return tape.product("einsum", at, tensors[places[0]], tensors[places[1]], sums=False)
+
+
+@rule_for("embedding")
+def _embedding(
+    tape: Tape,
+    func: Any,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    if max_norm is not None or scale_grad_by_freq or func is torch.embedding:
+        raise NoRule("embedding has no rule for max_norm or scale_grad_by_freq")
+    kept = None if padding_idx is None else (input != padding_idx % len(weight)).unsqueeze(-1)
+
+    def derivative(t: Tensor) -> Tensor:  # the padding row gets no gradient, so it does not move
+        y = F.embedding(input, t)
+        return y if kept is None else y * kept
+
+    return tape.linear("embedding", derivative, [weight], F.embedding(input, weight, padding_idx), derivative)
+
+
+# ---- piecewise linear functions --------------------------------------------------------------------------------------
+
+
+def _split_inplace(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
+    """Arguments without ``inplace``, the only boolean that these functions take, and its value."""
+    kwargs = dict(kwargs)
+    inplace = bool(kwargs.pop("inplace", False))
+    if args and isinstance(args[-1], bool):
+        args, inplace = args[:-1], args[-1]
+    return args, kwargs, inplace
+
+
+@rule_for("relu")
+def _relu(tape: Tape, func: Any, input: Tensor, inplace: bool = False) -> Tensor:
+    value = torch.relu(input)
+    kept = value.detach()
+    derivative = lambda t: torch.ops.aten.threshold_backward(t, kept, 0)  # noqa: E731
+    out = tape.linear("relu", derivative, [input], value)
+    if inplace:
+        tape.replace(input, out)
+    return out
+
+
+_SLOPES: dict[str, Callable[..., Tensor]] = {
+    "leaky_relu": lambda x, negative_slope=0.01: torch.where(x > 0, torch.ones_like(x), negative_slope),
+    "relu6": lambda x: (x > 0) & (x < 6),
+    "hardtanh": lambda x, min_val=-1.0, max_val=1.0: (x > min_val) & (x < max_val),
+    "hardsigmoid": lambda x: ((x > -3) & (x < 3)).to(x.dtype) / 6,
+    "threshold": lambda x, threshold, value: x > threshold,
+    "clamp": lambda x, min=None, max=None: _between(x, min, max),
+    "clip": lambda x, min=None, max=None: _between(x, min, max),
+    "clamp_min": lambda x, min: _between(x, min, None),
+    "clamp_max": lambda x, max: _between(x, None, max),
+    "abs": torch.sign,
+    "absolute": torch.sign,
+    "__abs__": torch.sign,
+}
+"""The slopes of piecewise linear functions, as autograd has them on and between the kinks."""
+
+
+def _between(x: Tensor, low: Any, high: Any) -> Tensor:
+    inside = torch.ones_like(x, dtype=torch.bool)
+    if low is not None:
+        inside &= x >= low
+    if high is not None:
+        inside &= x <= high
+    return inside
+
+
+def _piecewise(name: str, tape: Tape, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    rest, named, inplace = _split_inplace(args, kwargs)
+    if any(tape.slot(y) is not None for y in tensors_in((rest, named))):
+        raise NoRule(f"{name} has no rule for bounds that move")
+    slope = _SLOPES[name](x.detach(), *rest, **named).to(x.dtype)
+    out = tape.linear(name, lambda t: t * slope, [x], _outplace(func)(x, *rest, **named))
+    if inplace:
+        tape.replace(x, out)
+    return out
+
+
+for _function in _SLOPES:
+    rule_for(_function)(functools.partial(_piecewise, _function))
+
+
+@rule_for("prelu")
+def _prelu(tape: Tape, func: Any, input: Tensor, weight: Tensor) -> Tensor:
+    with tape:
+        slope = weight.view(-1, *[1] * (input.dim() - 2)) if weight.numel() > 1 else weight
+        positive = input.relu()
+        return positive + slope * (input - positive)
+
+
+@rule_for("maximum minimum")
+def _maximum(tape: Tape, func: Any, a: Tensor, b: Tensor) -> Tensor:
+    value = func(a, b)
+    share = (0.5 * ((value == a).to(a.dtype) - (value == b).to(a.dtype)) + 0.5).detach()  # equal elements share
+    parts = [(x, s) for x, s in ((a, share), (b, 1 - share)) if tape.slot(x) is not None]
+    derivative = lambda *moving: sum(t * s for t, (_, s) in zip(moving, parts, strict=True))  # noqa: E731
+    return tape.linear(func.__name__, derivative, [x for x, _ in parts], value)
+
+
+@rule_for("max min")
+def _max(tape: Tape, func: Any, x: Tensor, dim: Any = None, keepdim: bool = False) -> Any:
+    name = func.__name__
+    if isinstance(dim, Tensor):
+        return _maximum(tape, torch.maximum if name == "max" else torch.minimum, x, dim)
+    if dim is None:
+        with tape:
+            return x.amax() if name == "max" else x.amin()
+    value, indices = func(x, dim, keepdim)
+    full = indices if keepdim else indices.unsqueeze(dim)
+
+    def derivative(t: Tensor) -> Tensor:
+        taken = t.gather(dim, full)
+        return taken if keepdim else taken.squeeze(dim)
+
+    return getattr(torch.return_types, name)((tape.linear(name, derivative, [x], value), indices))
+
+
+@rule_for("amax amin")
+def _amax(tape: Tape, func: Any, x: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
+    value = func(x, dim, keepdim)
+    is_it = (x == func(x, dim, True)).to(x.dtype).detach()
+    dims = list(range(x.dim())) if dim == () else dim
+    share = is_it / is_it.sum(dims, keepdim=True)  # equal elements share
+    return tape.linear(func.__name__, lambda t: (t * share).sum(dims, keepdim=keepdim), [x], value)
+
+
+def _pool(tape: Tape, dims: int, with_indices: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
+    wants_indices = kwargs.pop("return_indices", False) or func is with_indices
+    x, *rest = (kwargs.pop("input"), *args) if "input" in kwargs else args  # F.max_pool2d has no signature to ask for
+    value, indices = with_indices(x, *rest, **kwargs)
+    planes, shape = indices.flatten(-dims).flatten(0, -2).int().contiguous(), value.shape
+
+    def derivative(t: Tensor) -> Tensor:
+        return ops.gate_take(t.reshape(len(planes), -1).contiguous(), planes).view(shape)
+
+    out = tape.linear(f"max_pool{dims}d", derivative, [x], value, derivative)
+    return (out, indices) if wants_indices else out
+
+
+def _register_pools() -> None:
+    for dims in (1, 2, 3):
+        for name in (f"max_pool{dims}d", f"adaptive_max_pool{dims}d"):
+            with_indices = getattr(F, f"{name}_with_indices")
+
+            def rule(
+                tape: Tape, func: Any, *args: Any, dims: int = dims, form: Any = with_indices, **kwargs: Any
+            ) -> Any:
+                return _pool(tape, dims, form, func, *args, **kwargs)
+
+            rule_for(name)(rule)
+            RULES[with_indices] = (rule, False)
+
+
+_register_pools()
+
+
+@rule_for("dropout dropout1d dropout2d dropout3d feature_dropout")
+def _dropout(tape: Tape, func: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    if not training or p == 0:
+        return input
+    mask = func(torch.ones_like(input), p, True)  # the same for every direction
+    out = tape.linear("dropout", lambda t: t * mask, [input], input * mask)
+    if inplace:
+        tape.replace(input, out)
+    return out
+
+
+@rule_for("round floor ceil trunc sign")
+def _flat(tape: Tape, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return _outplace(func)(x.detach(), *args, **kwargs)  # type: ignore[no-any-return]
+
+
+@rule_for("glu")
+def _glu(tape: Tape, func: Any, input: Tensor, dim: int = -1) -> Tensor:
+    with tape:
+        a, b = input.chunk(2, dim)
+        return a * b.sigmoid()
+
+
+# ---- smooth functions of each element ------------------------------------------------------------------------------
+
+
+def _gelu(x: Tensor, y: Tensor, approximate: str = "none") -> tuple[Tensor, Tensor]:
+    if approximate == "none":
+        density = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+        return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * density, density * (2 - x * x)
+    k, c = math.sqrt(2 / math.pi), 0.044715
+    t = torch.tanh(k * (x + c * x**3))
+    u1, u2 = k * (1 + 3 * c * x * x), 6 * c * k * x
+    t1 = (1 - t * t) * u1
+    t2 = (1 - t * t) * u2 - 2 * t * t1 * u1
+    return 0.5 * (1 + t) + 0.5 * x * t1, t1 + 0.5 * x * t2
+
+
+def _softplus(x: Tensor, y: Tensor, beta: float = 1, threshold: float = 20) -> tuple[Tensor, Tensor]:
+    slope, straight = torch.sigmoid(beta * x), beta * x > threshold
+    return torch.where(straight, 1, slope), torch.where(straight, 0, beta * slope * (1 - slope))
+
+
+def _silu(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    s = torch.sigmoid(x)
+    return s + x * s * (1 - s), s * (1 - s) * (2 + x * (1 - 2 * s))
+
+
+def _pow(x: Tensor, y: Tensor, p: Any) -> tuple[Tensor, Tensor]:
+    zero = torch.zeros_like(x)
+    return p * x ** (p - 1) if p != 0 else zero, p * (p - 1) * x ** (p - 2) if p not in (0, 1) else zero
+
+
+def _elu(x: Tensor, y: Tensor, alpha: float = 1.0) -> tuple[Tensor, Tensor]:
+    return torch.where(x > 0, 1, y + alpha), torch.where(x > 0, 0, y + alpha)
+
+
+_DERIVATIVES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "tanh": lambda x, y: (1 - y * y, -2 * y * (1 - y * y)),
+    "sigmoid": lambda x, y: (y * (1 - y), y * (1 - y) * (1 - 2 * y)),
+    "logsigmoid": lambda x, y: (torch.sigmoid(-x), -torch.sigmoid(x) * torch.sigmoid(-x)),
+    "exp": lambda x, y: (y, y.clone()),
+    "expm1": lambda x, y: (y + 1, y + 1),
+    "log": lambda x, y: (1 / x, -1 / (x * x)),
+    "log1p": lambda x, y: (1 / (1 + x), -1 / (1 + x) ** 2),
+    "sqrt": lambda x, y: (0.5 / y, -0.25 / (y * x)),
+    "rsqrt": lambda x, y: (-0.5 * y**3, 0.75 * y**5),
+    "reciprocal": lambda x, y: (-y * y, 2 * y**3),
+    "square": lambda x, y: (2 * x, torch.full_like(x, 2)),
+    "pow": _pow,
+    "__pow__": _pow,
+    "sin": lambda x, y: (torch.cos(x), -y),
+    "cos": lambda x, y: (-torch.sin(x), -y),
+    "erf": lambda x, y: (
+        2 / math.sqrt(math.pi) * torch.exp(-x * x),
+        -4 / math.sqrt(math.pi) * x * torch.exp(-x * x),
+    ),
+    "softplus": _softplus,
+    "gelu": _gelu,
+    "silu": _silu,
+    "elu": _elu,
+    "hardswish": lambda x, y: (
+        torch.where(x <= -3, 0, torch.where(x < 3, x / 3 + 0.5, 1)),
+        ((x > -3) & (x < 3)).to(x.dtype) / 3,
+    ),
+}
+"""First and second derivative of a function of each element, from its input, output and parameters."""
+
+
+def _smooth(name: str, tape: Tape, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    rest, named, inplace = _split_inplace(args, kwargs)
+    if tape.slot(input) is None or any(True for _ in tensors_in((rest, named))):
+        raise NoRule(f"{name_of(func)} has no rule for these arguments")
+    out = _elementwise(name, tape, _outplace(func), input, *rest, **named)
+    if inplace:
+        tape.replace(input, out)
+    return out
+
+
+def _elementwise(name: str, tape: Tape, function: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    value = function(x, *args, **kwargs)
+    slope, curvature = _DERIVATIVES[name](x.detach(), value.detach(), *args, **kwargs)
+    return tape.add(Elementwise(name.strip("_"), [tape.slots[id(x)]], slope, curvature), value)
+
+
+for _function in _DERIVATIVES:
+    rule_for(_function)(functools.partial(_smooth, _function))
+
+
+# ---- softmax, normalisation, attention -----------------------------------------------------------------------------
+
+
+@rule_for("softmax log_softmax")
+def _softmax(tape: Tape, func: Any, input: Tensor, dim: Any = None, *rest: Any, dtype: Any = None) -> Tensor:
+    dtype = next((given for given in rest if isinstance(given, torch.dtype)), dtype)  # torch's place is not F's
+    if not isinstance(dim, int):
+        raise NoRule("softmax has no rule for an implicit dimension")
+    if dtype is not None:
+        with tape:
+            input = input.to(dtype)
+    slots = [tape.slots[id(input)]]
+    if func.__name__ == "softmax":
+        value = torch.softmax(input, dim)
+        return tape.add(Softmax("softmax", slots, value.detach(), dim), value)
+    value = torch.log_softmax(input, dim)
+    p = value.detach().exp()
+    return tape.add(LogSumExp("log_softmax", slots, p, dim, log_softmax=True, keepdim=True), value)
+
+
+@rule_for("logsumexp")
+def _logsumexp(tape: Tape, func: Any, input: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
+    if not isinstance(dim, int):
+        raise NoRule("logsumexp has no rule for several dimensions")
+    p = torch.softmax(input.detach(), dim)
+    node = LogSumExp("logsumexp", [tape.slots[id(input)]], p, dim, log_softmax=False, keepdim=keepdim)
+    return tape.add(node, torch.logsumexp(input, dim, keepdim))
+
+
+@rule_for("cross_entropy")
+def _cross_entropy(
+    tape: Tape,
+    func: Any,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    dim = 0 if input.dim() == 1 else 1
+    soft = target.is_floating_point()
+    if size_average is not None or reduce is not None:
+        raise NoRule("cross_entropy has no rule for size_average= and reduce=")
+    if label_smoothing or (soft and (weight is not None or reduction != "mean")):
+        raise NoRule("cross_entropy has no rule for label smoothing, or for weighted or unreduced soft targets")
+    with tape:
+        log_p = torch.log_softmax(input, dim)
+        if soft:
+            return (log_p * target).sum() / (-log_p.numel() / log_p.shape[dim])
+        return F.nll_loss(log_p, target, weight, ignore_index=ignore_index, reduction=reduction)
+
+
+def _normalise(tape: Tape, name: str, x: Tensor, dims: list[int], eps: float, centred: bool = True) -> Tensor:
+    if tape.slot(x) is None:  # the input of the network: nothing moves yet
+        v = x - x.mean(dims, keepdim=True) if centred else x
+        return v * (v.square().mean(dims, keepdim=True) + eps).rsqrt()
+    v = x - x.mean(dims, keepdim=True) if centred else x
+    rstd = (v.square().mean(dims, keepdim=True) + eps).rsqrt()
+    n = v * rstd
+    return tape.add(Normalise(name, [tape.slots[id(x)]], n.detach(), rstd.detach(), dims, centred), n)
+
+
+def _affine(tape: Tape, name: str, n: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Any) -> Tensor:
+    """n·weight + bias, both viewed as ``shape``."""
+    if weight is None and bias is None:
+        return n
+    if weight is None or (tape.slot(weight) is None and tape.slot(n) is None):
+        with tape:
+            n = n if weight is None else n * weight.view(shape)
+            return n if bias is None else n + bias.view(shape)
+
+    def scale(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
+        return a * b.view(shape) if c is None else torch.addcmul(c.view(shape), a, b.view(shape))
+
+    return tape.product(name, scale, n, weight, bias, sums="single")
+
+
+@rule_for("batch_norm")
+def _batch_norm(
+    tape: Tape,
+    func: Any,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if func is torch.batch_norm:
+        raise NoRule("torch.batch_norm has no rule (torch.nn.functional.batch_norm has)")
+    shape = (-1, *[1] * (input.dim() - 2))
+    if training:
+        dims = [d for d in range(input.dim()) if d != 1]
+        with torch.no_grad():  # the running statistics move as they would
+            F.batch_norm(input.detach(), running_mean, running_var, None, None, True, momentum, eps)
+        n = _normalise(tape, "batch_norm in train mode", input, dims, eps)
+    else:
+        assert running_mean is not None and running_var is not None
+        scale = (running_var + eps).rsqrt().view(shape)
+        if tape.slot(input) is None:
+            n = (input - running_mean.view(shape)) * scale
+        else:
+            n = (input - running_mean.view(shape)) * scale
+            n = tape.linear("batch_norm", lambda t: t * scale, [input], n, lambda v: v * scale**2)
+    return _affine(tape, "batch_norm", n, weight, bias, shape)
+
+
+@rule_for("layer_norm")
+def _layer_norm(
+    tape: Tape,
+    func: Any,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    dims = list(range(-len(normalized_shape), 0))
+    n = _normalise(tape, "layer_norm", input, dims, eps)
+    return _affine(tape, "layer_norm", n, weight, bias, tuple(normalized_shape))
+
+
+@rule_for("rms_norm")
+def _rms_norm(
+    tape: Tape, func: Any, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    eps = torch.finfo(torch.promote_types(input.dtype, torch.float32)).eps if eps is None else eps
+    n = _normalise(tape, "rms_norm", input, list(range(-len(normalized_shape), 0)), eps, centred=False)
+    return _affine(tape, "rms_norm", n, weight, None, tuple(normalized_shape))
+
+
+@rule_for("group_norm")
+def _group_norm(
+    tape: Tape,
+    func: Any,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    with tape:
+        grouped = input.reshape(len(input), num_groups, -1)
+    n = _normalise(tape, "group_norm", grouped, [-1], eps)
+    with tape:
+        n = n.view(input.shape)
+    return _affine(tape, "group_norm", n, weight, bias, (-1, *[1] * (input.dim() - 2)))
+
+
+@rule_for("instance_norm")
+def _instance_norm(
+    tape: Tape,
+    func: Any,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not use_input_stats or running_mean is not None or func is torch.instance_norm:
+        raise NoRule("instance_norm with running statistics has no rule")
+    n = _normalise(tape, "instance_norm", input, list(range(2, input.dim())), eps)
+    return _affine(tape, "instance_norm", n, weight, bias, (-1, *[1] * (input.dim() - 2)))
+
+
+@rule_for("scaled_dot_product_attention")
+def _attention(
+    tape: Tape,
+    func: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    with tape:
+        if enable_gqa:
+            key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+            value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+        scores = (query * (scale if scale is not None else query.shape[-1] ** -0.5)) @ key.transpose(-2, -1)
+        if is_causal:
+            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        blind = None  # rows that see nothing, whose output is 0
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            blind = ~attn_mask.any(-1, keepdim=True)
+            scores = scores.masked_fill(~attn_mask & ~blind, -math.inf)
+        elif attn_mask is not None:
+            blind = (attn_mask == -math.inf).all(-1, keepdim=True)
+            scores = scores + attn_mask.masked_fill(blind, 0.0)
+        p = torch.softmax(scores, -1)
+        if blind is not None and bool(blind.any()):
+            p = p.masked_fill(blind, 0.0)
+        return F.dropout(p, dropout_p) @ value
+
+
+@rule_for("_weight_norm")
+def _weight_norm(tape: Tape, func: Any, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    with tape:
+        return twice.weight_norm(v, g, dim)
+
+
+@rule_for("embedding_bag")
+def _embedding_bag(tape: Tape, func: Any, *args: Any, **kwargs: Any) -> Tensor:
+    if func is torch.embedding_bag:
+        raise NoRule("torch.embedding_bag has no rule (torch.nn.functional.embedding_bag has)")
+    try:
+        with tape:
+            return twice.embedding_bag(*args, **kwargs)
+    except NotImplementedError as error:
+        raise NoRule(str(error)) from None
+
+
+@rule_for("linear_cross_entropy")
+def _linear_cross_entropy(tape: Tape, func: Any, *args: Any, options: Any = None, **kwargs: Any) -> Tensor:
+    with tape:
+        return twice.linear_cross_entropy(*args, **kwargs)
+
+
+@rule_for("norm vector_norm")
+def _norm(tape: Tape, func: Any, x: Tensor, p: Any = 2, dim: Any = None, keepdim: bool = False, *rest: Any) -> Tensor:
+    if p not in (2, "fro", None) or any(option is not None for option in rest):  # out, dtype
+        raise NoRule(f"{name_of(func)} has a rule for the Euclidean norm only")
+    dim = list(range(x.dim())) if dim is None else dim
+    with tape:
+        return x.square().sum(dim, keepdim=keepdim).sqrt()

@@ -1,0 +1,1 @@
+"""Traces, norms, spectra: what is measured of gradients and curvature."""

@@ -1,0 +1,1 @@
+"""The Fisher penalty and its like, in a training loop."""
