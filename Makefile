@@ -20,14 +20,14 @@ test: $(VENV)/built-test ## the whole test suite
 
 nightly: $(VENV)/built-test ## 10,000 random cases for each operator and public function, every error at every call
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --hypothesis-profile=nightly tests/test_properties.py tests/test_fuzz.py \
-	  tests/test_faults.py tests/test_everything.py tests/test_kernels_compile.py \
+	  tests/test_faults.py tests/test_everything.py tests/ops/test_kernels_compile.py \
 	  tests/paper/test_paper_scale.py
 
 # A tree of its own, so that the libraries that everything else uses stay as they are. libasan has to be there before
 # Python, and libstdc++ with it, or it finds no function to intercept where an exception is thrown.
 SANITIZED := build/sanitized
-SANITIZED_TESTS := $(addprefix tests/,test_ops.py test_gates.py test_normalization.py test_convolution.py \
-  test_probes.py test_traces.py test_properties.py)
+SANITIZED_TESTS := $(addprefix tests/,ops/test_ops.py engine/test_gates.py engine/test_batch_norm.py engine/test_convolution.py \
+  ops/test_probes.py measure/test_traces.py test_properties.py)
 
 sanitize: $(VENV)/built-test ## the operators' tests with AddressSanitizer and UndefinedBehaviorSanitizer
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DFASTFISHER_SANITIZE=ON \
@@ -48,9 +48,9 @@ sanitize: $(VENV)/built-test ## the operators' tests with AddressSanitizer and U
 # the tests import is what was installed.
 OLDEST := build/oldest
 OLDEST_TORCH := torch==$(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]/\1/p' pyproject.toml)
-OLDEST_TESTS := $(addprefix tests/,test_ops.py test_calls.py test_labels.py test_model.py test_penalty.py \
-  test_regularizer.py test_repeatable.py test_checkpointing.py test_gates.py test_gated.py test_convolution.py \
-  test_normalization.py test_capture.py test_traces.py test_recurrent.py test_estimate.py test_taylor.py test_hessian.py)
+OLDEST_TESTS := $(addprefix tests/,ops/test_ops.py engine/test_calls.py test_labels.py test_model.py penalise/test_function.py \
+  penalise/test_regularizer.py engine/test_repeatable.py engine/test_checkpointing.py engine/test_gates.py engine/test_relu_pool.py engine/test_convolution.py \
+  engine/test_batch_norm.py engine/test_capture.py measure/test_traces.py engine/test_recurrent.py measure/test_estimate.py engine/test_taylor.py measure/test_hessian.py)
 
 oldest: $(OLDEST)/venv/$(OLDEST_TORCH) ## the tests of operators, penalty and traces with the oldest torch that pyproject.toml names
 	rm -rf $(OLDEST)/tree
@@ -97,7 +97,7 @@ docs: $(VENV)/built-test ## the documentation, in build/site; a warning is an er
 dist: $(VENV)/built-test ## sdist and wheel, in dist/, each installed in an environment of its own and tried there
 	rm -rf dist build/lib* build/bdist*
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --no-isolation --sdist --wheel
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.distribution
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.support.distribution
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fastfisher/*.so

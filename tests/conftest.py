@@ -10,7 +10,7 @@ import torch
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
-from tests.networks import torchvision_operators
+from tests.support.networks import torchvision_operators
 
 Once = Callable[[str, Callable[[Path], None]], Path]
 

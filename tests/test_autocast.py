@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastfisher import AccuracyWarning, FisherPenalty, SlowPathWarning, penalty
-from tests.networks import flat, relative_error
+from tests.support.networks import flat, relative_error
 
 pytestmark = pytest.mark.usefixtures("torchvision", "one_thread")
 

@@ -40,7 +40,7 @@ EXAMPLES = {
 # Transformers and Lightning import torchvision where it is: also one whose operators are for another build of torch.
 PROGRAM = """
 import runpy, sys
-from tests.networks import torchvision_operators
+from tests.support.networks import torchvision_operators
 del sys.argv[0]
 with torchvision_operators():
     runpy.run_path(sys.argv[0], run_name="__main__")

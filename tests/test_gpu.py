@@ -17,7 +17,7 @@ from fastfisher import FisherPenalty, ops
 from fastfisher.training.config import TrainConfig
 from fastfisher.training.loop import train
 from fastfisher.training.networks import build_network
-from tests.networks import flat, relative_error
+from tests.support.networks import flat, relative_error
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from fastfisher import FisherPenalty, trace_fisher
 from fastfisher.labels import new_key
-from tests.networks import flat, relative_error
+from tests.support.networks import flat, relative_error
+from tests.support.transformer_models import KINDS, batch_of, data_of, model_of, penalised, targets_of
 from tests.test_package import python
-from tests.transformer_models import KINDS, batch_of, data_of, model_of, penalised, targets_of
 
 pytestmark = [
     pytest.mark.usefixtures("torchvision", "one_thread"),

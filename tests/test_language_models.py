@@ -14,8 +14,8 @@ from fastfisher import FisherPenalty
 from fastfisher.alignment import Alignments
 from fastfisher.data import split
 from fastfisher.labels import Signs, cross_entropy, label_loss, new_key
-from tests.networks import flat, relative_error
-from tests.transformer_models import KINDS, batch_of, model_of, penalised, targets_of
+from tests.support.networks import flat, relative_error
+from tests.support.transformer_models import KINDS, batch_of, model_of, penalised, targets_of
 
 pytestmark = pytest.mark.usefixtures("torchvision")  # models of Transformers import it where it is installed
 

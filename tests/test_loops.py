@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fastfisher
 from fastfisher import FisherPenalty, SlowPathWarning
-from tests.networks import flat, relative_error
+from tests.support.networks import flat, relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -179,7 +179,7 @@ def test_a_scaler_with_graphs_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("where", ["around", "within"])
 def test_autocast_is_close_to_float32(dtype: torch.dtype, where: str) -> None:
-    """The penalty's gradient within 0.3 of that in float32, the bar of tests/test_penalty.py, and ``.grad`` in float32;
+    """The penalty's gradient within 0.3 of that in float32, that of test_function.py, and ``.grad`` in float32;
     wherever the autocast is: around the step, or in the model's own forward, where its caller cannot see it."""
     model = network().eval()
     expected = exact(model, X, Y, alpha=1e6)  # so large that the training loss is nothing beside it

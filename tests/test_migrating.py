@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import fastfisher
 from fastfisher.measure.estimate import TraceEstimate
-from tests.networks import flat
+from tests.support.networks import flat
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from fastfisher import ops
 from fastfisher.ops import reference
-from tests.test_ops import (
+from tests.ops.test_ops import (
     DTYPES,
     GRAM_LOSS,
     assert_errs_at_most_twice_what_pytorch_errs,
@@ -28,7 +28,7 @@ from tests.test_ops import (
     rounding,
     scalar,
 )
-from tests.test_probes import NORMAL_ERROR
+from tests.ops.test_probes import NORMAL_ERROR
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("one_thread")]
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import fastfisher
 from fastfisher import FisherPenalty, ops
 from fastfisher.engine.layers import base
-from tests.networks import SmallResNet
-from tests.test_ops import KEY, needs_kernels, scalar
+from tests.ops.test_ops import KEY, needs_kernels, scalar
+from tests.support.networks import SmallResNet
 
 ROOT = Path(__file__).parent.parent
 

@@ -64,7 +64,7 @@ def compile_all(at: Setting) -> Iterator[Figure]:
 @case(1, TESTS, limit=480)
 def gpu_tests(at: Setting) -> Iterator[Figure]:
     """The tests that are marked gpu."""
-    marked = [str(path) for path in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu" in path.read_text()]
+    marked = [str(path) for path in sorted(ROOT.glob("tests/**/test_*.py")) if "mark.gpu" in path.read_text()]
     if at.dry:
         marked = ["tests/test_gpu.py"]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-ra", "--tb=short", "-p", "no:cacheprovider"]
@@ -115,7 +115,7 @@ def sanitizer(at: Setting, check: str) -> Iterator[Figure]:
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if tool is None:
         raise ModuleNotFoundError("compute-sanitizer was not found on PATH or in /usr/local/cuda/bin")
-    tested = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu_ops.py", "-k", "nothing_waits"]
+    tested = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/test_gpu_ops.py", "-k", "nothing_waits"]
     command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, *tested]
     code, _ = logged(at, "sanitizer.log", command)
     yield Figure(check, "exit code", code)

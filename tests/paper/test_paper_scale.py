@@ -17,8 +17,8 @@ from fastfisher.paper.report import DRY, SCALES
 from fastfisher.paper.workers import Job, train_run
 from fastfisher.training.config import to_values
 from fastfisher.training.folder import RunFolder
-from tests.archives import accept_any_cifar, write_cifar, write_imagenet, write_tiny_imagenet
 from tests.conftest import Once, is_nightly
+from tests.support.archives import accept_any_cifar, write_cifar, write_imagenet, write_tiny_imagenet
 
 
 class Done:

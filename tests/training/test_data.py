@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fastfisher.training.config import ConfigError
 from fastfisher.training.data import Augmentation, Batches, Data, Mixup, load_data, replace_labels, spread
-from tests.archives import accept_any_cifar, write_cifar
+from tests.support.archives import accept_any_cifar, write_cifar
 
 
 def augment(images: Tensor, kind: str) -> Tensor:

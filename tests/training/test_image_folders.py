@@ -15,7 +15,7 @@ from fastfisher.training.config import ConfigError, TrainConfig, resolve
 from fastfisher.training.data import Data, StoredImages, load_data, mean_and_std, spread
 from fastfisher.training.folder import RunFolder
 from fastfisher.training.image_folders import read_image
-from tests.archives import WORDNET, write_image, write_imagenet, write_tiny_imagenet
+from tests.support.archives import WORDNET, write_image, write_imagenet, write_tiny_imagenet
 
 
 def load(name: str, folder: Path, **changes: Any) -> Data:

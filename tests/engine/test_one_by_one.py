@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fastfisher import per_example_grad_norms
 from fastfisher.engine.one_by_one import by_vmap, gradients_of_each
-from tests.test_traces import data_for, per_example_gradients
+from tests.measure.test_traces import data_for, per_example_gradients
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::fastfisher.SlowPathWarning")]
 

@@ -17,7 +17,7 @@ from bench.networks import network
 from fastfisher.engine.taylor import NoRule, Tape
 from fastfisher.engine.taylor.tape import RULES
 from fastfisher.engine.twice import twice_differentiable
-from tests.networks import SmallResNet
+from tests.support.networks import SmallResNet
 
 TOLERANCE = 1e-10
 DOUBLE = torch.float64

@@ -181,7 +181,7 @@ def test_the_same_bits_for_any_number_of_threads_and_any_split(classes: int) -> 
 @pytest.mark.parametrize("level", ["baseline", "avx2"])
 def test_every_simd_level_gives_the_same_labels(level: str) -> None:
     program = (
-        "import torch; from fastfisher import ops, _native; from tests.test_ops import KEY, logits_for\n"
+        "import torch; from fastfisher import ops, _native; from tests.ops.test_ops import KEY, logits_for\n"
         "print(_native.simd_level())\n"
         "for c in (10, 1000, 5000):\n"
         "    nll, labels, d = ops.sample_cross_entropy(logits_for(c, torch.float32), KEY, 1.0)\n"

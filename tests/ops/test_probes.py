@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastfisher import ops
 from fastfisher.ops import reference
-from tests.test_ops import DTYPES, KEY, SIGNIFICANCE, needs_kernels
+from tests.ops.test_ops import DTYPES, KEY, SIGNIFICANCE, needs_kernels
 
 DISTRIBUTIONS = ["gaussian", "rademacher"]
 # Empty, one, broken vectors, more than one tile, more than one task of the reduction.
@@ -139,7 +139,7 @@ def test_normal_numbers_are_normal_and_independent() -> None:
 @needs_kernels
 def test_every_simd_level_gives_the_same_probes() -> None:
     program = (
-        "import torch; from tests.test_probes import KEY, probe; from fastfisher.ops import reference\n"
+        "import torch; from tests.ops.test_probes import KEY, probe; from fastfisher.ops import reference\n"
         "print(probe(5000, KEY, 'rademacher').int().tolist())\n"
         "print(float((probe(5000, KEY, 'gaussian') - reference.probe(5000, KEY, 'gaussian')).abs().max()) < 3e-6)\n"
     )

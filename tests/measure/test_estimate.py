@@ -11,7 +11,7 @@ from torch import nn
 
 import fastfisher
 from fastfisher.measure.estimate import TraceEstimate, student_quantile
-from tests.test_traces import images, small_network
+from tests.measure.test_traces import images, small_network
 
 scipy_stats = pytest.importorskip("scipy.stats")
 pytestmark = pytest.mark.usefixtures("one_thread")

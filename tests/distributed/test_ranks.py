@@ -1,4 +1,4 @@
-"""Several processes beside one, by torchrun and gloo; each case is in tests/distributed_worker.py."""
+"""Several processes beside one, by torchrun and gloo; each case is in tests/support/distributed_worker.py."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch was built without gloo", allow_module_level=True)
 
 from tests.conftest import Once
-from tests.distributed_worker import CASES, OF_TWO
+from tests.support.distributed_worker import CASES, OF_TWO
 
 Results = dict[str, str]
 
 
 def launch(processes: int, module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """A program in so many processes."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     return subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
@@ -46,7 +46,7 @@ def results(request: pytest.FixtureRequest, once: Once) -> list[Results]:
     """What each process says of each case."""
 
     def make(folder: Path) -> None:
-        ran = launch(request.param, "tests.distributed_worker", folder / "rank")
+        ran = launch(request.param, "tests.support.distributed_worker", folder / "rank")
         assert len(list(folder.iterdir())) == request.param, ran.stderr
 
     folder = once(f"{request.param} processes", make)
@@ -69,7 +69,7 @@ def saved(once: Once) -> Path:
     """Checkpoints of two processes."""
 
     def make(folder: Path) -> None:
-        ran = launch(2, "tests.checkpoint_worker", "save", folder)
+        ran = launch(2, "tests.support.checkpoint_worker", "save", folder)
         assert ran.returncode == 0, ran.stderr
 
     return once("checkpoint", make)
@@ -77,12 +77,12 @@ def saved(once: Once) -> Path:
 
 @pytest.mark.parametrize("processes", [1, 3])
 def test_a_checkpoint_is_resumed_by_new_processes(saved: Path, processes: int) -> None:
-    ran = launch(processes, "tests.checkpoint_worker", "load", saved)
+    ran = launch(processes, "tests.support.checkpoint_worker", "load", saved)
     assert ran.returncode == 0, ran.stderr
 
 
 def test_process_groups_that_end(tmp_path: Path) -> None:
-    ran = launch(2, "tests.checkpoint_worker", "regroup", tmp_path)
+    ran = launch(2, "tests.support.checkpoint_worker", "regroup", tmp_path)
     assert ran.returncode == 0, ran.stderr
 
 

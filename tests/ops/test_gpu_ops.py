@@ -1,6 +1,6 @@
 """Every operator on CUDA: the tests of the CPU's kernels over the same grids, and what only a GPU can show.
 
-The tests of tests/test_ops.py run here as they are, with operators that take their tensors to the GPU and bring the
+The tests of tests/ops/test_ops.py run here as they are, with operators that take their tensors to the GPU and bring the
 results back.
 """
 
@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import fastfisher
 from fastfisher import ops
 from fastfisher.ops import reference
-from tests import test_ops, test_probes
-from tests.test_ops import KEY, assert_labels_are_the_exact_inverse_cdf, logits_for
+from tests.ops import test_ops, test_probes
+from tests.ops.test_ops import KEY, assert_labels_are_the_exact_inverse_cdf, logits_for
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -15,7 +15,7 @@ import fastfisher
 from fastfisher import gradient_covariance, top_eigenvalues
 from fastfisher.engine.layers import base
 from fastfisher.measure import spectrum
-from tests.networks import Hostile, OnceDifferentiable, Shared
+from tests.support.networks import Hostile, OnceDifferentiable, Shared
 
 IMAGES = torch.randn(7, 4, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 LABELS = torch.tensor([0, 2, 1, 1, 0, 2, 2])

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastfisher
 from fastfisher import per_example_grad_norms
-from tests.test_traces import data_for, per_example_gradients
+from tests.measure.test_traces import data_for, per_example_gradients
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::fastfisher.SlowPathWarning")]
 

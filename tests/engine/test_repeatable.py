@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastfisher import FisherPenalty, penalty
-from tests.networks import SmallResNet, flat, relative_error
+from tests.support.networks import SmallResNet, flat, relative_error
 
 X, Y = torch.randn(16, 20, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 4
 

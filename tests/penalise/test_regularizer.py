@@ -18,7 +18,7 @@ from fastfisher import FisherPenalty
 from fastfisher.engine.gates import fused_forward
 from fastfisher.penalise.function import FiniteDifference
 from fastfisher.training.networks import build_network
-from tests.networks import Hostile, SmallResNet, flat, relative_error
+from tests.support.networks import Hostile, SmallResNet, flat, relative_error
 
 X, Y = torch.randn(24, 1, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 10
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import fastfisher
 from fastfisher import AccuracyWarning, Gates, SlowPathWarning, record_gates
-from tests.networks import relative_error
+from tests.support.networks import relative_error
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "F.relu": F.relu,

@@ -18,7 +18,7 @@ from fastfisher import AdaptiveStep
 from fastfisher.labels import new_key
 from fastfisher.ops import reference
 from fastfisher.training.networks import build_network
-from tests.networks import Hostile, SmallResNet, flat, relative_error, smooth_network
+from tests.support.networks import Hostile, SmallResNet, flat, relative_error, smooth_network
 
 
 def digits() -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Installs what ``make dist`` built and tries it: ``python -m tests.distribution``.
+"""Installs what ``make dist`` built and tries it: ``python -m tests.support.distribution``.
 
 Two environments, one for the wheel and one for a wheel made from the sdist. Each has the package alone; torch and what
 the tests need come from the environment that runs this, by a .pth file, so that nothing is fetched.
@@ -16,7 +16,7 @@ import tarfile
 import venv
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BUILT = ROOT / "dist"
 WORK = ROOT / "build" / "installed"
 OPERATORS = "second_order or combines_check or public_wrapper or norms_of_linear"
@@ -78,7 +78,7 @@ def main() -> None:
         info = run(WORK / name / "bin" / "fastfisher", "info", cwd=WORK / "tried")
         if info.splitlines()[0].split() != ["fastfisher", version[1]]:
             sys.exit(f"{name}: expected fastfisher {version[1]}, got {info}")
-        tests = run(python, "-m", "pytest", "-q", "tests/test_ops.py", "-k", OPERATORS, cwd=WORK / "tried")
+        tests = run(python, "-m", "pytest", "-q", "tests/ops/test_ops.py", "-k", OPERATORS, cwd=WORK / "tried")
         print(f"{file.name}, from the {name}: {tests.splitlines()[-1]}\n{info}")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import rnn
 
-from tests.test_traces import check
+from tests.measure.test_traces import check
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,7 +17,7 @@ import fastfisher
 from fastfisher import SlowPathWarning, TraceEstimate, trace_hessian
 from fastfisher.measure.hessian import LogitsForm, _agreed, logits_form
 from fastfisher.model import as_call
-from tests.networks import Hostile, OnceDifferentiable, Shared
+from tests.support.networks import Hostile, OnceDifferentiable, Shared
 
 SIGNIFICANCE = 1e-4
 

@@ -1,6 +1,6 @@
-"""What tests/test_distributed.py runs in each of several processes: every case beside one process on the whole batch.
+"""What tests/distributed runs in each of several processes: every case beside one process on the whole batch.
 
-torchrun --nproc-per-node N -m tests.distributed_worker results.json
+torchrun --nproc-per-node N -m tests.support.distributed_worker results.json
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fastfisher
 from fastfisher import FisherPenalty, RankFailure
 from fastfisher.distributed import ranks as distributed
-from tests.networks import SmallResNet
+from tests.support.networks import SmallResNet
 
 RNG = torch.Generator().manual_seed(0)
 X, Y = torch.randn(24, 1, 6, 6, generator=RNG), torch.arange(24) % 10

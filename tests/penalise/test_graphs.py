@@ -19,8 +19,8 @@ from fastfisher.model import known_of
 from fastfisher.penalise.function import AdaptiveStep
 from fastfisher.penalise.graphs import KINDS, WARM_UP, CapturedSteps, CudaCapture
 from fastfisher.training.networks import build_network
-from tests.cpu_graphs import capture
-from tests.launches import Launches
+from tests.support.cpu_graphs import capture
+from tests.support.launches import Launches
 
 pytestmark = pytest.mark.usefixtures("one_thread", "host_that_waits")
 

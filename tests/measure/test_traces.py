@@ -14,7 +14,7 @@ import fastfisher
 from fastfisher import grad_inner_products, memory, per_example_grad_norms, trace_fisher
 from fastfisher.engine.capture import Capture
 from fastfisher.measure import traces
-from tests.networks import Hostile
+from tests.support.networks import Hostile
 
 DTYPES = [torch.float64, torch.float32]
 pytestmark = pytest.mark.filterwarnings("ignore::fastfisher.SlowPathWarning")  # some networks here take them

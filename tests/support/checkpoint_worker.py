@@ -1,6 +1,6 @@
-"""What tests/test_distributed.py runs in processes of their own, which begin with nothing but what lies in a folder.
+"""What the tests of tests/distributed run in processes of their own, which find nothing but a folder.
 
-torchrun --nproc-per-node N -m tests.checkpoint_worker save|load|regroup folder
+torchrun --nproc-per-node N -m tests.support.checkpoint_worker save|load|regroup folder
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 
 from fastfisher import FisherPenalty
 from fastfisher.distributed.ranks import placed_like
-from tests.distributed_worker import X, Y, ddp, error, gradients, network, sharded
+from tests.support.distributed_worker import X, Y, ddp, error, gradients, network, sharded
 
 OPTIONS: dict[str, Any] = {"every": 3, "gates": "free"}  # with a gradient that is reused, a key and an adaptive step
 WRAPS = {"sharded": sharded, "ddp": ddp}
