@@ -1,6 +1,6 @@
 """Penalise and measure curvature through the Fisher Information Matrix, close to the cost of a plain training step."""
 
-from fastfisher.distributed.ranks import RankFailure
+from fastfisher.distributed.messages import RankFailure
 from fastfisher.engine.gates import AccuracyWarning, Gates, record_gates
 from fastfisher.labels import sample_cross_entropy
 from fastfisher.measure.estimate import TraceEstimate
@@ -14,8 +14,9 @@ from fastfisher.measure.traces import (
     trace_fisher,
 )
 from fastfisher.ops.head import linear_sample_cross_entropy
-from fastfisher.penalise.function import AdaptiveStep, penalty
+from fastfisher.penalise.function import penalty
 from fastfisher.penalise.regularizer import FisherPenalty
+from fastfisher.penalise.rho import AdaptiveStep
 from fastfisher.slow_path import SlowPathWarning
 
 __all__ = [
