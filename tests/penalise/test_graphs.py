@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
 
-from fastfisher import FisherPenalty, SlowPathWarning, labels, ops
+from fastfisher import FisherPenalty, SlowPathWarning, host, ops
 from fastfisher.model import known_of
 from fastfisher.penalise.function import AdaptiveStep
 from fastfisher.penalise.graphs import KINDS, WARM_UP, CapturedSteps, CudaCapture
@@ -33,7 +33,7 @@ X, Y = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0)), tor
 @pytest.fixture
 def host_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where a look at a value stalls the stream, and stops a capture."""
-    monkeypatch.setattr(labels, "HOST", "none")
+    monkeypatch.setattr(host, "HOST", "none")
 
 
 class Counted:
