@@ -2,7 +2,6 @@
 
 from fastfisher.distributed.messages import RankFailure
 from fastfisher.engine.gates import AccuracyWarning, Gates, record_gates
-from fastfisher.labels import sample_cross_entropy
 from fastfisher.measure.estimate import TraceEstimate
 from fastfisher.measure.hessian import trace_hessian
 from fastfisher.measure.spectrum import GradientCovariance, TopEigenvalues, gradient_covariance, top_eigenvalues
@@ -14,6 +13,7 @@ from fastfisher.measure.traces import (
     trace_fisher,
 )
 from fastfisher.ops.head import linear_sample_cross_entropy
+from fastfisher.ops.sampled import sample_cross_entropy
 from fastfisher.penalise.function import penalty
 from fastfisher.penalise.regularizer import FisherPenalty
 from fastfisher.penalise.rho import AdaptiveStep

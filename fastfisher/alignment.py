@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastfisher.engine.gates import RandomState
-from fastfisher.labels import IGNORED
 from fastfisher.model import Call, call_copy, class_last, known_of, logits_of, map_inputs
+from fastfisher.targets import IGNORED
 
 WAY_OUT = "state the targets of the logits yourself"
 

@@ -34,7 +34,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from fastfisher.alignment import labels_in, targets_within
 from fastfisher.checks import is_count
-from fastfisher.labels import cross_entropy, fit
+from fastfisher.likelihoods import CATEGORICAL
 from fastfisher.model import (
     Call,
     as_call,
@@ -229,7 +229,7 @@ def check_own_loss(model: nn.Module, call: Call, targets: Tensor) -> Call:
             return
         if isinstance(own, Tensor) and own.numel() == 1:
             wide = logits.detach() if logits.dtype == torch.float64 else logits.detach().float()
-            ours = cross_entropy(wide, fit(logits, targets, class_dim=call.class_dim))
+            ours = CATEGORICAL.loss(wide, CATEGORICAL.fit(logits, targets, class_dim=call.class_dim))
             own, tolerance = own.detach(), max(1e-5, 8 * torch.finfo(own.dtype).eps)
             if not math.isclose(float(own), float(ours), rel_tol=tolerance, abs_tol=tolerance):
                 raise ValueError(

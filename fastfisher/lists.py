@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fastfisher.labels import looking_waits
+from fastfisher.host import looking_waits
 
 
 def plus(x: list[Tensor], factor: float | Tensor, y: list[Tensor]) -> list[Tensor]:

@@ -267,7 +267,7 @@ def test_int8_is_no_sign() -> None:
 def test_where_looking_waits_values_are_looked_at_once_for_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     model, wrong = linear(), torch.tensor([0, 1, 2, 255, 1, 2])
     assert not looking_waits(X)
-    monkeypatch.setattr("fastfisher.labels.looking_waits", lambda _: True)
+    monkeypatch.setattr("fastfisher.targets.looking_waits", lambda _: True)
     logits = model(X)
     for _ in range(2):  # what was refused is not known
         with pytest.raises(ValueError, match="got 255"):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfisher.labels import looking_waits
+from fastfisher.host import looking_waits
 from fastfisher.model import Inputs, input_tensors, known_of
 
 ROUNDINGS = 64

@@ -29,7 +29,7 @@ from fastfisher.engine.gates import RandomState, record_gates
 from fastfisher.engine.rollback import undoing
 from fastfisher.engine.taylor import NoRule, Tape
 from fastfisher.engine.twice import differentiable_gradients, second_derivatives, twice_differentiable
-from fastfisher.labels import count_targets, cross_entropy, fit
+from fastfisher.likelihoods import CATEGORICAL
 from fastfisher.measure.estimate import TraceEstimate
 from fastfisher.measure.traces import Keys, trace_fisher, whole_model
 from fastfisher.model import (
@@ -353,7 +353,7 @@ def _hutchinson(
     while True:
         sums, rows, samples = [0.0] * probes, 0, 0
         for inputs, targets in batches:
-            count = count_targets(targets, inputs.class_dim)
+            count = CATEGORICAL.counted_targets(targets, inputs.class_dim)
             if count == 0:
                 continue
             quadratic_form = None
@@ -429,7 +429,7 @@ def _by_taylor(
     targets = _fit(model, logits.detach(), inputs, targets)
     with torch.enable_grad():
         with tape:
-            loss = cross_entropy(logits, targets)
+            loss = CATEGORICAL.loss(logits, targets)
         tape.finish(loss, reduced=terms != "taylor", until=logits if terms == "split" else None)
     z = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters.values()]
 
@@ -467,7 +467,7 @@ def hessian_product(
     """
     with torch.enable_grad(), second_derivatives(way_out):
         logits = _forward(model, inputs, twice_differentiable())
-        loss = cross_entropy(logits, _fit(model, logits, inputs, targets))
+        loss = CATEGORICAL.loss(logits, _fit(model, logits, inputs, targets))
         found = differentiable_gradients(loss, list(parameters.values()), way_out=way_out)
     curved = [(g, i) for i, g in enumerate(found) if g is not None and g.requires_grad]
 
@@ -501,7 +501,7 @@ def _by_difference(
         for leaf in leaves:
             leaf.requires_grad_()
         with torch.enable_grad(), gates.replay():
-            loss = cross_entropy(call_copy(model, dict(zip(shifted, leaves, strict=True)), inputs), targets)
+            loss = CATEGORICAL.loss(call_copy(model, dict(zip(shifted, leaves, strict=True)), inputs), targets)
         found = torch.autograd.grad(loss, leaves, materialize_grads=True)
         return ops.probe_dot(list(found), key, distribution)
 
@@ -547,7 +547,7 @@ def _savable(x: Tensor) -> Tensor:
 
 def _fit(model: nn.Module, logits: Tensor, inputs: Call, targets: Tensor) -> Tensor:
     """The targets as a cross-entropy with the logits takes them."""
-    return fit(logits, targets, class_dim=inputs.class_dim, model=model)
+    return CATEGORICAL.fit(logits, targets, class_dim=inputs.class_dim, model=model)
 
 
 def labelled(

@@ -22,10 +22,12 @@ from fastfisher.data import Batches, Pair
 from fastfisher.engine.gates import RandomState
 from fastfisher.engine.layers import chunks, computing, flat_rows
 from fastfisher.engine.rollback import undoing
-from fastfisher.labels import count_targets, fit, label_loss, new_key
+from fastfisher.labels import KINDS, Labels, Rows, labels_of
+from fastfisher.likelihoods import CATEGORICAL
 from fastfisher.measure.hessian import Pairs, hessian_product, labelled, measuring
 from fastfisher.measure.traces import Side, one_backward, parameter_names
 from fastfisher.model import Call, call_model, count_examples, eval_mode, trainable_parameters
+from fastfisher.ops.sampled import new_key
 from fastfisher.placement import whole
 
 EXAMPLES_AT_ONCE = 128
@@ -138,7 +140,7 @@ class _Hessian:
         self.batches: list[tuple[int, Call, Tensor]] = []
         self.samples = 0
         for inputs, targets in batches:
-            count = count_targets(targets, inputs.class_dim)
+            count = CATEGORICAL.counted_targets(targets, inputs.class_dim)
             if count:
                 self.batches.append((count, inputs, targets))
                 self.samples += len(targets)
@@ -326,8 +328,7 @@ def gradient_covariance(
         ValueError: an argument is none of the above, or there is no example; it is named.
         TypeError: the model, the inputs or the data are of a type that cannot be one.
     """
-    if not (isinstance(labels, str) and labels in ("true", "sampled")):
-        raise ValueError(f'labels: expected "true" or "sampled", got {labels!r}')
+    kind = labels_of(labels, ("true", "sampled"), given=False)
     if not (batch_size is None or is_count(batch_size)):
         raise ValueError(f"batch_size: expected an integer >= 1 or None, got {batch_size!r}")
     check_flags(verify=verify)
@@ -345,14 +346,14 @@ def gradient_covariance(
     )
     fallbacks: dict[str, str] = {}
     with eval_mode(model):
-        batches = [_labels(model, pair, labels, generator) for pair in source]
+        batches = [_labels(model, pair, kind, generator) for pair in source]
         if together is not None:
             batches = _complete(batches, together)
         if not batches:
             raise ValueError("data: expected at least one example, got none")
 
         def seen(pair: Pair) -> Side:
-            side = one_backward(model, pair[0], names, "true", pair[1], verify=verify)
+            side = one_backward(model, pair[0], names, KINDS["true"], CATEGORICAL, pair[1], verify=verify)
             fallbacks.update(side.capture.fallbacks)
             return side
 
@@ -368,15 +369,16 @@ def gradient_covariance(
     return GradientCovariance(trace, eigenvalues, len(gram), together or 1, fallbacks)
 
 
-def _labels(model: nn.Module, pair: Pair, labels: str, generator: torch.Generator | None) -> Pair:
+def _labels(model: nn.Module, pair: Pair, labels: Labels, generator: torch.Generator | None) -> Pair:
     """The batch with the labels of its gradients, drawn here once so that gradients can be taken again."""
     inputs, targets = pair
-    if labels == "sampled":
+    if labels.drawn:
         with torch.no_grad():
             logits = call_model(model, inputs)
             if targets is not None:  # those of -100 are left out
-                targets = fit(logits, targets, class_dim=inputs.class_dim, model=model)
-            drawn = label_loss(logits, labels, targets, new_key(generator, logits.device))[1]
+                targets = CATEGORICAL.fit(logits, targets, class_dim=inputs.class_dim, model=model)
+            CATEGORICAL.check(logits)
+            drawn = labels.choose(Rows(CATEGORICAL, logits, targets, new_key(generator, logits.device)))
         assert isinstance(drawn, Tensor)
         if inputs.class_dim is None:  # it was certain for these logits; the shape of drawn labels says nothing
             inputs = dataclasses.replace(inputs, class_dim=-1)

@@ -6,15 +6,15 @@ plain forward and backward, and no array of examples x parameters.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fastfisher import ops
 from fastfisher.checks import check_flags, is_count, is_number
 from fastfisher.data import Batches, paired, split
 from fastfisher.distributed.ranks import Ranks, digest, measuring_together, shared_by
@@ -23,13 +23,13 @@ from fastfisher.engine.completeness import verified_capture
 from fastfisher.engine.layers import GRAM_ELEMENTS, Layer, chunks, computing, dots, flat_rows, squares
 from fastfisher.engine.one_by_one import Gradients, Reduce, gradients_of_each
 from fastfisher.engine.rollback import undoing
-from fastfisher.labels import IGNORED, check_classes, cross_entropy, fit, ignored, new_key
+from fastfisher.labels import KINDS, LabelName, Labels, Rows, labels_of
+from fastfisher.likelihoods import CATEGORICAL, CallersLoss, EachLoss, Likelihood
 from fastfisher.measure.estimate import TraceEstimate
 from fastfisher.memory import BATCH, held, may_double
 from fastfisher.model import (
     Call,
     Inputs,
-    as_given,
     check_class_dim,
     check_examples,
     chosen_names,
@@ -38,17 +38,14 @@ from fastfisher.model import (
     map_inputs,
     trainable_parameters,
 )
+from fastfisher.ops.sampled import new_key
 from fastfisher.placement import placement_of, whole
 from fastfisher.slow_path import warn_slow_path
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-Labels = Literal["rademacher", "sampled", "exact", "true"]
-Loss = Callable[[Tensor, Tensor | None], Tensor]
 Seen = dict[int, tuple[Tensor, Tensor]]
-
-LABELS = ("rademacher", "sampled", "exact", "true")
 
 
 # ---- the public functions --------------------------------------------------------------------------------------------
@@ -60,11 +57,11 @@ def per_example_grad_norms(
     inputs: Inputs,
     targets: Tensor | None = None,
     *,
-    labels: Labels | Tensor = "sampled",
+    labels: LabelName | Tensor = "sampled",
     draws: int = 1,
     squared: bool = True,
     params: Iterable[Tensor] | None = None,
-    loss: Loss | None = None,
+    loss: EachLoss | None = None,
     generator: torch.Generator | None = None,
     class_dim: int | None = None,
     verify: bool = True,
@@ -85,7 +82,7 @@ def per_example_grad_norms(
             ``labels`` in a mapping of inputs. Positions with the index −100 are left out, whichever the labels.
         labels: "sampled" draws ŷ ~ p(y|x); "rademacher" draws the cotangent √p⊙ε − p⟨√p, ε⟩, ε = ±1, whose squared
             norm has the same expectation; "exact" is that expectation, E_ŷ‖∇ℓ(x_i, ŷ)‖², by C − 1 backwards for each
-            position; "true" takes the targets; a tensor is used as the targets.
+            position; "uniform" draws from all classes alike; "true" takes the targets; a tensor is used as the targets.
         draws: how many independent draws, with one forward in common.
         squared: False for the norms themselves.
         params: the parameters whose gradient is meant; all trainable ones otherwise.
@@ -108,14 +105,16 @@ def per_example_grad_norms(
     """
     check_flags(squared=squared, verify=verify)
     check_class_dim(class_dim)
+    _check_draws(draws)
+    kind, likelihood = _labels_and_likelihood(labels, loss, class_dim)
     model = placement_of(model).module  # the norms of this process's examples are right in any case
     names = parameter_names(model, params)
     with eval_mode(model):
         inputs, targets = paired(model, inputs, targets, of_loss(class_dim, loss))
         inputs, targets = _savable(inputs, targets)
-        _check(labels, draws, loss, targets)
+        kind.check_targets(targets, likelihood)
         capture = _capture(model, inputs, names, verify)
-        cotangents = _Cotangents(capture.logits.detach(), labels, targets, loss, Keys(generator), inputs.class_dim)
+        cotangents = _Cotangents(capture.logits.detach(), kind, likelihood, targets, Keys(generator), inputs.class_dim)
         found = [sum(n.values()) for n in _draws(model, inputs, capture, cotangents, draws)]
     norms = torch.stack([n if isinstance(n, Tensor) else _zeros(capture) for n in found])
     norms = norms if squared else norms.sqrt()
@@ -152,7 +151,7 @@ def trace_fisher(
     data: Any,
     *,
     samples: int | None = None,
-    labels: Labels = "rademacher",
+    labels: LabelName = "rademacher",
     draws: int = 1,
     batch_size: int | None = None,
     tolerance: float | None = None,
@@ -184,7 +183,8 @@ def trace_fisher(
             batches, such as a DataLoader; see docs/data.md. Batches are moved to the device of the model's parameters.
         samples: at most so many examples: a random choice of a pair's, the first of an iterable's.
         labels: "rademacher" has by far the smallest variance once a network has fitted its data; "sampled", "exact" as
-            in :func:`per_example_grad_norms`; "true" gives the empirical Fisher's trace, of the targets in ``data``.
+            in :func:`per_example_grad_norms`; "true" gives the empirical Fisher's trace, of the targets in ``data``,
+            and "uniform" that of the second moment of gradients at labels drawn from all classes alike.
         draws: how many draws for each example.
         batch_size: how many examples at a time, where ``data`` is no iterable; by default 128, and on a GPU twice as
             many with each batch while memory allows. But for rounding, and for ``minibatch``, the value is the same
@@ -207,9 +207,8 @@ def trace_fisher(
         TypeError: the model, the inputs or the data are of a type that cannot be one.
         RankFailure: another process raised.
     """
-    if isinstance(labels, Tensor):
-        raise ValueError(f"labels: expected one of {', '.join(LABELS)}, got a tensor")
-    _check(labels, draws, None, None, data_has_targets=True)
+    kind = labels_of(labels, given=False)
+    _check_draws(draws)
     check_flags(minibatch=minibatch, verify=verify)
     check_class_dim(class_dim)
     if tolerance is not None and not (is_number(tolerance) and tolerance > 0):
@@ -218,7 +217,7 @@ def trace_fisher(
     if ranks is not None and minibatch:
         raise ValueError("minibatch: expected False where several processes share the data, got True")
     names = parameter_names(model, params)
-    drawn = labels in ("rademacher", "sampled")
+    drawn = kind.drawn
     sums = _Sums(names)
     rounds = max(2, draws) if tolerance is not None and drawn else draws if drawn else 1
     device = next(model.parameters()).device
@@ -242,7 +241,7 @@ def trace_fisher(
                 before = held(device)
                 capture = _capture(model, inputs, names, verify)
                 activations = held(device) - before
-                cotangents = _Cotangents(capture.logits.detach(), labels, targets, None, keys, class_dim)
+                cotangents = _Cotangents(capture.logits.detach(), kind, CATEGORICAL, targets, keys, class_dim)
                 sums.add(_draws(model, inputs, capture, cotangents, rounds, sums.means if minibatch else None))
                 sums.fallbacks.update(capture.fallbacks)
                 full = capture.examples == size
@@ -299,9 +298,9 @@ def grad_inner_products(
     first: Any,
     second: Any,
     *,
-    labels: Labels = "true",
+    labels: LabelName = "true",
     params: Iterable[Tensor] | None = None,
-    loss: Loss | None = None,
+    loss: EachLoss | None = None,
     generator: torch.Generator | None = None,
     class_dim: int | None = None,
     verify: bool = True,
@@ -313,7 +312,7 @@ def grad_inner_products(
     Args:
         model: as in :func:`per_example_grad_norms`; in eval mode meanwhile.
         first, second: batches, as in :func:`trace_fisher`: pairs (inputs, targets).
-        labels: "true", or "sampled" or "rademacher" for drawn ones (the targets may then be None).
+        labels: "true", or "sampled", "uniform" or "rademacher" for drawn ones (the targets may then be None).
         params, loss, generator, class_dim, verify: as in :func:`per_example_grad_norms`.
 
     Raises:
@@ -323,8 +322,7 @@ def grad_inner_products(
         TypeError: the model, the inputs or the data are of a type that cannot be one.
     """
     check_class_dim(class_dim)
-    if isinstance(labels, str) and labels == "exact":
-        raise ValueError('labels: expected "true", "sampled" or "rademacher", got "exact"')
+    kind, likelihood = _labels_and_likelihood(labels, loss, class_dim, ("true", "sampled", "uniform", "rademacher"))
     check_flags(verify=verify)
     model = whole(model, "the inner product of mean gradients")
     names = parameter_names(model, params)
@@ -335,9 +333,9 @@ def grad_inner_products(
             for name, batch in (("first", first), ("second", second))
         ]
         for _, targets in pairs:
-            _check(labels, 1, loss, targets)
+            kind.check_targets(targets, likelihood)
         for inputs, targets in pairs:
-            sides.append(one_backward(model, inputs, names, labels, targets, loss, generator, verify))
+            sides.append(one_backward(model, inputs, names, kind, likelihood, targets, generator, verify))
         one, two = sides
         matched = one.capture.examples == two.capture.examples
         per_example = one.inner_products(two) if matched else None
@@ -356,19 +354,25 @@ def grad_inner_products(
 # ---- arguments ----------------------------------------------------------------------------------------------
 
 
-def _check(
-    labels: str | Tensor, draws: int, loss: Loss | None, targets: Tensor | None, data_has_targets: bool = False
-) -> None:
-    if not isinstance(labels, Tensor) and not (isinstance(labels, str) and labels in LABELS):
-        raise ValueError(f"labels: expected one of {', '.join(LABELS)}, got {labels!r}")
-    if not is_count(draws):
-        raise ValueError(f"draws: expected an integer >= 1, got {draws!r}")
+def _labels_and_likelihood(
+    labels: Any, loss: EachLoss | None, class_dim: int | None, names: Sequence[str] = tuple(KINDS)
+) -> tuple[Labels, Likelihood]:
+    """What two arguments of that name mean.
+
+    Raises:
+        ValueError: they mean nothing, or do not go together.
+    """
+    kind = labels_of(labels, names)
     if not (loss is None or callable(loss)):
         raise ValueError(f"loss: expected a function or None, got {type(loss).__name__}")
-    if loss is not None and not (isinstance(labels, str) and labels == "true"):
+    if loss is not None and kind.name != "true":
         raise ValueError(f'loss: expected None with labels={labels!r}, which are drawn; a loss goes with labels="true"')
-    if isinstance(labels, str) and labels == "true" and loss is None and targets is None and not data_has_targets:
-        raise ValueError('targets: expected the true labels with labels="true", got None')
+    return kind, CATEGORICAL if loss is None else CallersLoss(loss, class_dim)
+
+
+def _check_draws(draws: int) -> None:
+    if not is_count(draws):
+        raise ValueError(f"draws: expected an integer >= 1, got {draws!r}")
 
 
 def parameter_names(model: nn.Module, params: Iterable[Tensor] | None) -> list[str]:
@@ -378,7 +382,7 @@ def parameter_names(model: nn.Module, params: Iterable[Tensor] | None) -> list[s
     return [name for name in trainable if name in chosen]
 
 
-def of_loss(class_dim: int | None, loss: Loss | None) -> int | None:
+def of_loss(class_dim: int | None, loss: EachLoss | None) -> int | None:
     """What is said of the classes; a loss of the caller's decides itself what the dimensions of its logits are."""
     return -1 if class_dim is None and loss is not None else class_dim
 
@@ -474,102 +478,26 @@ class _Cotangents:
     """∂ℓ/∂logits for each draw of the labels; with "exact", several whose squared norms add up."""
 
     def __init__(
-        self,
-        logits: Tensor,
-        labels: str | Tensor,
-        targets: Tensor | None,
-        loss: Loss | None,
-        keys: Keys,
-        class_dim: int | None = None,
+        self, logits: Tensor, labels: Labels, likelihood: Likelihood, targets: Any, keys: Keys, class_dim: int | None
     ) -> None:
-        self.logits, self.labels, self.targets, self.loss = logits, labels, targets, loss
-        self.keys, self.class_dim, self.draws = keys, class_dim, 0
-        self.name = "targets"
-        if loss is None:
-            check_classes(logits)
-            if targets is not None:
-                self.targets = fit(logits, targets, class_dim=class_dim)
-        drawn = isinstance(labels, str) and labels in ("rademacher", "sampled", "exact")
-        if drawn and (logits.isnan() | (logits == math.inf)).any():
-            raise ValueError("model: expected logits of which labels can be drawn, got NaN or +inf among them")
-        if isinstance(labels, Tensor):
-            given = fit(logits, labels, class_dim=class_dim, name="labels")
-            out = ignored(logits, self.targets)
-            if out is not None and not given.is_floating_point():
-                given = given.masked_fill(out, IGNORED)
-            elif out is not None:
-                raise ValueError("targets: expected none of -100 beside labels that are probabilities")
-            self.labels, self.targets, self.name = "true", given, "labels"
-        if self.labels == "true" and loss is None and self.targets is None:
-            raise ValueError('targets: expected the true labels with labels="true", got None')
-
-    @property
-    def count(self) -> int:
-        """How many backwards a draw takes."""
-        return max(1, self.logits[0].numel() - self.logits[0, ..., 0].numel()) if self.labels == "exact" else 1
+        likelihood.check(logits)
+        if targets is not None:
+            targets = likelihood.fit(logits, targets, class_dim=class_dim)
+        if labels.of_model:
+            likelihood.check_drawable(logits)
+        self.labels = labels.fitted(likelihood, logits, class_dim=class_dim)
+        labels.check_targets(targets, likelihood)
+        self.rows, self.keys, self.draws = Rows(likelihood, logits, targets), keys, 0
+        self.count = self.labels.cotangent_count(likelihood, logits)
 
     def draw(self) -> Iterator[Tensor]:
-        """The cotangents of one draw; 0 where the target is ignored."""
-        out = None if self.loss is not None else ignored(self.logits, self.targets)
-        for cotangent in self._draw():
-            yield cotangent if out is None else cotangent.masked_fill(out[..., None], 0)
-
-    def _draw(self) -> Iterator[Tensor]:
-        rows = self.logits.reshape(-1, self.logits.shape[-1])
-        if self.labels == "exact":
-            yield from self._exact()
-        elif self.labels == "true":
-            yield self._true()
-        else:
-            key, first = self.keys.of(self.draws, len(rows), rows.device)
-            self.draws += 1
-            if self.labels == "sampled":
-                yield ops.sample_cross_entropy(rows, key, 1.0, first)[2].view(self.logits.shape)
-            else:
-                yield ops.rademacher_cotangent(rows, key, 1.0, first).view(self.logits.shape)
-
-    def _true(self) -> Tensor:
-        logits = self.logits.requires_grad_()
-        with torch.enable_grad():
-            if self.loss is not None:
-                each = self.loss(as_given(logits, self.class_dim), self.targets)
-                if not isinstance(each, Tensor) or not each.requires_grad:
-                    raise ValueError("loss: expected a tensor that depends on the logits, one value per example")
-                if each.shape != logits.shape[:1]:
-                    raise ValueError(f"loss: expected one value per example ({len(logits)},), got {tuple(each.shape)}")
-                total = each.sum()
-            else:
-                assert self.targets is not None
-                total = cross_entropy(logits, self.targets, reduction="sum", name=self.name)
-            (grad,) = torch.autograd.grad(total, logits)
-        logits.requires_grad_(False)
-        return grad
-
-    def _exact(self) -> Iterator[Tensor]:
-        """Columns of a square root of diag(p) − ppᵀ = √p (I − uuᵀ) √p, u = √p.
-
-        The Householder reflection that takes u to −e_C has C − 1 further columns, which span what is orthogonal to u:
-        one backward fewer than there are classes.
-        """
-        u = self.logits.softmax(-1).sqrt()
-        shifted = u.clone()
-        shifted[..., -1] += 1
-        factor = u * shifted / shifted[..., -1:]
-        classes = u.shape[-1]
-        positions = u[0, ..., 0].numel()
-        if classes == 1:
-            yield torch.zeros_like(u)
-        for k in range(classes - 1):
-            column = -factor * u[..., k : k + 1]
-            column[..., k] += u[..., k]
-            if positions == 1:
-                yield column
-                continue
-            flat = column.reshape(len(u), positions, classes)
-            for position in range(positions):
-                one = torch.zeros_like(flat)
-                one[:, position] = flat[:, position]
-                yield one.view_as(column)
+        """The cotangents of one draw."""
+        rows = self.rows
+        if self.labels.drawn:
+            count = rows.likelihood.shape_of_labels(rows.output).numel()
+            key, first = self.keys.of(self.draws, count, rows.output.device)
+            rows, self.draws = dataclasses.replace(rows, key=key, first=first), self.draws + 1
+        return self.labels.cotangents(rows)
 
 
 # ---- from captures to norms ------------------------------------------------------------------------------------------
@@ -587,18 +515,19 @@ def _draws(
 
     With ``means``, ‖mean gradient‖² of each draw is appended to it.
     """
+    exact = cotangents.labels.name == "exact"
     for draw in range(draws):
         total: dict[str, Tensor] = {}
         squared_mean = 0.0
         for index, cotangent in enumerate(cotangents.draw()):
             last = draw == draws - 1 and index == cotangents.count - 1
-            with_mean = means is not None and cotangents.labels != "exact"
+            with_mean = means is not None and not exact
             norms, mean = _squared_norms(model, inputs, capture, cotangent, not last, with_mean)
             squared_mean += mean
             for name, values in norms.items():
                 total[name] = total[name] + values if name in total else values
         if means is not None:
-            if cotangents.labels == "exact":  # labels are independent and their gradients have mean 0
+            if exact:  # labels are independent and their gradients have mean 0
                 squared_mean = sum(float(values.sum()) for values in total.values()) / capture.examples**2
             means.append(squared_mean)
         yield total
@@ -669,16 +598,16 @@ def one_backward(
     model: nn.Module,
     inputs: Call,
     names: Iterable[str],
-    labels: Labels | Tensor,
-    targets: Tensor | None,
-    loss: Loss | None = None,
+    labels: Labels,
+    likelihood: Likelihood,
+    targets: Any,
     generator: torch.Generator | None = None,
     verify: bool = True,
 ) -> Side:
     """A capture, one backward of it, and what its layers saw there; the model is in eval mode."""
     inputs, targets = _savable(inputs, targets)
     capture = _capture(model, inputs, names, verify)
-    cotangents = _Cotangents(capture.logits.detach(), labels, targets, loss, Keys(generator), inputs.class_dim)
+    cotangents = _Cotangents(capture.logits.detach(), labels, likelihood, targets, Keys(generator), inputs.class_dim)
     (cotangent,) = cotangents.draw()
     kept: Seen = {}
 

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from fastfisher.autocast import autocast_dtype
 from fastfisher.checks import check_generator, is_count, is_number
-from fastfisher.labels import new_key
 from fastfisher.ops.reference import TILE, first_above, philox
+from fastfisher.ops.sampled import new_key
 
 
 def linear_sample_cross_entropy(

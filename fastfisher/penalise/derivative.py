@@ -16,7 +16,7 @@ from fastfisher.distributed.single import Single
 from fastfisher.engine.fused.convolution import saving_memory
 from fastfisher.engine.gradients import Differentiate, real, scaled
 from fastfisher.engine.twice import differentiable_gradients, second_derivatives
-from fastfisher.labels import looking_waits
+from fastfisher.host import looking_waits
 from fastfisher.lists import zeros
 from fastfisher.model import input_tensors, unhooked
 from fastfisher.penalise.difference import FiniteDifference, gradient_at

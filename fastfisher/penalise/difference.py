@@ -22,7 +22,7 @@ from fastfisher.autocast import autocast_dtype, autocast_of
 from fastfisher.distributed.single import Single
 from fastfisher.engine.gates import AccuracyWarning, fused_forward
 from fastfisher.engine.gradients import Differentiate, dense, real, real_dtype, scaled, sum_squares
-from fastfisher.labels import cross_entropy, looking_waits
+from fastfisher.host import looking_waits
 from fastfisher.lists import add_
 from fastfisher.model import input_tensors
 from fastfisher.penalise.options import Settings
@@ -100,7 +100,8 @@ class FiniteDifference:
         self.model, self.settings, self.world = model, settings, world
         self.gradient, self.direction, self.scale = gradient, direction, scale
         self.inputs, self.first_only, self.gates = point.inputs, point.first_only, point.gates
-        self.labels, self.share, self.expected = point.labels, point.share, point.values
+        self.likelihood, self.labels = point.likelihood, point.labels
+        self.share, self.expected = point.share, point.values
         self.factor = 1.0 if settings.of_parameters else float(point.examples)
         self._check_forward()
         self.shift = shift_of(model, self.gates, world)
@@ -222,7 +223,7 @@ class FiniteDifference:
 
     def _loss(self, logits: Tensor, weight: Tensor | None, loss: Callable[[Tensor], Tensor] | None) -> Tensor:
         self.moved = self._movement(logits.detach())
-        total = cross_entropy(logits[:1] if self.first_only else logits, self.labels)
+        total = self.likelihood.loss(logits[:1] if self.first_only else logits, self.labels)
         self.level, self.spacing = total.detach(), torch.finfo(real_dtype(logits.dtype)).eps
         if self.share != 1.0:
             total = self.share * total

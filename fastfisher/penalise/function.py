@@ -17,7 +17,7 @@ from fastfisher.engine.gates import Gates
 from fastfisher.engine.gradients import autograd_gradients, real_dtype
 from fastfisher.engine.rollback import undoing
 from fastfisher.engine.twice import second_derivatives
-from fastfisher.labels import are_drawn, check_counted, check_targets, fit, new_key
+from fastfisher.labels import Given, Labels, labels_of
 from fastfisher.model import (
     Call,
     Inputs,
@@ -32,6 +32,7 @@ from fastfisher.model import (
     take_rows,
     trainable_parameters,
 )
+from fastfisher.ops.sampled import new_key
 from fastfisher.penalise.derivative import squared_norm_of, squared_parts
 from fastfisher.penalise.difference import FiniteDifference, gradient_at
 from fastfisher.penalise.options import Method, Settings
@@ -41,6 +42,7 @@ from fastfisher.penalise.trust import judge
 from fastfisher.penalise.trust import verify as verify_difference
 from fastfisher.placement import whole
 from fastfisher.slow_path import warn_slow_path
+from fastfisher.targets import check_counted
 
 
 @undoing
@@ -125,20 +127,15 @@ def penalty(
     chosen = chosen_names(trainable, params)
     call, true = paired(model, inputs, targets, class_dim)
     call = map_inputs(call, differentiable)
-    given: Any = labels
-    given, true = (differentiable(x) if isinstance(x, Tensor) else x for x in (given, true))
-    check_targets(given, true)
+    true = differentiable(true) if isinstance(true, Tensor) else true
+    kind = labels_of(differentiable(labels) if isinstance(labels, Tensor) else labels)
+    kind.check_targets(true, settings.likelihood)
     check_examples(call)
     logits, settings = _shared(logits, settings, class_dim)
-    rows = slice(1) if settings.first_only else slice(None)
     if settings.first_only and logits is None and not couples_examples(model):
-        call = take_rows(call, rows)
-        given, true = (x[rows] if isinstance(x, Tensor) else x for x in (given, true))
+        call, kind, true = take_rows(call, slice(1)), kind.of_first(), None if true is None else true[:1]
     point = _point(model, settings, trainable, call, logits)
-    true = _counted(point, true, "targets", class_dim, model, rows)
-    given = _counted(point, given, "labels", class_dim, model, rows)
-    with torch.enable_grad():
-        point.draw(given, true, new_key(generator, point.values.device) if are_drawn(given) else None)
+    _draw(point, settings, kind, true, generator, {"class_dim": class_dim, "model": model})
     if not settings.differs:
         with second_derivatives('method="finite_difference"'):
             own = squared_parts(point, settings, trainable, chosen)
@@ -196,13 +193,25 @@ def _point(
     )
 
 
-def _counted(point: Point, labels: Any, name: str, class_dim: int | None, model: nn.Module, rows: slice) -> Any:
-    """Targets, or labels that are given, as they fit the rows of logits."""
-    if not isinstance(labels, Tensor):
-        return labels
-    fitting = fit(point.logits, labels, class_dim=class_dim, name=name, model=model)[rows]
-    check_counted(fitting, name)
-    return fitting
+def _draw(
+    point: Point,
+    settings: Settings,
+    kind: Labels,
+    targets: Any,
+    generator: torch.Generator | None,
+    how: dict[str, Any],
+) -> None:
+    """Draws the labels of the point; those that are given have to fit its logits, and so have the targets."""
+    kind = kind.fitted(settings.likelihood, point.logits, **how)
+    targets = None if targets is None else settings.likelihood.fit(point.logits, targets, **how)
+    if settings.first_only:
+        kind, targets = kind.of_first(), None if targets is None else targets[:1]
+    if targets is not None:
+        check_counted(targets)
+    if isinstance(kind, Given):
+        check_counted(kind.given, "labels")
+    with torch.enable_grad():
+        point.draw(kind, targets, new_key(generator, point.values.device) if kind.drawn else None)
 
 
 class _Penalty(torch.autograd.Function):

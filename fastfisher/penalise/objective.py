@@ -8,19 +8,11 @@ from torch import Tensor, nn
 
 from fastfisher.data import check_own_loss, paired
 from fastfisher.distributed.single import Counts
-from fastfisher.labels import (
-    averaged_rows,
-    check_certain,
-    check_classes,
-    check_counted,
-    check_targets,
-    counted_rows,
-    cross_entropy,
-    fit,
-)
+from fastfisher.labels import KINDS
 from fastfisher.model import Call, Inputs, as_given, check_examples, check_heads, differentiable, map_inputs
 from fastfisher.penalise.options import Options
 from fastfisher.penalise.point import Point
+from fastfisher.targets import check_certain, check_counted
 
 
 class Objective:
@@ -34,7 +26,8 @@ class Objective:
 
     def __init__(self, model: nn.Module, options: Options, shares: bool) -> None:
         self.model, self.loss, self.class_dim, self.shares = model, options.loss, options.class_dim, shares
-        self.labels, self.first_only = options.settings.labels, options.settings.first_only
+        self.labels, self.likelihood = options.settings.labels, options.settings.likelihood
+        self.first_only = options.settings.first_only
 
     def batch(self, inputs: Inputs, given: Any, trainable: int) -> tuple[Call, Any]:
         """The call of the model and the targets; the first forward of a kind looks for heads beside the logits."""
@@ -56,12 +49,14 @@ class Objective:
             ValueError: they do not fit.
         """
         if self.loss is None or self.labels == "true":
-            check_targets("true", targets)
-            rows = fit(logits, targets, class_dim=self.class_dim, model=self.model, in_range=self.loss is not None)
+            KINDS["true"].check_targets(targets, self.likelihood)
+            rows = self.likelihood.fit(
+                logits, targets, class_dim=self.class_dim, model=self.model, in_range=self.loss is not None
+            )
             if not self.shares:
                 check_counted(rows)
             return (rows if self.loss is None else targets), rows
-        check_classes(logits)
+        self.likelihood.check(logits)
         check_certain(logits, targets, self.class_dim)
         by_row = isinstance(targets, Tensor) and targets.shape == logits.shape[:-1]
         return targets, targets if by_row else None
@@ -69,7 +64,7 @@ class Objective:
     def at(self, logits: Tensor, targets: Any) -> Tensor:
         """The training loss, a scalar, at targets that :meth:`fit` has given."""
         if self.loss is None:
-            return cross_entropy(logits, targets)
+            return self.likelihood.loss(logits, targets)
         loss = self.loss(as_given(logits, self.class_dim), targets)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ValueError("loss: expected a scalar tensor that depends on the logits")
@@ -77,7 +72,7 @@ class Objective:
 
     def count(self, logits: Tensor, targets: Any) -> int:
         """How much the mean training loss of this process counts: by rows, or by examples where it is a callable."""
-        count = averaged_rows(targets, logits[..., 0].numel()) if self.loss is None else len(logits)
+        count = int(self.likelihood.counted(logits, targets)) if self.loss is None else len(logits)
         if count == 0:
             raise ValueError("targets: expected at least one that counts in each process, got none")
         return count
@@ -85,19 +80,14 @@ class Objective:
     def counts(self, logits: Tensor, targets: Any, point: Point, of_rows: Tensor | None, true: Tensor | None) -> Counts:
         """What this process has of the batch; ``of_rows`` and ``true`` are the targets of all rows, and of those of the
         ``point``."""
-        rows = point.rows[..., 0].numel()
-        whole = self.first_only or point.rows is logits
-
-        def penalised() -> int:
-            return averaged_rows(true, rows) if self.labels == "true" else int(counted_rows(point.rows, true))
-
+        whole, counted = self.first_only or point.rows is logits, self.likelihood.counted
         return Counts(
             loss=lambda: self.count(logits, targets),
-            penalised=penalised,
-            rows=rows,
-            counted=lambda: counted_rows(point.rows, true),
+            penalised=lambda: int(counted(point.rows, true)),
+            rows=self.likelihood.shape_of_labels(point.rows).numel(),
+            counted=lambda: counted(point.rows, true),
             examples=len(point.rows),
             batch=len(logits),
-            part=lambda: 1.0 if whole else counted_rows(point.rows, true) / counted_rows(logits, of_rows),
+            part=lambda: 1.0 if whole else counted(point.rows, true) / counted(logits, of_rows),
             first_only=self.first_only,
         )

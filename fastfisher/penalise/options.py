@@ -12,7 +12,8 @@ from torch import Tensor
 from fastfisher.checks import check_callable, check_choice, check_count, check_flags, check_generator, check_number
 from fastfisher.distributed.single import Single
 from fastfisher.engine.gates import Gates
-from fastfisher.labels import check_labels
+from fastfisher.labels import PENALISED, Labels, labels_of
+from fastfisher.likelihoods import CATEGORICAL, Likelihood
 from fastfisher.model import check_class_dim
 from fastfisher.penalise.rho import AdaptiveStep, Difference, Step
 
@@ -41,12 +42,22 @@ class Settings:
     difference: Difference = "forward"
 
     def __post_init__(self) -> None:
-        check_labels(self.labels)
+        labels_of(self.labels, PENALISED)
         for name in ("method", "gates", "wrt", "reduction", "difference"):
             if not isinstance(value := getattr(self, name), Gates):
                 check_choice(name, value, CHOICES[name])
         if not (isinstance(self.step, AdaptiveStep) or (isinstance(self.step, str) and self.step == "auto")):
             check_number("step", self.step, 'a positive number, "auto" or an AdaptiveStep')
+
+    @property
+    def kind(self) -> Labels:
+        """The kind of labels that R is at."""
+        return labels_of(self.labels, PENALISED)
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """What the model's output stands for."""
+        return CATEGORICAL
 
     @property
     def differs(self) -> bool:

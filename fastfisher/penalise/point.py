@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,9 @@ from fastfisher.autocast import autocast_dtype
 from fastfisher.distributed.single import Single
 from fastfisher.engine.gates import Gates, fused_forward, record_gates
 from fastfisher.engine.twice import twice_differentiable
-from fastfisher.labels import Signs, label_loss, looking_waits
+from fastfisher.host import looking_waits
+from fastfisher.labels import Labels, Rows
+from fastfisher.likelihoods import CATEGORICAL, Chosen, Likelihood
 from fastfisher.model import (
     Inputs,
     call_copy,
@@ -45,6 +48,7 @@ class Point:
         first_only: whether only the first row counts; the others were there for the statistics of the batch.
         gates: what the forward did, to be replayed.
         kept: whether the graph is the caller's, who goes on using it.
+        likelihood: what the output stands for.
         labels: the labels, so that the loss can be taken again elsewhere.
         loss: the mean loss there, times ``share``: the weight of this process's rows among those of all.
         values: the logits without their graph.
@@ -57,12 +61,13 @@ class Point:
     gates: Gates
     kept: bool = False
     share: float = 1.0
+    likelihood: Likelihood = CATEGORICAL
 
     def __post_init__(self) -> None:
         self.gates.end_at(self.logits)
         self.values = self.logits.detach()
         self.examples = len(self.rows)
-        self.labels: Tensor | Signs
+        self.labels: Chosen
         self.loss: Tensor
 
     @property
@@ -70,9 +75,9 @@ class Point:
         """The logits that count."""
         return self.logits[:1] if self.first_only else self.logits
 
-    def draw(self, labels: str | Tensor, targets: Tensor | None, key: Tensor | None, first: int = 0) -> None:
-        """Chooses the labels and takes the loss there; see :func:`fastfisher.labels.label_loss`."""
-        self.loss, self.labels = label_loss(self.rows, labels, targets, key, first)
+    def draw(self, kind: Labels, targets: Any, key: Tensor | None, first: int = 0) -> None:
+        """Chooses labels of a kind and takes the loss there; see :class:`fastfisher.labels.Rows`."""
+        self.loss, self.labels = kind.loss(Rows(self.likelihood, self.rows, targets, key, first))
 
     def weigh(self, share: float) -> None:
         """Multiplies the loss by this process's weight."""

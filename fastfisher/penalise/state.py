@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher.distributed.sharded import local_part, placed_like
-from fastfisher.labels import are_drawn, new_key
 from fastfisher.model import trainable_parameters
+from fastfisher.ops.sampled import new_key
 from fastfisher.penalise.options import Options
 from fastfisher.penalise.outcome import Outcome
 from fastfisher.penalise.rho import AdaptiveStep
@@ -36,7 +36,7 @@ class Memory:
     """
 
     def __init__(self, model: nn.Module, options: Options) -> None:
-        self.model, self.labels, self.generator = model, options.settings.labels, options.generator
+        self.model, self.kind, self.generator = model, options.settings.kind, options.generator
         self.step = options.settings.step
         self.steps = 0
         self.key: Tensor | None = None
@@ -47,7 +47,7 @@ class Memory:
     def next_key(self, device: torch.device, rank: int) -> Tensor | None:
         """The key of the next labels; None where none are drawn. The first one is of the generator, and of each process
         its own, where all are seeded alike; a world that shares a batch takes that of rank 0."""
-        if not are_drawn(self.labels):
+        if not self.kind.drawn:
             return None
         if self.key is None:
             self.key = new_key(self.generator, device)

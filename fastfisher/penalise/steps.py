@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from fastfisher.distributed.single import Share, Single
 from fastfisher.engine.gates import fused_forward
 from fastfisher.engine.gradients import scaled
-from fastfisher.labels import check_targets, counted_rows, fit
 from fastfisher.model import Inputs, call_model, chosen_names, class_last, input_tensors, requiring_grad
 from fastfisher.penalise.derivative import Differences, DoubleBackprop, Training, named_gradients
 from fastfisher.penalise.objective import Objective
@@ -124,10 +123,10 @@ class Steps:
     def _draw(self, point: Point, logits: Tensor, targets: Any, of_rows: Tensor | None) -> Share:
         """Draws the labels of the point's rows, and weighs their loss by what this process has of the batch."""
         true = None if of_rows is None else of_rows[: len(point.rows)]
-        check_targets(self.settings.labels, true)
+        self.settings.kind.check_targets(true, self.settings.likelihood)
         key = self.memory.next_key(logits.device, self.world.rank)
         share = self.world.share(self.objective.counts(logits, targets, point, of_rows, true), key)
-        point.draw(self.settings.labels, true, key, share.first)
+        point.draw(self.settings.kind, true, key, share.first)
         point.weigh(share.penalised)
         point.examples = share.examples
         return share
@@ -144,9 +143,9 @@ class Steps:
     def retake(self, forward: WatchedForward, targets: Tensor | None, trainable: Gradients) -> None:
         """Takes ∇R and R from a forward whose graph is the caller's."""
         assert forward.logits is not None and forward.inputs is not None
-        logits = class_last(forward.logits, self.objective.class_dim)
+        likelihood, logits = self.settings.likelihood, class_last(forward.logits, self.objective.class_dim)
         if targets is not None:
-            targets = fit(logits, targets, class_dim=self.objective.class_dim, model=self.model)
+            targets = likelihood.fit(logits, targets, class_dim=self.objective.class_dim, model=self.model)
         inputs, gates, first_only = forward.inputs, forward.gates, self.settings.first_only
         if gates is not None and not self.sampling.learns_of_autocast(gates):
             point = Point(logits, inputs, first_only, gates, kept=True)
@@ -154,10 +153,10 @@ class Steps:
             buffers = forward.buffers if gates is None else gates.buffers
             point = self.sampling.apart(trainable, inputs, first_only, buffers)
         true = targets[:1] if first_only and targets is not None else targets
-        check_targets(self.settings.labels, true)
+        self.settings.kind.check_targets(true, self.settings.likelihood)
         with torch.enable_grad():
-            point.draw(self.settings.labels, true, self.memory.next_key(logits.device, self.world.rank))
-        rows = counted_rows(point.rows, true)
+            point.draw(self.settings.kind, true, self.memory.next_key(logits.device, self.world.rank))
+        rows = likelihood.counted(point.rows, true)
         taken = self.derivative.take(
             point, None, trainable, self.chosen(trainable), alpha=None, first=self.memory.value is None
         )

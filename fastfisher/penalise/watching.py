@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher.engine.gates import Gates
-from fastfisher.labels import IGNORED
 from fastfisher.model import Call, copy_buffers, logits_of
 from fastfisher.penalise.point import Sampling
+from fastfisher.targets import IGNORED
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
 
-from fastfisher import AdaptiveStep, FisherPenalty, SlowPathWarning, labels, ops
+from fastfisher import AdaptiveStep, FisherPenalty, SlowPathWarning, host, ops
 from fastfisher.model import known_of, trainable_parameters
 from fastfisher.penalise.derivative import Differences
 from fastfisher.penalise.graphs import KINDS, WARM_UP, CudaCapture
@@ -35,7 +35,7 @@ X, Y = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0)), tor
 @pytest.fixture
 def host_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where a look at a value stalls the stream, and stops a capture."""
-    monkeypatch.setattr(labels, "HOST", "none")
+    monkeypatch.setattr(host, "HOST", "none")
 
 
 class Counted:
