@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 # time.process_time: processor seconds on one thread, for a machine that is shared
 TIMER ?= time.perf_counter
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 NATIVE := $(SOURCES) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: run test nightly sanitize oldest lint format bench gpu docs dist clean

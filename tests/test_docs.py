@@ -27,6 +27,7 @@ from bench import readme
 from fastfisher import cli
 from fastfisher.ops import reference
 from fastfisher.paper.arguments import IDS
+from tests.support.operators import declared
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -162,9 +163,8 @@ def test_the_guide_uses_every_public_function() -> None:
 
 def test_the_kernels_page_has_every_operator() -> None:
     text = (ROOT / "docs" / "kernels.md").read_text()
-    declared = re.findall(r'm\.impl\("(\w+)"', (ROOT / "csrc" / "ops.cpp").read_text())
-    assert declared
-    assert [name for name in declared if f"`{name}`" not in text] == []
+    assert declared()
+    assert [name for name in declared() if f"`{name}`" not in text] == []
 
 
 def test_every_id_of_the_paper_has_its_command() -> None:
