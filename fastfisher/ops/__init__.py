@@ -11,32 +11,10 @@ import torch
 from torch import Tensor
 
 from fastfisher.ops import derivatives, reference, served
-from fastfisher.ops.served import GPU_KERNELS, GPU_UNAVAILABLE, UNAVAILABLE, operator
+from fastfisher.ops.served import operator
 from fastfisher.slow_path import warn_slow_path
 
-__all__ = [
-    "GPU_KERNELS",
-    "GPU_UNAVAILABLE",
-    "UNAVAILABLE",
-    "axpy_diff",
-    "batch_norm",
-    "batch_norm_backward",
-    "channel_products",
-    "gate_apply",
-    "gate_max_pool",
-    "gate_put",
-    "gate_relu",
-    "gate_relu_",
-    "gate_take",
-    "grad_sqnorm_conv",
-    "grad_sqnorm_linear",
-    "perturb",
-    "probe_dot",
-    "rademacher_cotangent",
-    "sample_cross_entropy",
-    "softmax_hessian_product",
-    "sum_squares",
-]  # fmt: skip
+UNAVAILABLE, GPU_UNAVAILABLE = served.UNAVAILABLE, served.GPU_UNAVAILABLE
 
 
 def _contiguous(x: Tensor) -> Tensor:
@@ -178,3 +156,7 @@ batch_norm_backward = operator(
     reference.batch_norm_backward,
     lambda grad, bits, x, *_: (torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])),
 )
+
+
+GPU_KERNELS = {name: family for name, family in served.FAMILIES.items() if family in served.TRITON}
+"""The file of kernels/ that serves each operator on CUDA. One that is not named here takes its definition there."""

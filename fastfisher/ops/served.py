@@ -17,7 +17,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _LIBRARY = Path(__file__).parents[1] / "libfastfisher_ops.so"
-_TRITON = ("rows", "gates", "lists", "norms")  # the families that kernels/ has
+TRITON = ("rows", "gates", "lists", "norms")
+"""The families that kernels/ has, a file each; on CUDA the operators of others take their definitions."""
 
 
 def _load() -> str | None:
@@ -42,7 +43,7 @@ def _load_gpu() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device was found"
     try:
-        for family in _TRITON:
+        for family in TRITON:
             importlib.import_module(f"fastfisher.kernels.{family}")
     except ImportError as error:
         return f"the Triton kernels cannot be imported: {error}"
@@ -52,8 +53,8 @@ def _load_gpu() -> str | None:
 GPU_UNAVAILABLE: str | None = _load_gpu()
 """Why the Triton kernels do not serve CUDA devices, or None where they do."""
 
-GPU_KERNELS: dict[str, str] = {}
-"""The file of kernels/ that serves each operator on CUDA. One that is not named here takes its definition there."""
+FAMILIES: dict[str, str] = {}
+"""The family of each operator."""
 
 # What is registered lasts as long as this object.
 _gpu_library = torch.library.Library("fastfisher", "IMPL")  # type: ignore[no-untyped-call]
@@ -64,7 +65,7 @@ def compiled(name: str, device: torch.device) -> bool:
     if device.type == "cpu":
         reason = UNAVAILABLE
     elif device.type == "cuda":
-        reason = GPU_UNAVAILABLE or (None if name in GPU_KERNELS else f"there is no kernel of {name} yet")
+        reason = GPU_UNAVAILABLE or (None if FAMILIES[name] in TRITON else f"there is no kernel of {name} yet")
     else:
         reason = "there are no compiled kernels for it"
     if reason is not None:
@@ -84,15 +85,14 @@ def operator(
         derivative: for autograd, where the operator is differentiable.
     """
     name = definition.__name__
-    if family in _TRITON:
-        GPU_KERNELS[name] = family
+    FAMILIES[name] = family
     if UNAVAILABLE is None:
         torch.library.register_fake(f"fastfisher::{name}", fake)
         if derivative is not None:
             torch.library.register_autograd(
                 f"fastfisher::{name}", derivative.backward, setup_context=derivative.setup_context
             )
-    if GPU_UNAVAILABLE is None and name in GPU_KERNELS:
+    if GPU_UNAVAILABLE is None and family in TRITON:
         kernels = importlib.import_module(f"fastfisher.kernels.{family}")
         _gpu_library.impl(name, getattr(kernels, name), "CUDA")  # type: ignore[no-untyped-call]
 

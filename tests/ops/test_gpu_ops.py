@@ -1,6 +1,6 @@
 """Every operator on CUDA: the tests of the CPU's kernels over the same grids, and what only a GPU can show.
 
-The tests of tests/ops/test_ops.py run here as they are, with operators that take their tensors to the GPU and bring the
+The tests of each family run here as they are, with operators that take their tensors to the GPU and bring the
 results back.
 """
 
@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import fastfisher
 from fastfisher import ops
 from fastfisher.ops import reference
-from tests.ops import test_ops, test_probes
-from tests.ops.test_ops import KEY, assert_labels_are_the_exact_inverse_cdf, logits_for
+from tests.ops import test_gates, test_lists, test_norms, test_rows
+from tests.support.operators import KEY, assert_labels_are_the_exact_inverse_cdf, logits_for
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 class OnTheGPU:
     """The functions of fastfisher.ops, on copies of their tensors on the GPU."""
 
-    UNAVAILABLE = "values are not checked on a GPU"  # skips what test_ops expects of those checks
+    UNAVAILABLE = "values are not checked on a GPU"  # skips what the tests expect of those checks
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
@@ -45,32 +45,33 @@ class OnTheGPU:
 
 @pytest.fixture(autouse=True)
 def on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(test_ops, "ops", OnTheGPU())
-    monkeypatch.setattr(test_probes, "ops", OnTheGPU())
+    for family in (test_rows, test_gates, test_lists, test_norms):
+        monkeypatch.setattr(family, "ops", OnTheGPU())
 
 
-test_values_err_at_most_twice_what_pytorch_errs = test_ops.test_values_err_at_most_twice_what_pytorch_errs
-test_labels_are_the_exact_inverse_cdf = test_ops.test_labels_are_the_exact_inverse_cdf
-test_draws_follow_the_softmax = test_ops.test_draws_follow_the_softmax
-test_each_tile_of_the_widest_row_is_drawn_within = test_ops.test_each_tile_of_the_widest_row_is_drawn_within
-test_extreme_and_masked_logits = test_ops.test_extreme_and_masked_logits
-test_derivatives_to_second_order = test_ops.test_derivatives_to_second_order
-test_gates_and_combines_agree_with_the_reference = test_ops.test_gates_and_combines_agree_with_the_reference
-test_max_pool_agrees_with_the_reference = test_ops.test_max_pool_agrees_with_the_reference
-test_max_pool_names_what_is_wrong = test_ops.test_max_pool_names_what_is_wrong
-test_max_pool_gates_agree_with_the_reference = test_ops.test_max_pool_gates_agree_with_the_reference
-test_norms_of_convolution_gradients = test_ops.test_norms_of_convolution_gradients
-test_norms_of_linear_gradients = test_ops.test_norms_of_linear_gradients
-test_the_gram_form_notices_that_it_cancels = test_ops.test_the_gram_form_notices_that_it_cancels
-test_channel_products_agree_with_the_reference = test_ops.test_channel_products_agree_with_the_reference
-test_rademacher_cotangents_agree_with_the_reference = test_ops.test_rademacher_cotangents_agree_with_the_reference
-test_rademacher_cotangents_have_the_covariance = test_ops.test_rademacher_cotangents_have_the_covariance_of_the_score
-test_signs_are_those_of_the_reference = test_probes.test_signs_are_those_of_the_reference
+test_values_err_at_most_twice_what_pytorch_errs = test_rows.test_values_err_at_most_twice_what_pytorch_errs
+test_labels_are_the_exact_inverse_cdf = test_rows.test_labels_are_the_exact_inverse_cdf
+test_draws_follow_the_softmax = test_rows.test_draws_follow_the_softmax
+test_each_tile_of_the_widest_row_is_drawn_within = test_rows.test_each_tile_of_the_widest_row_is_drawn_within
+test_extreme_and_masked_logits = test_rows.test_extreme_and_masked_logits
+test_derivatives_to_second_order = test_rows.test_derivatives_to_second_order
+test_relu_gates_agree_with_the_reference = test_gates.test_relu_gates_agree_with_the_reference
+test_differences_and_sums_agree_with_the_reference = test_lists.test_differences_and_sums_agree_with_the_reference
+test_max_pool_agrees_with_the_reference = test_gates.test_max_pool_agrees_with_the_reference
+test_max_pool_names_what_is_wrong = test_gates.test_max_pool_names_what_is_wrong
+test_max_pool_gates_agree_with_the_reference = test_gates.test_max_pool_gates_agree_with_the_reference
+test_norms_of_convolution_gradients = test_norms.test_norms_of_convolution_gradients
+test_norms_of_linear_gradients = test_norms.test_norms_of_linear_gradients
+test_the_gram_form_notices_that_it_cancels = test_norms.test_the_gram_form_notices_that_it_cancels
+test_channel_products_agree_with_the_reference = test_norms.test_channel_products_agree_with_the_reference
+test_rademacher_cotangents_agree_with_the_reference = test_rows.test_rademacher_cotangents_agree_with_the_reference
+test_rademacher_cotangents_have_the_covariance = test_rows.test_rademacher_cotangents_have_the_covariance_of_the_score
+test_signs_are_those_of_the_reference = test_lists.test_signs_are_those_of_the_reference
 test_normal_numbers_are_those_of_the_reference = (
-    test_probes.test_normal_numbers_are_those_of_the_reference_within_rounding
+    test_lists.test_normal_numbers_are_those_of_the_reference_within_rounding
 )
-test_both_probe_operators_agree_with_the_reference = test_probes.test_both_operators_agree_with_the_reference
-test_the_probe_depends_on_key_and_element_alone = test_probes.test_the_probe_depends_on_key_and_element_alone
+test_both_probe_operators_agree_with_the_reference = test_lists.test_both_operators_agree_with_the_reference
+test_the_probe_depends_on_key_and_element_alone = test_lists.test_the_probe_depends_on_key_and_element_alone
 
 
 # ---- what only a GPU can show ---------------------------------------------------------------------------------------

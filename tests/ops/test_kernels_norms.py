@@ -16,7 +16,7 @@ from fastfisher.engine.layers.linear import gram_is_cheaper
 from fastfisher.kernels import norms
 from fastfisher.kernels.checks import TYPES
 from fastfisher.ops import reference
-from tests.ops.test_ops import CONVOLUTIONS, GRAM_LOSS, rounding
+from tests.support.operators import CONVOLUTIONS, GRAM_LOSS, rounding
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] * (DEVICE == "cuda")
