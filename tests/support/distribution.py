@@ -67,7 +67,8 @@ def main() -> None:
         archive.extractall(WORK, filter="data")
     # The tests, away from the sources: what they import is what is installed.
     (WORK / "tried").mkdir()
-    shutil.move(WORK / f"fastfisher-{version[1]}" / "tests", WORK / "tried" / "tests")
+    for folder in ("tests", "bench"):
+        shutil.move(WORK / f"fastfisher-{version[1]}" / folder, WORK / "tried" / folder)
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
     run(*pip, "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", WORK, sdist, cwd=WORK)
     for name, file in (("wheel", wheel), ("sdist", only(WORK, "*.whl"))):
