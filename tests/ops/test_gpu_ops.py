@@ -19,7 +19,7 @@ import fastfisher
 from fastfisher import ops
 from fastfisher.ops import reference
 from tests.ops import test_gates, test_lists, test_norms, test_rows
-from tests.support.operators import KEY, assert_labels_are_the_exact_inverse_cdf, logits_for
+from tests.support.operators import KEY, assert_labels_are_the_exact_inverse_cdf, cases, logits_for
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -77,54 +77,26 @@ test_the_probe_depends_on_key_and_element_alone = test_lists.test_the_probe_depe
 # ---- what only a GPU can show ---------------------------------------------------------------------------------------
 
 
-def cases() -> dict[str, tuple[Any, ...]]:
-    """Arguments for each operator, on the GPU."""
-    torch.manual_seed(0)
-    x, key = torch.randn(300, 1000, device="cuda"), KEY.cuda()
-    lists = [torch.randn(n, device="cuda") for n in (3, 70_000, 1025)]
-    images, gradients = torch.randn(4, 6, 9, 8, device="cuda"), torch.randn(4, 10, 9, 8, device="cuda")
-    labels = torch.randint(1000, (300,), device="cuda")
-    words = torch.randint(-(2**31), 2**31 - 1, (9375,), dtype=torch.int32, device="cuda")
-    indices = torch.randint(-1, 1000, (300, 500), dtype=torch.int32, device="cuda")
-    same = ([3, 3], [1, 1], [1, 1], [1, 1], 1)
-    half = torch.tensor(0.5, dtype=torch.float64, device="cuda")
-    return {
-        "sample_cross_entropy": (x, key, 0.5),
-        "softmax_hessian_product": (x, labels, x + 1, 0.5),
-        "rademacher_cotangent": (x, key, 0.5),
-        "gate_relu": (x,),
-        "gate_relu_": (x.clone(),),
-        "gate_apply": (x, words),
-        "gate_max_pool": (images.flatten(0, 1), 3, 2, 1, 2, True),
-        "gate_take": (x, indices),
-        "gate_put": (x[:, :500].contiguous(), indices, 1000),
-        "axpy_diff": ([t.clone() for t in lists], lists, [2 * t for t in lists], half),
-        "sum_squares": (lists,),
-        "probe_dot": (lists, key, "gaussian", 3),
-        "perturb": ([t.clone() for t in lists], lists, key, 0.1, "rademacher", 5),
-        "grad_sqnorm_linear": (images.flatten(2), gradients.flatten(2)[:, :6], True),
-        "grad_sqnorm_conv": (images, gradients, *same, False),
-        "channel_products": (images.flatten(2), images.flatten(2) + 1, images[0, :, 0, 0].contiguous()),
-    }
-
-
 OPERATORS = list(ops.GPU_KERNELS)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name: str) -> None:
-    torch.library.opcheck(getattr(torch.ops.fastfisher, name).default, cases()[name])
+    for arguments in cases("cuda")[name]:
+        torch.library.opcheck(getattr(torch.ops.fastfisher, name).default, arguments)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_nothing_waits_for_the_gpu_and_the_bits_are_those_of_every_run(name: str) -> None:
-    call = getattr(ops, name)
-    first = call(*cases()[name])  # compiles
-    again = cases()[name]
+    def call(arguments: list[tuple[Any, ...]]) -> list[Any]:
+        return [getattr(ops, name)(*each) for each in arguments]
+
+    first = call(cases("cuda")[name])  # compiles
+    again = cases("cuda")[name]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        second = call(*again)
+        second = call(again)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for one, other in zip(tree_leaves(first), tree_leaves(second), strict=True):

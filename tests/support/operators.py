@@ -25,6 +25,43 @@ def scalar(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
 
 
+def cases(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments of each operator, made anew since some are written to; so large that every one has several tasks."""
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, generator=generator).to(device)  # noqa: E731
+    whole = lambda low, high, *shape: torch.randint(low, high, shape, generator=generator).to(device)  # noqa: E731
+    x, labels, key = normal(300, 1000), whole(0, 1000, 300), KEY.to(device)
+    words, indices = whole(-(2**31), 2**31, 9375).int(), whole(-1, 1000, 300, 500).int()
+    lists = [normal(n) for n in (3, 200_000, 1025)]
+    out = lambda: [t.clone() for t in lists]  # noqa: E731
+    images, gradients = normal(30, 6, 20, 20), normal(30, 10, 20, 20)
+    flat, other = images.flatten(2), gradients.flatten(2)[:, :6].contiguous()
+    mean, variance = flat.double().mean((0, 2)), flat.double().var((0, 2))
+    same = ([3, 3], [1, 1], [1, 1], [1, 1], 1)
+    return {
+        "sample_cross_entropy": [(x, key, 0.5)],
+        "softmax_hessian_product": [(x, labels, x + 1, 0.5)],
+        "rademacher_cotangent": [(x, key, 0.5)],
+        "gate_relu": [(x,)],
+        "gate_relu_": [(x.clone(),)],
+        "gate_apply": [(x, words)],
+        "gate_max_pool": [(images.flatten(0, 1), 3, 2, 1, 2, True), (images.flatten(0, 1), 2, 2, 2, 2, False)],
+        "gate_take": [(x, indices)],
+        "gate_put": [(x[:, :500].contiguous(), indices, 1000)],
+        "axpy_diff": [(out(), lists, [2 * t for t in lists], scalar(0.5).to(device))],
+        "sum_squares": [(lists,)],
+        "probe_dot": [(lists, key, distribution, 3) for distribution in DISTRIBUTIONS],
+        "perturb": [(out(), lists, key, 0.1, distribution, 5) for distribution in DISTRIBUTIONS],
+        "grad_sqnorm_linear": [(flat, other, gram) for gram in (False, True)],
+        "grad_sqnorm_conv": [(images, gradients, *same, gram) for gram in (False, True)],
+        "channel_products": [(flat, other, flat[0, :, 0].contiguous())],
+        "batch_norm": [(flat, None, None, 1e-5), (flat, normal(6), normal(6), 1e-5)],
+        "batch_norm_backward": [
+            (other, bits, flat, normal(6), mean, variance, 1e-5) for bits in (None, words[: flat.numel() // 32])
+        ],
+    }
+
+
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 # One lane, less than a vector, whole and broken vectors, one tile less and more by one, several tiles, the widest.
