@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 # time.process_time: processor seconds on one thread, for a machine that is shared
 TIMER ?= time.perf_counter
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 NATIVE := $(SOURCES) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: run test nightly sanitize oldest lint format bench gpu docs dist clean
@@ -26,8 +26,9 @@ nightly: $(VENV)/built-test ## 10,000 random cases for each operator and public 
 # A tree of its own, so that the libraries that everything else uses stay as they are. libasan has to be there before
 # Python, and libstdc++ with it, or it finds no function to intercept where an exception is thrown.
 SANITIZED := build/sanitized
-SANITIZED_TESTS := $(addprefix tests/,ops/test_ops.py engine/test_gates.py engine/test_batch_norm.py engine/test_convolution.py \
-  ops/test_probes.py measure/test_traces.py test_properties.py)
+OPERATOR_TESTS := $(addprefix ops/test_,ops.py rows.py gates.py lists.py norms.py batch_norm.py)
+SANITIZED_TESTS := $(addprefix tests/,$(OPERATOR_TESTS) engine/test_gates.py engine/test_batch_norm.py engine/test_convolution.py \
+  measure/test_traces.py test_properties.py)
 
 sanitize: $(VENV)/built-test ## the operators' tests with AddressSanitizer and UndefinedBehaviorSanitizer
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DFASTFISHER_SANITIZE=ON \
@@ -48,7 +49,7 @@ sanitize: $(VENV)/built-test ## the operators' tests with AddressSanitizer and U
 # the tests import is what was installed.
 OLDEST := build/oldest
 OLDEST_TORCH := torch==$(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]/\1/p' pyproject.toml)
-OLDEST_TESTS := $(addprefix tests/,ops/test_ops.py engine/test_calls.py test_labels.py test_model.py penalise/test_function.py \
+OLDEST_TESTS := $(addprefix tests/,$(OPERATOR_TESTS) engine/test_calls.py test_labels.py test_model.py penalise/test_function.py \
   penalise/test_regularizer.py engine/test_repeatable.py engine/test_checkpointing.py engine/test_gates.py engine/test_relu_pool.py engine/test_convolution.py \
   engine/test_batch_norm.py engine/test_capture.py measure/test_traces.py engine/test_recurrent.py measure/test_estimate.py engine/test_taylor.py measure/test_hessian.py)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastfisher
-from tests.support.networks import torchvision_operators
+from bench.problems import torchvision_operators
 
 EXAMPLES = 4
 CLASSES = 10

@@ -16,8 +16,7 @@ import torch
 from tqdm import tqdm
 
 import fastfisher
-from tests.penalise.test_function import digits, gradient, noise, trained
-from tests.support.networks import relative_error
+from bench.problems import digits, gradient, noise, relative_error, trained
 
 STEPS = (1e-1, 1e-2, 3e-3, 1e-3, 3e-4, 2e-4, 1e-4, 3e-5)
 WAYS = (("frozen", "forward"), ("frozen", "central"), ("free", "forward"))

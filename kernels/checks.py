@@ -1,4 +1,4 @@
-"""What the host functions check before they launch, in the words of csrc/ops.cpp, and the names Triton has for dtypes.
+"""What the host functions check before they launch, in the words of csrc/host, and the names Triton has for dtypes.
 
 Values are not looked at: reading them back would stall the stream.
 """

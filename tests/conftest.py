@@ -10,8 +10,6 @@ import torch
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
-from tests.support.networks import torchvision_operators
-
 Once = Callable[[str, Callable[[Path], None]], Path]
 
 # Before anything imports Triton: without a GPU its kernels run in its interpreter, on CPU tensors.
@@ -35,6 +33,8 @@ def is_nightly() -> bool:
 @pytest.fixture(scope="session")
 def torchvision() -> Any:
     """torchvision, also beside a CPU build of torch."""
+    from bench.problems import torchvision_operators  # not above: it imports the library
+
     pytest.importorskip("PIL")
     with torchvision_operators():
         yield pytest.importorskip("torchvision", exc_type=ImportError)

@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 from fastfisher import ops
 from fastfisher.ops import reference
-from tests.ops.test_ops import (
+from tests.support.operators import (
     DTYPES,
     GRAM_LOSS,
+    NORMAL_ERROR,
     assert_errs_at_most_twice_what_pytorch_errs,
     assert_labels_are_the_exact_inverse_cdf,
     needs_kernels,
@@ -28,7 +29,6 @@ from tests.ops.test_ops import (
     rounding,
     scalar,
 )
-from tests.ops.test_probes import NORMAL_ERROR
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("one_thread")]
 

@@ -7,28 +7,31 @@
 
 namespace fastfisher {
 
-#define FASTFISHER_LEVEL(LEVEL)                                                                               \
-  Kernels {                                                                                                   \
-    #LEVEL, LEVEL::sample_cross_entropy, LEVEL::softmax_hessian_product, LEVEL::gate_relu, LEVEL::gate_apply, \
-        LEVEL::gate_max_pool, LEVEL::gate_take, LEVEL::gate_put, LEVEL::axpy_diff, LEVEL::sum_squares,        \
-        LEVEL::batch_norm, LEVEL::batch_norm_backward, LEVEL::grad_sqnorm_conv, LEVEL::grad_sqnorm_linear,    \
-        LEVEL::channel_products, LEVEL::rademacher_cotangent, LEVEL::probe_dot, LEVEL::perturb                \
-  }
+// See table.cpp, which is compiled once for each.
+namespace baseline {
+extern const Kernels table;
+}
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
 
-static Kernels choose() {
+static const Kernels& choose() {
 #if defined(__x86_64__)
   const char* limit = std::getenv("FASTFISHER_SIMD_LEVEL");
   const bool baseline_only = limit != nullptr && std::strcmp(limit, "baseline") == 0;
   const bool no_avx512 = baseline_only || (limit != nullptr && std::strcmp(limit, "avx2") == 0);
   __builtin_cpu_init();
-  if (!no_avx512 && __builtin_cpu_supports("x86-64-v4")) return FASTFISHER_LEVEL(avx512);
-  if (!baseline_only && __builtin_cpu_supports("x86-64-v3")) return FASTFISHER_LEVEL(avx2);
+  if (!no_avx512 && __builtin_cpu_supports("x86-64-v4")) return avx512::table;
+  if (!baseline_only && __builtin_cpu_supports("x86-64-v3")) return avx2::table;
 #endif
-  return FASTFISHER_LEVEL(baseline);
+  return baseline::table;
 }
 
 const Kernels& kernels() {
-  static const Kernels chosen = choose();
+  static const Kernels& chosen = choose();
   return chosen;
 }
 

@@ -41,13 +41,12 @@ def linear_sample_cross_entropy(
 
     −log p(ŷ) with ŷ ~ p = softmax(logits), as in :func:`fastfisher.sample_cross_entropy` (eq. 2 of Jastrzebski et al.,
     2021), or −log p(y). With smoothing s it is (1 − s)·(−log p(ŷ)) + s·mean_c(−log p_c), as in ``F.cross_entropy``.
+    Differentiable once: the gradients of a mean or sum are made in the forward, in the same pass over the chunks, and
+    only scaled in the backward; ``reduction="none"`` takes a second pass there.
 
-    The gradients of a mean or sum are made in the forward, in the same pass over the chunks, and only scaled in the
-    backward; ``reduction="none"`` takes a second pass there. Differentiable once.
-
-    The key decides the labels, whatever the size of the chunks. Losses and labels have the same bits for every size
-    where the matrix product gives a row the same bits whichever rows come with it, which libraries do not promise; the
-    gradients of weight and bias are sums over chunks, whose rounding depends on them.
+    The key decides the labels, not the size of the chunks: losses and labels have the same bits for every size, as long
+    as a matrix product rounds a row alike whichever rows come with it, which libraries do not promise. The gradients of
+    weight and bias are sums over chunks, whose rounding depends on the size.
 
     Args:
         hidden: (..., p), float32, float64, bfloat16 or float16.
@@ -58,45 +57,52 @@ def linear_sample_cross_entropy(
         generator: where the key comes from; torch's default generator otherwise.
         key: int64[2] (seed, offset) instead.
         first: the number of the first row, as in :func:`fastfisher.sample_cross_entropy`.
-        reduction: "mean" over the rows that are not ignored, "sum", or "none".
+        reduction: "mean" over the rows that are not ignored (NaN where all are), "sum", or "none".
         ignore_index: rows with this target (padding) have no loss and no gradient, and this label.
         label_smoothing: s, from 0 to 1.
         chunk_bytes: how much the logits of a chunk may take, in float32 (float64 for float64); at least a row is taken.
 
     Returns:
-        The loss (float64 for float64, else float32; shape () or hidden.shape[:-1]) and the labels (int64,
-        hidden.shape[:-1]). All rows ignored: a mean of NaN, as in ``F.cross_entropy``.
+        The loss (float64 for float64, else float32; () or hidden.shape[:-1]) and the labels (int64, hidden.shape[:-1]).
 
     Raises:
         ValueError: a shape, a dtype, a target or an option is none of the above, or on the CPU a row has no softmax
-            (NaN, +inf, or all −inf); it is named. On a GPU, where a check would stall the stream, such a row has NaN
-            loss and label −1.
+            (NaN, +inf, or all −inf). On a GPU, where a check would stall the stream, its loss is NaN, its label −1.
     """
-    for name, tensor in {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias, "key": key}.items():
+    _check_tensors(hidden=hidden, weight=weight, targets=targets, bias=bias, key=key)
+    if (dtype := autocast_dtype(hidden.device.type)) is not None:
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    _check(hidden, weight, targets, bias, labels, reduction, ignore_index, label_smoothing, chunk_bytes, first)
+    key = _key(labels, key, generator, hidden.device)
+    row_bytes = weight.shape[0] * (8 if hidden.dtype == torch.float64 else 4)
+    chosen = None if targets is None else targets.reshape(-1)
+    head = _Head(chosen, key, first, ignore_index, label_smoothing, max(1, chunk_bytes // max(1, row_bytes)))
+    shape = hidden.shape[:-1]
+    rows = hidden.reshape(math.prod(shape), hidden.shape[-1])
+    loss, drawn = _Loss.apply(rows, weight, bias, head, reduction, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    return (loss.view(shape) if reduction == "none" else loss), drawn.view(shape)
+
+
+def _check_tensors(**tensors: Any) -> None:
+    for name, tensor in tensors.items():
         optional = name in ("targets", "bias", "key")
         if not (isinstance(tensor, Tensor) or (optional and tensor is None)):
             expected = "a tensor or None" if optional else "a tensor"
             raise ValueError(f"{name}: expected {expected}, got {type(tensor).__name__}")
+
+
+def _key(labels: str, key: Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor | None:
+    """The key by which labels are drawn; None for true labels, which are not."""
     check_generator(generator)
     if key is not None and (key.dtype != torch.int64 or key.shape != (2,)):
         raise ValueError(f"key: expected int64 of shape (2,), got {key.dtype} of shape {tuple(key.shape)}")
-    if (dtype := autocast_dtype(hidden.device.type)) is not None:
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    _check(hidden, weight, targets, bias, labels, reduction, ignore_index, label_smoothing, chunk_bytes, first)
     if labels == "true":
         if key is not None or generator is not None:
             raise ValueError('key and generator: expected neither with labels="true", which are not drawn')
-    elif key is None:
-        key = new_key(generator, hidden.device)
-    elif generator is not None:
+        return None
+    if key is not None and generator is not None:
         raise ValueError("key and generator: expected one of them, got both")
-    rows = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
-    chosen = None if targets is None else targets.reshape(-1)
-    size = weight.shape[0] * (8 if hidden.dtype == torch.float64 else 4)
-    head = _Head(chosen, key, first, ignore_index, label_smoothing, max(1, chunk_bytes // max(1, size)))
-    loss, drawn = _Loss.apply(rows, weight, bias, head, reduction, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
-    shape = hidden.shape[:-1]
-    return (loss.view(shape) if reduction == "none" else loss), drawn.view(shape)
+    return new_key(generator, device) if key is None else key
 
 
 def _check(
@@ -152,6 +158,13 @@ class _Head:
     def kept(self) -> Tensor | None:
         """Which rows count; None where all do."""
         return None if self.targets is None else self.targets != self.ignore_index
+
+    def count(self, hidden: Tensor) -> Tensor:
+        """How many rows count: a float64 scalar on the device."""
+        kept = self.kept
+        if kept is None:
+            return torch.full((), float(len(hidden)), dtype=torch.float64, device=hidden.device)
+        return kept.sum(dtype=torch.float64)
 
     def run(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, row_weights: Tensor | None, wanted: tuple[bool, ...]
@@ -244,6 +257,7 @@ class _Head:
 
 
 FEW_COLUMNS = 128
+"""How many columns are summed at once where a product's own sum would round too much."""
 
 
 def _times(x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -269,24 +283,18 @@ class _Loss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: _Head, reduction: str, grad_enabled: bool
     ) -> tuple[Tensor, Tensor]:
         ctx.head, ctx.wanted, ctx.reduction = head, tuple(ctx.needs_input_grad[:3]), reduction
+        divisor = head.count(hidden) if reduction == "mean" else 1.0
         row_weights = None
         if reduction != "none" and grad_enabled and any(ctx.wanted):
-            row_weights = hidden.new_ones(len(hidden), dtype=torch.float64)
-            if reduction == "mean":
-                row_weights /= _count(head, hidden)
+            row_weights = hidden.new_ones(len(hidden), dtype=torch.float64) / divisor
         with torch.autocast(hidden.device.type, enabled=False):
             losses, labels, gradients = head.run(hidden, weight, bias, row_weights, ctx.wanted)
+        ctx.mark_non_differentiable(labels)
         if reduction == "none":
             ctx.save_for_backward(hidden, weight, bias, labels)
-            loss = losses
-        else:
-            like = (hidden, weight, bias)
-            found = (g if g is None or x is None else g.to(x.dtype) for g, x in zip(gradients, like, strict=True))
-            ctx.save_for_backward(*found)
-            loss = losses.sum(dtype=torch.float64)
-            loss = (loss / _count(head, hidden) if reduction == "mean" else loss).to(losses.dtype)
-        ctx.mark_non_differentiable(labels)
-        return loss, labels
+            return losses, labels
+        ctx.save_for_backward(*_in_dtypes(gradients, hidden, weight, bias))
+        return (losses.sum(dtype=torch.float64) / divisor).to(losses.dtype), labels
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -298,14 +306,8 @@ class _Loss(torch.autograd.Function):
         head = _Head(labels, None, 0, ctx.head.ignore_index, ctx.head.smoothing, ctx.head.rows)
         with torch.autocast(hidden.device.type, enabled=False):
             gradients = head.run(hidden, weight, bias, grad, ctx.wanted)[2]
-        like = (hidden, weight, bias)
-        found = (g if g is None or x is None else g.to(x.dtype) for g, x in zip(gradients, like, strict=True))
-        return (*found, None, None, None)
+        return (*_in_dtypes(gradients, hidden, weight, bias), None, None, None)
 
 
-def _count(head: _Head, hidden: Tensor) -> Tensor:
-    """How many rows the mean is over: a float64 scalar on the device."""
-    kept = head.kept
-    if kept is None:
-        return torch.full((), float(len(hidden)), dtype=torch.float64, device=hidden.device)
-    return kept.sum(dtype=torch.float64)
+def _in_dtypes(gradients: list[Tensor | None], *like: Tensor | None) -> list[Tensor | None]:
+    return [g if g is None or x is None else g.to(x.dtype) for g, x in zip(gradients, like, strict=True)]

@@ -1,6 +1,6 @@
 """Every operator on CUDA: the tests of the CPU's kernels over the same grids, and what only a GPU can show.
 
-The tests of tests/ops/test_ops.py run here as they are, with operators that take their tensors to the GPU and bring the
+The tests of each family run here as they are, with operators that take their tensors to the GPU and bring the
 results back.
 """
 
@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import fastfisher
 from fastfisher import ops
 from fastfisher.ops import reference
-from tests.ops import test_ops, test_probes
-from tests.ops.test_ops import KEY, assert_labels_are_the_exact_inverse_cdf, logits_for
+from tests.ops import test_gates, test_lists, test_norms, test_rows
+from tests.support.operators import KEY, assert_labels_are_the_exact_inverse_cdf, cases, logits_for
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 class OnTheGPU:
     """The functions of fastfisher.ops, on copies of their tensors on the GPU."""
 
-    UNAVAILABLE = "values are not checked on a GPU"  # skips what test_ops expects of those checks
+    UNAVAILABLE = "values are not checked on a GPU"  # skips what the tests expect of those checks
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
@@ -45,66 +45,36 @@ class OnTheGPU:
 
 @pytest.fixture(autouse=True)
 def on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(test_ops, "ops", OnTheGPU())
-    monkeypatch.setattr(test_probes, "ops", OnTheGPU())
+    for family in (test_rows, test_gates, test_lists, test_norms):
+        monkeypatch.setattr(family, "ops", OnTheGPU())
 
 
-test_values_err_at_most_twice_what_pytorch_errs = test_ops.test_values_err_at_most_twice_what_pytorch_errs
-test_labels_are_the_exact_inverse_cdf = test_ops.test_labels_are_the_exact_inverse_cdf
-test_draws_follow_the_softmax = test_ops.test_draws_follow_the_softmax
-test_each_tile_of_the_widest_row_is_drawn_within = test_ops.test_each_tile_of_the_widest_row_is_drawn_within
-test_extreme_and_masked_logits = test_ops.test_extreme_and_masked_logits
-test_derivatives_to_second_order = test_ops.test_derivatives_to_second_order
-test_gates_and_combines_agree_with_the_reference = test_ops.test_gates_and_combines_agree_with_the_reference
-test_max_pool_agrees_with_the_reference = test_ops.test_max_pool_agrees_with_the_reference
-test_max_pool_names_what_is_wrong = test_ops.test_max_pool_names_what_is_wrong
-test_max_pool_gates_agree_with_the_reference = test_ops.test_max_pool_gates_agree_with_the_reference
-test_norms_of_convolution_gradients = test_ops.test_norms_of_convolution_gradients
-test_norms_of_linear_gradients = test_ops.test_norms_of_linear_gradients
-test_the_gram_form_notices_that_it_cancels = test_ops.test_the_gram_form_notices_that_it_cancels
-test_channel_products_agree_with_the_reference = test_ops.test_channel_products_agree_with_the_reference
-test_rademacher_cotangents_agree_with_the_reference = test_ops.test_rademacher_cotangents_agree_with_the_reference
-test_rademacher_cotangents_have_the_covariance = test_ops.test_rademacher_cotangents_have_the_covariance_of_the_score
-test_signs_are_those_of_the_reference = test_probes.test_signs_are_those_of_the_reference
+test_values_err_at_most_twice_what_pytorch_errs = test_rows.test_values_err_at_most_twice_what_pytorch_errs
+test_labels_are_the_exact_inverse_cdf = test_rows.test_labels_are_the_exact_inverse_cdf
+test_draws_follow_the_softmax = test_rows.test_draws_follow_the_softmax
+test_each_tile_of_the_widest_row_is_drawn_within = test_rows.test_each_tile_of_the_widest_row_is_drawn_within
+test_extreme_and_masked_logits = test_rows.test_extreme_and_masked_logits
+test_derivatives_to_second_order = test_rows.test_derivatives_to_second_order
+test_relu_gates_agree_with_the_reference = test_gates.test_relu_gates_agree_with_the_reference
+test_differences_and_sums_agree_with_the_reference = test_lists.test_differences_and_sums_agree_with_the_reference
+test_max_pool_agrees_with_the_reference = test_gates.test_max_pool_agrees_with_the_reference
+test_max_pool_names_what_is_wrong = test_gates.test_max_pool_names_what_is_wrong
+test_max_pool_gates_agree_with_the_reference = test_gates.test_max_pool_gates_agree_with_the_reference
+test_norms_of_convolution_gradients = test_norms.test_norms_of_convolution_gradients
+test_norms_of_linear_gradients = test_norms.test_norms_of_linear_gradients
+test_the_gram_form_notices_that_it_cancels = test_norms.test_the_gram_form_notices_that_it_cancels
+test_channel_products_agree_with_the_reference = test_norms.test_channel_products_agree_with_the_reference
+test_rademacher_cotangents_agree_with_the_reference = test_rows.test_rademacher_cotangents_agree_with_the_reference
+test_rademacher_cotangents_have_the_covariance = test_rows.test_rademacher_cotangents_have_the_covariance_of_the_score
+test_signs_are_those_of_the_reference = test_lists.test_signs_are_those_of_the_reference
 test_normal_numbers_are_those_of_the_reference = (
-    test_probes.test_normal_numbers_are_those_of_the_reference_within_rounding
+    test_lists.test_normal_numbers_are_those_of_the_reference_within_rounding
 )
-test_both_probe_operators_agree_with_the_reference = test_probes.test_both_operators_agree_with_the_reference
-test_the_probe_depends_on_key_and_element_alone = test_probes.test_the_probe_depends_on_key_and_element_alone
+test_both_probe_operators_agree_with_the_reference = test_lists.test_both_operators_agree_with_the_reference
+test_the_probe_depends_on_key_and_element_alone = test_lists.test_the_probe_depends_on_key_and_element_alone
 
 
 # ---- what only a GPU can show ---------------------------------------------------------------------------------------
-
-
-def cases() -> dict[str, tuple[Any, ...]]:
-    """Arguments for each operator, on the GPU."""
-    torch.manual_seed(0)
-    x, key = torch.randn(300, 1000, device="cuda"), KEY.cuda()
-    lists = [torch.randn(n, device="cuda") for n in (3, 70_000, 1025)]
-    images, gradients = torch.randn(4, 6, 9, 8, device="cuda"), torch.randn(4, 10, 9, 8, device="cuda")
-    labels = torch.randint(1000, (300,), device="cuda")
-    words = torch.randint(-(2**31), 2**31 - 1, (9375,), dtype=torch.int32, device="cuda")
-    indices = torch.randint(-1, 1000, (300, 500), dtype=torch.int32, device="cuda")
-    same = ([3, 3], [1, 1], [1, 1], [1, 1], 1)
-    half = torch.tensor(0.5, dtype=torch.float64, device="cuda")
-    return {
-        "sample_cross_entropy": (x, key, 0.5),
-        "softmax_hessian_product": (x, labels, x + 1, 0.5),
-        "rademacher_cotangent": (x, key, 0.5),
-        "gate_relu": (x,),
-        "gate_relu_": (x.clone(),),
-        "gate_apply": (x, words),
-        "gate_max_pool": (images.flatten(0, 1), 3, 2, 1, 2, True),
-        "gate_take": (x, indices),
-        "gate_put": (x[:, :500].contiguous(), indices, 1000),
-        "axpy_diff": ([t.clone() for t in lists], lists, [2 * t for t in lists], half),
-        "sum_squares": (lists,),
-        "probe_dot": (lists, key, "gaussian", 3),
-        "perturb": ([t.clone() for t in lists], lists, key, 0.1, "rademacher", 5),
-        "grad_sqnorm_linear": (images.flatten(2), gradients.flatten(2)[:, :6], True),
-        "grad_sqnorm_conv": (images, gradients, *same, False),
-        "channel_products": (images.flatten(2), images.flatten(2) + 1, images[0, :, 0, 0].contiguous()),
-    }
 
 
 OPERATORS = list(ops.GPU_KERNELS)
@@ -112,18 +82,21 @@ OPERATORS = list(ops.GPU_KERNELS)
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name: str) -> None:
-    torch.library.opcheck(getattr(torch.ops.fastfisher, name).default, cases()[name])
+    for arguments in cases("cuda")[name]:
+        torch.library.opcheck(getattr(torch.ops.fastfisher, name).default, arguments)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_nothing_waits_for_the_gpu_and_the_bits_are_those_of_every_run(name: str) -> None:
-    call = getattr(ops, name)
-    first = call(*cases()[name])  # compiles
-    again = cases()[name]
+    def call(arguments: list[tuple[Any, ...]]) -> list[Any]:
+        return [getattr(ops, name)(*each) for each in arguments]
+
+    first = call(cases("cuda")[name])  # compiles
+    again = cases("cuda")[name]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        second = call(*again)
+        second = call(again)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for one, other in zip(tree_leaves(first), tree_leaves(second), strict=True):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fastfisher import linear_sample_cross_entropy
 from fastfisher.ops import reference
-from tests.ops.test_ops import DTYPES, KEY, assert_labels_are_the_exact_inverse_cdf, precise
+from tests.support.operators import DTYPES, KEY, assert_labels_are_the_exact_inverse_cdf, precise
 
 ROWS, WIDTH = 21, 12
 CLASSES = [1, 7, 1023, 1024, 1025, 5000]

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 from fastfisher import ops
 from fastfisher.kernels.compile import CAPABILITIES, Configuration, configurations
-from fastfisher.kernels.tables import SIGNS
+from fastfisher.kernels.lists import SIGNS
 from tests.conftest import is_nightly
 
 FILES = sorted(set(ops.GPU_KERNELS.values()))

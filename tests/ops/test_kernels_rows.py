@@ -25,7 +25,7 @@ if torch.cuda.is_available():
 
 from fastfisher.kernels import rows
 from fastfisher.ops import reference
-from tests.ops.test_ops import (
+from tests.support.operators import (
     KEY,
     SIGNIFICANCE,
     assert_errs_at_most_twice_what_pytorch_errs,
@@ -64,7 +64,7 @@ KEYS = [KEY, torch.tensor([0, 0]), torch.tensor([-1, -(2**63)]), torch.tensor([2
 
 
 def rounding(truth: Tensor, dtype: torch.dtype) -> float:
-    """What is granted to both sides, as in test_ops.py: a unit in the last place, and four of a sum of size 1."""
+    """What is granted to both sides, as in test_rows.py: a unit in the last place, and four of a sum of size 1."""
     low = torch.float64 if dtype == torch.float64 else torch.float32
     return torch.finfo(dtype).eps * float(truth.abs().max()) + 4 * torch.finfo(low).eps
 

@@ -9,44 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastfisher
+from bench.problems import digits, gradient, noise, trained
 from fastfisher import AdaptiveStep
 from fastfisher.labels import new_key
 from fastfisher.ops import reference
 from fastfisher.training.networks import build_network
 from tests.support.networks import Hostile, SmallResNet, flat, relative_error, smooth_network
-
-
-def digits() -> tuple[Tensor, Tensor]:
-    data = load_digits()
-    images = F.interpolate(torch.tensor(data.images, dtype=torch.float32)[:, None], size=32, mode="bilinear")
-    images = (images - images.mean()) / images.std()
-    return images.expand(-1, 3, -1, -1).contiguous(), torch.tensor(data.target)
-
-
-def noise() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    return torch.randn(512, 3, 32, 32, generator=generator), torch.randint(10, (512,), generator=generator)
-
-
-def gradient(model: nn.Module, value: Tensor) -> Tensor:
-    return flat(list(torch.autograd.grad(value, [p for p in model.parameters() if p.requires_grad], allow_unused=True)))
-
-
-def trained(name: str, images: Tensor, targets: Tensor, steps: int) -> nn.Module:
-    torch.manual_seed(1)
-    model = build_network(name, in_channels=3, image_size=32, classes=10)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    for _ in range(steps):
-        batch = torch.randint(len(images), (32,))
-        optimizer.zero_grad()
-        F.cross_entropy(model(images[batch]), targets[batch]).backward()
-        optimizer.step()
-    return model
 
 
 @pytest.mark.parametrize("steps", [0, 50])

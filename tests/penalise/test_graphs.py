@@ -458,7 +458,7 @@ def test_a_capture_is_made_on_the_device_of_the_model(monkeypatch: pytest.Monkey
 def scanned(model: nn.Module, x: Tensor, y: Tensor, monkeypatch: pytest.MonkeyPatch) -> dict[str, Launches]:
     """What a plain step, one that recomputes the penalty and one that reuses it launch, with a kernel for each of our
     operators."""
-    monkeypatch.setattr(ops, "_compiled", lambda name, device: True)
+    monkeypatch.setattr(ops.served, "compiled", lambda name, device: True)
     monkeypatch.setattr(Differences, "_follow", lambda *_: None)  # on a GPU it looks at the first penalty alone
     penalty = FisherPenalty(model, 0.1, every=10, verify=False)
     penalised(penalty, x, y)  # the first one makes the key

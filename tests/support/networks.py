@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.problems import flat, relative_error, torchvision_operators
 
-@contextmanager
-def torchvision_operators() -> Iterator[None]:
-    """Within, torchvision imports beside a CPU build of torch, where it misses two operators that nothing here uses."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    try:
-        yield
-    finally:
-        library._destroy()
+__all__ = ["flat", "relative_error", "torchvision_operators"]
 
 
 class SmallResNet(nn.Module):
@@ -61,16 +50,6 @@ class Hostile(nn.Module):
         if self.calls > 1:
             raise self.error
         return logits
-
-
-def flat(tensors: list[Tensor | None]) -> Tensor:
-    """All gradients as one float64 vector."""
-    return torch.cat([t.detach().double().flatten() for t in tensors if t is not None])
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """‖found − expected‖ / ‖expected‖."""
-    return float((found - expected).norm() / expected.norm())
 
 
 class OnceDifferentiable(torch.autograd.Function):

@@ -1,27 +1,114 @@
-"""The probe operators against reference.py: values, distribution, splits, threads, errors."""
+"""The operators on lists of tensors against reference.py: values, distribution, splits, threads, errors."""
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import scipy.stats
 import torch
 from torch import Tensor
 
+import fastfisher
 from fastfisher import ops
 from fastfisher.ops import reference
-from tests.ops.test_ops import DTYPES, KEY, SIGNIFICANCE, needs_kernels
+from tests.support.operators import (
+    DISTRIBUTIONS,
+    DTYPES,
+    KEY,
+    NORMAL_ERROR,
+    SIGNIFICANCE,
+    needs_kernels,
+    scalar,
+)
 
-DISTRIBUTIONS = ["gaussian", "rademacher"]
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("numel", [0, 1, 31, 32, 33, 1000, 2**16 + 5])
+def test_differences_and_sums_agree_with_the_reference(numel: int, dtype: torch.dtype) -> None:
+    a, b, out = (torch.randn(numel, dtype=torch.float64).to(dtype) for _ in range(3))
+    a[::7], a[1::7] = 0, 0
+    expected, found = [out.clone(), a.clone()], [out.clone(), a.clone()]
+    size = reference.axpy_diff(expected, [a, b], [b, a], scalar(0.3))
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(ops.axpy_diff(found, [a, b], [b, a], scalar(0.3)), size, rtol=tolerance, atol=0)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(ops.sum_squares([a, b]), reference.sum_squares([a, b]), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("module", [ops, reference])
+def test_a_difference_times_0_is_not_looked_at(module: Any) -> None:
+    out, b = torch.randn(40), torch.randn(40)
+    a = b + 1
+    a[3], a[5] = math.nan, math.inf
+    before = out.clone()
+    assert module.axpy_diff([out], [a], [b], scalar(0.0)) == 0
+    assert torch.equal(out, before)
+
+
+@needs_kernels
+def test_combines_check_everything_before_writing() -> None:
+    out = [torch.zeros(3), torch.zeros(4)]
+    with pytest.raises(ValueError, match="out and b: expected the same size"):
+        ops.axpy_diff(out, [torch.ones(3), torch.ones(4)], [torch.zeros(3), torch.zeros(5)], scalar(1.0))
+    with pytest.raises(ValueError, match="scale: expected a float64 scalar"):
+        ops.axpy_diff(out, out, out, torch.ones(2, dtype=torch.float64))
+    assert not out[0].any()
+
+
+@pytest.mark.filterwarnings("error::fastfisher.SlowPathWarning")
+@needs_kernels
+def test_tensors_that_lie_otherwise_in_memory_take_the_fast_path() -> None:
+    a, b = (torch.randn(6, 5, 3, 3).to(memory_format=torch.channels_last) for _ in range(2))
+    out = a.clone() + 1
+    cases = [(out, a, b), (out, a.contiguous(), b), (out.contiguous(), a, b), (out[0, 0].t(), a[0, 0].t(), b[0, 0].t())]
+    for target, x, y in cases:
+        found, expected = target.clone(), target.clone()
+        sizes = [m.axpy_diff([t], [x], [y], scalar(0.3)) for m, t in ((ops, found), (reference, expected))]
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(*sizes)
+        torch.testing.assert_close(ops.sum_squares([x]), reference.sum_squares([x]))
+        z, zero = (torch.empty(x.shape) for _ in range(2))
+        for m, t in ((ops, z), (reference, zero)):
+            m.perturb([t], [x], KEY, 0.3, "rademacher")
+        torch.testing.assert_close(z, zero)
+
+
+@needs_kernels
+def test_targets_with_gaps_are_written_by_the_reference_which_says_so() -> None:
+    x, out = torch.randn(4, 3), torch.zeros(4, 6)[:, ::2]
+    with pytest.warns(
+        fastfisher.SlowPathWarning, match="axpy_diff runs its PyTorch reference: a tensor of out has gaps"
+    ):
+        ops.axpy_diff([out], [x], [torch.zeros_like(x)], scalar(2.0))
+    torch.testing.assert_close(out, 2 * x)
+    with pytest.warns(fastfisher.SlowPathWarning, match="perturb runs its PyTorch reference: a tensor of out is not"):
+        ops.perturb([out], [x], KEY, 0.0, "gaussian")
+    torch.testing.assert_close(out, x)
+
+
+def test_sums_have_the_same_bits_for_any_number_of_threads() -> None:
+    x = [torch.randn(3 * 2**16 + 11), torch.randn(7)]
+    threads, sums = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            sums.append(float(ops.sum_squares(x)))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(set(sums)) == 1
+
+
+# ---- probes ---------------------------------------------------------------------------------------------------------
+
 # Empty, one, broken vectors, more than one tile, more than one task of the reduction.
 SIZES = [3, 0, 1, 17, 2050, 2**16 + 5]
 FIRST = [0, 5, 2**34 + 777]
-# The kernel makes its normal numbers in float32: a radius, a sine and their product, each within 2 units in the last
-# place; no normal number from 32 bits exceeds 6.8.
-NORMAL_ERROR = 6 * 2.0**-24
 
 
 def tensors_for(dtype: torch.dtype) -> list[Tensor]:
@@ -139,7 +226,7 @@ def test_normal_numbers_are_normal_and_independent() -> None:
 @needs_kernels
 def test_every_simd_level_gives_the_same_probes() -> None:
     program = (
-        "import torch; from tests.ops.test_probes import KEY, probe; from fastfisher.ops import reference\n"
+        "import torch; from tests.ops.test_lists import KEY, probe; from fastfisher.ops import reference\n"
         "print(probe(5000, KEY, 'rademacher').int().tolist())\n"
         "print(float((probe(5000, KEY, 'gaussian') - reference.probe(5000, KEY, 'gaussian')).abs().max()) < 3e-6)\n"
     )
@@ -152,15 +239,6 @@ def test_every_simd_level_gives_the_same_probes() -> None:
             ).stdout
         )
     assert len(lines) == 1 and "False" not in lines.pop()
-
-
-@needs_kernels
-def test_opcheck_of_the_probes() -> None:
-    tensors = [torch.randn(3), torch.randn(4, 4)]
-    out = [torch.empty_like(t) for t in tensors]
-    for distribution in DISTRIBUTIONS:
-        torch.library.opcheck(torch.ops.fastfisher.probe_dot.default, (tensors, KEY, distribution))
-        torch.library.opcheck(torch.ops.fastfisher.perturb.default, (out, tensors, KEY, 0.5, distribution))
 
 
 def test_bad_arguments_are_named_and_nothing_is_written() -> None:

@@ -13,10 +13,10 @@ pytest.importorskip("triton")
 import triton.language as tl
 
 from fastfisher.engine.layers.linear import gram_is_cheaper
-from fastfisher.kernels import gradient_norms
+from fastfisher.kernels import norms
 from fastfisher.kernels.checks import TYPES
 from fastfisher.ops import reference
-from tests.ops.test_ops import CONVOLUTIONS, GRAM_LOSS, rounding
+from tests.support.operators import CONVOLUTIONS, GRAM_LOSS, rounding
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] * (DEVICE == "cuda")
@@ -25,14 +25,14 @@ DTYPES = [torch.float32, torch.float64, torch.float16] + [torch.bfloat16] * (DEV
 # Those of the other backends; the largest without the Gram form, whose pairs of 1,640 positions would keep the
 # interpreter busy for minutes; and one of several tiles and blocks, with stride and dilation.
 FORMS = [(shape, gram) for shape in CONVOLUTIONS for gram in (False, True) if not (gram and shape[2] == (40, 41))]
-PRECISION = gradient_norms._precision
+PRECISION = norms._precision
 SEVERAL = (9, 70, (21, 12), (3, 3), (2, 1), (1, 1), (1, 2), 1)
 
 
 @pytest.fixture(autouse=True)
 def products_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU convolutions multiply in TF32 unless told otherwise; norms are held to the errors of float32 here."""
-    monkeypatch.setattr(gradient_norms, "_precision", lambda dtype, convolution: "ieee")
+    monkeypatch.setattr(norms, "_precision", lambda dtype, convolution: "ieee")
 
 
 def low(dtype: torch.dtype) -> torch.dtype:
@@ -59,7 +59,7 @@ def convolution(shape: tuple, dtype: torch.dtype, examples: int = 2) -> tuple[Te
 def test_norms_of_convolution_gradients(shape: tuple, gram: bool, dtype: torch.dtype) -> None:
     a, d, options = convolution(shape, dtype)
     args = (*options, gram)
-    found = [x.cpu() for x in gradient_norms.grad_sqnorm_conv(a, d, *args)]
+    found = [x.cpu() for x in norms.grad_sqnorm_conv(a, d, *args)]
     a, d = a.cpu(), d.cpu()
     exact = reference.grad_sqnorm_conv(a.double(), d.double(), *args)
     pytorch = reference.grad_sqnorm_conv(a.to(low(dtype)), d.to(low(dtype)), *args)
@@ -87,7 +87,7 @@ def test_norms_of_linear_gradients(shape: tuple[int, int, int], dtype: torch.dty
     g, magnitude = (torch.bmm(y.double().mT, x.double()) for x, y in ((a, d), (a.abs(), d.abs())))
     amplified = 2 * positions**0.5 * (g.abs() * magnitude).sum((1, 2)) / truth + 2
     allowed = 2 * (pytorch / truth - 1).abs() + torch.finfo(low(dtype)).eps * (amplified + (GRAM_LOSS if gram else 0))
-    assert bool(((gradient_norms.grad_sqnorm_linear(a, d, gram) / truth - 1).abs() <= allowed).all())
+    assert bool(((norms.grad_sqnorm_linear(a, d, gram) / truth - 1).abs() <= allowed).all())
 
 
 def test_the_gram_form_notices_that_it_cancels() -> None:
@@ -98,9 +98,9 @@ def test_the_gram_form_notices_that_it_cancels() -> None:
     products = (torch.bmm(a, a.mT) * torch.bmm(d, d.mT)).sum((1, 2))  # what the Gram form alone would give
     assert float((products / truth - 1).abs().max()) > 1e-2
     a, d, truth = a.to(DEVICE), d.to(DEVICE), truth.to(DEVICE)
-    assert float((gradient_norms.grad_sqnorm_linear(a, d, True) / truth - 1).abs().max()) < 1e-3
+    assert float((norms.grad_sqnorm_linear(a, d, True) / truth - 1).abs().max()) < 1e-3
     x, y = a.mT.reshape(3, 30, 1, 2), d.mT.reshape(3, 20, 1, 2)
-    found, _ = gradient_norms.grad_sqnorm_conv(x, y, [1, 1], [1, 1], [0, 0], [1, 1], 1, True)
+    found, _ = norms.grad_sqnorm_conv(x, y, [1, 1], [1, 1], [0, 0], [1, 1], 1, True)
     assert float((found / truth - 1).abs().max()) < 1e-3
 
 
@@ -112,7 +112,7 @@ def test_channel_products(size: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(6)
     a, d = (torch.randn(3, 7, size, generator=generator, dtype=torch.float64).to(DEVICE, dtype) for _ in range(2))
     center = torch.randn(7, generator=generator).to(DEVICE, dtype)
-    found, exact = (m.channel_products(a, d, center) for m in (gradient_norms, reference))
+    found, exact = (m.channel_products(a, d, center) for m in (norms, reference))
     wide = low(dtype)
     products = (a.to(wide) - center.to(wide)[:, None]) * d.to(wide)
     magnitude = products.abs().sum(2).double()
@@ -128,8 +128,8 @@ def test_patches_are_read_alike_in_either_order(monkeypatch: pytest.MonkeyPatch)
     a, d, options = convolution(SEVERAL, torch.float32)
     found = []
     for last_first in (True, False):
-        monkeypatch.setattr(gradient_norms, "LAST_DIMENSION_FIRST", tl.constexpr(last_first))
-        found.append(gradient_norms.grad_sqnorm_conv(a, d, *options, False)[0])
+        monkeypatch.setattr(norms, "LAST_DIMENSION_FIRST", tl.constexpr(last_first))
+        found.append(norms.grad_sqnorm_conv(a, d, *options, False)[0])
     assert torch.equal(*found)
 
 
@@ -139,45 +139,44 @@ def test_the_same_bits_twice() -> None:
     runs = []
     for _ in range(2):
         runs.append([
-            *gradient_norms.grad_sqnorm_conv(a, d, *options, True),
-            *gradient_norms.grad_sqnorm_conv(a, d, *options, False),
-            gradient_norms.grad_sqnorm_linear(flat, other, True),
-            *gradient_norms.channel_products(flat, flat, a[0, :, 0, 0]),
+            *norms.grad_sqnorm_conv(a, d, *options, True),
+            *norms.grad_sqnorm_conv(a, d, *options, False),
+            norms.grad_sqnorm_linear(flat, other, True),
+            *norms.channel_products(flat, flat, a[0, :, 0, 0]),
         ])  # fmt: skip
     assert all(map(torch.equal, *runs))
 
 
 def test_nothing_to_sum() -> None:
     for shape in ((0, 3, 4), (2, 0, 4), (2, 3, 0)):
-        norms = gradient_norms.grad_sqnorm_linear(
-            torch.ones(shape, device=DEVICE), torch.ones(shape, device=DEVICE), False
-        )
-        assert norms.shape == shape[:1] and not norms.any()
+        ones = torch.ones(shape, device=DEVICE)
+        found = norms.grad_sqnorm_linear(ones, ones, False)
+        assert found.shape == shape[:1] and not found.any()
     a, d = torch.ones(0, 2, 5, device=DEVICE), torch.ones(0, 3, 5, device=DEVICE)
-    assert all(x.shape == (0,) for x in gradient_norms.grad_sqnorm_conv(a, d, [1], [1], [0], [1], 1, True))
+    assert all(x.shape == (0,) for x in norms.grad_sqnorm_conv(a, d, [1], [1], [0], [1], 1, True))
     empty = torch.ones(2, 3, 0, device=DEVICE)
-    for x in gradient_norms.channel_products(empty, empty, torch.ones(3, device=DEVICE)):
+    for x in norms.channel_products(empty, empty, torch.ones(3, device=DEVICE)):
         assert x.shape == (2, 3) and not x.any()
 
 
 def test_bad_arguments_are_named() -> None:
     a, d, two = torch.randn(2, 4, 5, 5, device=DEVICE), torch.randn(2, 6, 5, 5, device=DEVICE), [1, 1]
     with pytest.raises(ValueError, match="does not fit"):
-        gradient_norms.grad_sqnorm_conv(a, d, [3, 3], two, [0, 0], two, 1, False)
+        norms.grad_sqnorm_conv(a, d, [3, 3], two, [0, 0], two, 1, False)
     with pytest.raises(ValueError, match="groups: expected a divisor"):
-        gradient_norms.grad_sqnorm_conv(a, d, [3, 3], two, two, two, 3, False)
+        norms.grad_sqnorm_conv(a, d, [3, 3], two, two, two, 3, False)
     with pytest.raises(ValueError, match="expected 4 dimensions"):
-        gradient_norms.grad_sqnorm_conv(a[0], d, [3, 3], two, two, two, 1, False)
+        norms.grad_sqnorm_conv(a[0], d, [3, 3], two, two, two, 1, False)
     with pytest.raises(ValueError, match="same examples"):
-        gradient_norms.grad_sqnorm_conv(a[:1], d, [3, 3], two, two, two, 1, False)
+        norms.grad_sqnorm_conv(a[:1], d, [3, 3], two, two, two, 1, False)
     with pytest.raises(ValueError, match="1 to 3 numbers each"):
-        gradient_norms.grad_sqnorm_conv(a, d, [3, 3], [1], two, two, 1, False)
+        norms.grad_sqnorm_conv(a, d, [3, 3], [1], two, two, 1, False)
     with pytest.raises(ValueError, match="expected the same examples, positions"):
-        gradient_norms.grad_sqnorm_linear(a[0], d[0], False)
+        norms.grad_sqnorm_linear(a[0], d[0], False)
     with pytest.raises(ValueError, match="float32, float64, bfloat16 or float16"):
-        gradient_norms.grad_sqnorm_linear(a[0].long(), a[0].long(), False)
+        norms.grad_sqnorm_linear(a[0].long(), a[0].long(), False)
     with pytest.raises(ValueError, match="center: expected 4 numbers"):
-        gradient_norms.channel_products(a.flatten(2), a.flatten(2), torch.zeros(3, device=DEVICE))
+        norms.channel_products(a.flatten(2), a.flatten(2), torch.zeros(3, device=DEVICE))
 
 
 # ---- the tiles -------------------------------------------------------------------------------------------------------
@@ -194,28 +193,23 @@ def test_every_shape_has_a_tile_that_is_compiled(dtype: torch.dtype, precision: 
             c.num_warps,
             *(c.constants[n] for n in ("OUTPUTS", "INPUTS", "POSITIONS", "DEPTH") if n in c.constants),
         )
-        for c in gradient_norms.CONFIGURATIONS
+        for c in norms.CONFIGURATIONS
         if c.signature["a"] == f"*{TYPES[dtype]}" and c.constants.get("PRECISION") == precision
     ]
     for size in (1, 3, 16, 17, 27, 32, 33, 64, 65, 512, 4608):
         for outputs in (1, 10, 16, 17, 33, 64, 100, 512):
-            tile = gradient_norms.direct_tile(dtype, precision, size, outputs)
-            assert (gradient_norms._direct, tile.warps, tile.rows, tile.columns, tile.depth) in compiled
-        tile = gradient_norms.gram_tile(dtype, precision, size)
-        assert tile.rows == tile.columns and (gradient_norms._gram, tile.warps, tile.rows, tile.depth) in compiled
+            tile = norms.direct_tile(dtype, precision, size, outputs)
+            assert (norms._direct, tile.warps, tile.rows, tile.columns, tile.depth) in compiled
+        tile = norms.gram_tile(dtype, precision, size)
+        assert tile.rows == tile.columns and (norms._gram, tile.warps, tile.rows, tile.depth) in compiled
 
 
 def test_tiles_without_tensor_cores_are_no_wider_than_the_gradient_needs() -> None:
     for inputs, outputs, rows, columns in [(27, 10, 16, 32), (33, 17, 32, 64), (576, 64, 64, 64), (4608, 512, 64, 64)]:
-        tile = gradient_norms.direct_tile(torch.float32, "ieee", inputs, outputs)
+        tile = norms.direct_tile(torch.float32, "ieee", inputs, outputs)
         assert (tile.rows, tile.columns) == (rows, columns)
-    assert [gradient_norms.gram_tile(torch.float32, "ieee", n).rows for n in (2, 16, 17, 49, 196)] == [
-        16,
-        16,
-        32,
-        64,
-        64,
-    ]
+    rows = [norms.gram_tile(torch.float32, "ieee", n).rows for n in (2, 16, 17, 49, 196)]
+    assert rows == [16, 16, 32, 64, 64]
 
 
 def test_on_a_gpu_the_form_goes_by_multiply_adds() -> None:

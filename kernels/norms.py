@@ -31,7 +31,7 @@ from fastfisher.kernels.checks import TYPES, check, check_dtype
 from fastfisher.kernels.compile import Configuration
 
 CANCELLATION = 16
-"""How far below its diagonal the sum of the Gram form may be: as in csrc/cpu/gradient_norms.cpp."""
+"""How far below its diagonal the sum of the Gram form may be: as in csrc/cpu/norms.cpp."""
 
 _SIZES = [
     "inputs", "outputs", "positions", "groups", "kernel", "kernel1", "kernel2", "input0", "input1", "input2",

@@ -357,7 +357,6 @@ void grad_sqnorm_conv(Type type, const Convolution& c, bool use_gram, const void
   });
 }
 
-// Row i of a and d has `width` elements; its channel is i modulo `channels`.
 void channel_products(Type type, const void* a, const void* d, const void* center, int64_t channels, int64_t width,
                       double* products, double* sums, int64_t begin, int64_t end) {
   dispatch(type, [&](auto tag) {
@@ -374,7 +373,6 @@ void channel_products(Type type, const void* a, const void* d, const void* cente
   });
 }
 
-// a[positions][inputs] and d[positions][outputs] of each example.
 void grad_sqnorm_linear(Type type, int64_t positions, int64_t inputs, int64_t outputs, bool use_gram, const void* a,
                         const void* d, double* weight, void* scratch, int64_t begin, int64_t end) {
   dispatch(type, [&](auto tag) {

@@ -87,7 +87,7 @@ def _extent(block, first, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def _radius(word):
-    """sqrt(-2 log u) with u = (word + 1/2) / 2³², to 2 units in the last place, as in csrc/cpu/probes.cpp.
+    """sqrt(-2 log u) with u = (word + 1/2) / 2³², to 2 units in the last place, as in csrc/cpu/lists.cpp.
 
     Above sqrt(1/2) the distance to 1 is taken from the word's complement, so that no digit is lost there.
     """
@@ -112,7 +112,7 @@ def _radius(word):
 
 @triton.jit
 def _directions(word):
-    """The cosine and sine of 2π word / 2³², by quadrants, as in csrc/cpu/probes.cpp."""
+    """The cosine and sine of 2π word / 2³², by quadrants, as in csrc/cpu/lists.cpp."""
     quadrant = (word + 0x20000000) >> 30  # rounded, modulo 4
     angle = (word - (quadrant << 30)).to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09
     square = angle * angle

@@ -1,9 +1,10 @@
-// Hutchinson's probes z, standard normal numbers or signs, that exist only in a tile of L1 where they are used.
+// Operators on lists of tensors, one tensor's range at a time: the differences and norms of whole sets of gradients,
+// and Hutchinson's probes. All are bound by memory, the floor being a copy of the tensors.
 //
-// z is a function of the key and the element's index over the whole list of tensors, whatever the threads and
-// the split. Sixteen Philox calls run side by side and serve 64 normal numbers or 2,048 signs: element e of
-// such a group belongs to call e % 16 (see reference.py, which defines it), so that nothing has to be
-// transposed. The floor is a copy of the tensors.
+// A probe z, standard normal numbers or signs, is a function of the key and the element's index over the whole list of
+// tensors, whatever the threads and the split; it exists only in a tile in the L1 cache, where it is used. Sixteen
+// Philox calls run side by side and serve 64 normal numbers or 2,048 signs: element e of such a group belongs to call e
+// % 16 (see reference.py, which defines it), so that nothing has to be transposed.
 #include "simd.h"
 
 #if defined(__SSE2__)
@@ -11,6 +12,66 @@
 #endif
 
 namespace fastfisher::FASTFISHER_SIMD {
+
+// ---- differences and sums of squares --------------------------------------------------------------------------------
+
+namespace {
+constexpr int64_t kLanes = 16;
+}
+
+double axpy_diff(Type type, void* out, const void* a, const void* b, double scale, int64_t begin, int64_t end) {
+  if (scale == 0) return 0;  // nothing is read, so that a NaN in it does not come through
+  return dispatch(type, [&](auto tag) {
+    using T = decltype(tag);
+    using Storage = typename T::Storage;
+    using Compute = typename T::Compute;
+    auto* target = static_cast<Storage*>(out);
+    const auto* minuend = static_cast<const Storage*>(a);
+    const auto* subtrahend = static_cast<const Storage*>(b);
+    const Compute factor = static_cast<Compute>(scale);
+    double lanes[kLanes] = {};
+    const auto step = [&](int64_t j, int64_t lane) {
+      const Compute difference = T::load(minuend[j]) - T::load(subtrahend[j]);
+      target[j] = T::store(T::load(target[j]) + factor * difference);
+      lanes[lane] += static_cast<double>(difference) * static_cast<double>(difference);
+    };
+    int64_t j = begin;
+    for (; j + kLanes <= end; j += kLanes) {
+#pragma omp simd
+      for (int64_t k = 0; k < kLanes; ++k) step(j + k, k);
+    }
+    for (; j < end; ++j) step(j, 0);
+    double sum = 0;
+    for (int64_t k = 0; k < kLanes; ++k) sum += lanes[k];
+    return sum;
+  });
+}
+
+double sum_squares(Type type, const void* x, int64_t begin, int64_t end) {
+  return dispatch(type, [&](auto tag) {
+    using T = decltype(tag);
+    const auto* source = static_cast<const typename T::Storage*>(x);
+    double lanes[kLanes] = {};
+    int64_t j = begin;
+    for (; j + kLanes <= end; j += kLanes) {
+#pragma omp simd
+      for (int64_t k = 0; k < kLanes; ++k) {
+        const double value = static_cast<double>(T::load(source[j + k]));
+        lanes[k] += value * value;
+      }
+    }
+    double sum = 0;
+    for (int64_t k = 0; k < kLanes; ++k) sum += lanes[k];
+    for (; j < end; ++j) {
+      const double value = static_cast<double>(T::load(source[j]));
+      sum += value * value;
+    }
+    return sum;
+  });
+}
+
+// ---- probes ---------------------------------------------------------------------------------------------------------
+
 namespace {
 
 constexpr int64_t kCalls = 16;
@@ -158,13 +219,12 @@ double probe_dot(Type type, const void* x, Key key, Distribution distribution, u
   return dispatch(type, [&](auto tag) {
     using T = decltype(tag);
     const auto* source = static_cast<const typename T::Storage*>(x);
-    constexpr int64_t lanes = 16;
-    double sums[lanes] = {};
+    double sums[kLanes] = {};
     for_each_run(distribution, key, first, begin, end, [&](const float* z, int64_t start, int64_t count) {
       int64_t j = 0;
-      for (; j + lanes <= count; j += lanes) {
+      for (; j + kLanes <= count; j += kLanes) {
 #pragma omp simd
-        for (int64_t k = 0; k < lanes; ++k)
+        for (int64_t k = 0; k < kLanes; ++k)
           sums[k] += static_cast<double>(T::load(source[start + j + k])) * static_cast<double>(z[j + k]);
       }
       for (; j < count; ++j) sums[0] += static_cast<double>(T::load(source[start + j])) * static_cast<double>(z[j]);
