@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from fastfisher import FisherPenalty
-from fastfisher.paper.noisy_digits import plan
+from fastfisher.paper.experiments.demo import plan
 from fastfisher.training.config import resolve
 from fastfisher.training.loop import Run, TrainingDivergedError
 

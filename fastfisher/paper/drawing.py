@@ -77,8 +77,9 @@ def curves(
     axes.set_ylabel(label)
 
 
-def bars(axes: Axes, outcome: Outcome, rows: Sequence[str], columns: Sequence[str], quantity: Quantity) -> None:
+def bars(axes: Axes, outcome: Outcome, columns: Sequence[str], quantity: Quantity) -> None:
     """Draw a table: a group for each row, in it a bar with mean and standard deviation for each column."""
+    rows = outcome.rows()
     width = 0.8 / len(columns)
     for number, column in enumerate(columns):
         places, means, errors = [], [], []
@@ -129,14 +130,12 @@ def legend(axes: Axes, **options: Any) -> None:
         axes.legend(**{"fontsize": "small", "frameon": False, **options})
 
 
-def table_of_bars(
-    quantity: Quantity, rows: Callable[[Outcome], Sequence[str]], columns: Sequence[str]
-) -> Callable[[Figure, Outcome], None]:
+def table_of_bars(quantity: Quantity, columns: Sequence[str]) -> Callable[[Figure, Outcome], None]:
     """Return what draws a table as bars."""
 
     def draw(figure: Figure, outcome: Outcome) -> None:
         (axes,) = panels(figure, 1, 1)
-        bars(axes, outcome, rows(outcome), columns, quantity)
+        bars(axes, outcome, columns, quantity)
         legend(axes, ncols=len(columns), loc="upper center", bbox_to_anchor=(0.5, 1.12))
 
     return draw
@@ -147,18 +146,13 @@ def accuracy_and_trace(figure: Figure, outcome: Outcome, *, ordered: bool = Fals
 
     ``ordered``: the columns are values of one option, from blue to red.
     """
-    rows = rows_of(outcome)
+    rows = outcome.rows()
     axes = panels(figure, len(rows), 2)
     for number, row in enumerate(rows):
         left, right = axes[2 * number : 2 * number + 2]
-        lines = {key[1]: key for key in outcome.keys(row)}
+        lines = outcome.lines(row)
         colours = ramp(len(lines)) if ordered else None
         curves(left, outcome, lines, "validation_accuracy", "validation accuracy, %", factor=100, colours=colours)
         curves(right, outcome, lines, "trace_fisher", "Tr(F)", colours=colours)
         left.set_title(row, fontsize="medium")
         legend(left)
-
-
-def rows_of(outcome: Outcome) -> list[str]:
-    """Return the first parts of the keys, each once, in order."""
-    return list(dict.fromkeys(key[0] for key in outcome.runs))

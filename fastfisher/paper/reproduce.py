@@ -10,12 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastfisher.paper.arguments import IDS
 from fastfisher.paper.cases import Case, Key, Scale
 from fastfisher.paper.claims import HOW_TESTED, Check
 from fastfisher.paper.estimate import Estimate
 from fastfisher.paper.experiment import Experiment, Outcome
-from fastfisher.paper.experiments import load
+from fastfisher.paper.experiments import IDS, THEMES, load
 from fastfisher.paper.plan import TUNING_SEED, Place, Plan
 from fastfisher.paper.report import DRY, summary_of_claims, write_report
 from fastfisher.paper.report import SCALES as SCALE_NOTES
@@ -93,9 +92,9 @@ def _time(started: float) -> str:
 
 
 def _request(given: Mapping[str, Any]) -> Request:
-    unknown = [name for name in given["ids"] if name not in IDS]
+    unknown = [name for name in given["ids"] if name not in THEMES]
     if unknown:
-        raise ConfigError(f"ID: got {', '.join(unknown)}, expected some of {', '.join(IDS)}")
+        raise ConfigError(f"ID: got {', '.join(unknown)}, expected some of {', '.join(THEMES)}")
     if given["ids"] and given["all"]:
         raise ConfigError("--all: got it beside ids, expected one of the two")
     if not (given["ids"] or given["all"] or given["list"]):
@@ -106,6 +105,8 @@ def _request(given: Mapping[str, Any]) -> Request:
     if given["seeds"] is not None and given["seeds"] > TUNING_SEED:
         raise ConfigError(f"--seeds: got {given['seeds']}, expected at most {TUNING_SEED}: the next is for tuning")
     scale: Scale = given["scale"]
+    if scale == "paper" and "demo" in given["ids"]:
+        raise ConfigError("--scale: got paper beside demo, expected digits: the paper has no such runs")
     if scale == "paper" and not given["list"] and not Path(given["data"]).is_dir():
         raise ConfigError(f"--data: got {given['data']!r}, expected an existing folder with the data sets")
     names = list(dict.fromkeys(given["ids"])) or IDS

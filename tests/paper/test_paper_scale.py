@@ -10,8 +10,7 @@ import pytest
 
 from fastfisher.cli import main
 from fastfisher.paper import reproduce
-from fastfisher.paper.arguments import IDS
-from fastfisher.paper.experiments import load
+from fastfisher.paper.experiments import IDS, load
 from fastfisher.paper.plan import Place, Run
 from fastfisher.paper.report import DRY, SCALES
 from fastfisher.paper.workers import Job, train_run

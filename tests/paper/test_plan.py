@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from fastfisher.paper.arguments import IDS
 from fastfisher.paper.cases import SCALES, Case, Scale, Tuned, tuned
-from fastfisher.paper.experiments import load
+from fastfisher.paper.experiments import IDS, load
 from fastfisher.paper.plan import REPEAT, TUNING_SEED, Place, Plan, Run, run_name, write_outcome
 from fastfisher.paper.reproduce import Request
 from fastfisher.training.config import NORMALISED_NETWORKS, TrainConfig, from_values, resolve, to_values

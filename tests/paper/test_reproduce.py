@@ -17,10 +17,9 @@ from PIL import Image
 
 from fastfisher.cli import main
 from fastfisher.paper import reproduce
-from fastfisher.paper.arguments import IDS
 from fastfisher.paper.cases import Tuned
 from fastfisher.paper.claims import CLAIMS
-from fastfisher.paper.experiments import load
+from fastfisher.paper.experiments import IDS, load
 from fastfisher.paper.plan import TUNING_SEED, Place, Run
 from fastfisher.paper.report import DRY, SCALES
 from fastfisher.paper.reproduce import Request, read_outcome, write_reports
