@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -89,8 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(given: dict[str, Any]) -> int:
     from fastfisher.training.config import ConfigError, from_values, to_values
+    from fastfisher.training.endings import TrainingDivergedError, how_to_continue
     from fastfisher.training.folder import RunFolder
-    from fastfisher.training.loop import TrainingDivergedError, train
+    from fastfisher.training.loop import train
     from fastfisher.training.replicas import asked_for
 
     try:
@@ -108,24 +108,23 @@ def _train(given: dict[str, Any]) -> int:
         print(f"fastfisher train: {error}", file=sys.stderr)
         return 1
     if outcome == "interrupted":
-        return _interrupted(config.out)
+        print(how_to_continue(config.out))
+        return 130
     print(f"{outcome}: {config.out}")
     return 0
 
 
 def _train_replicas(replicas: Replicas) -> int:
-    from fastfisher.training.replicas import describe_summary, train_replicas
+    from fastfisher.training.endings import how_to_continue
+    from fastfisher.training.replicas import train_replicas
+    from fastfisher.training.summary import describe_summary
 
     try:
         summary, failures = train_replicas(replicas)
     except KeyboardInterrupt:
-        return _interrupted(replicas.config.out)
+        print(how_to_continue(replicas.config.out))
+        return 130
     print(describe_summary(summary))
     for failure in failures:
         print(f"fastfisher train: {failure}", file=sys.stderr)
     return 1 if failures else 0
-
-
-def _interrupted(out: str) -> int:
-    print(f"interrupted; continue with: fastfisher train --resume --out {shlex.quote(out)}")
-    return 130

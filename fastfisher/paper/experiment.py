@@ -13,7 +13,7 @@ from fastfisher.paper.claims import Check, mean_correlation
 from fastfisher.training.config import TrainConfig
 from fastfisher.training.folder import RunFolder
 from fastfisher.training.measurements import BELOW
-from fastfisher.training.replicas import Metrics, Summary
+from fastfisher.training.summary import Metrics, Summary
 
 DEFAULT_SEEDS = 3
 

@@ -18,10 +18,10 @@ from fastfisher.paper.experiments import IDS, THEMES, load
 from fastfisher.paper.plan import TUNING_SEED, Place, Plan
 from fastfisher.paper.report import DRY, summary_of_claims, write_report
 from fastfisher.paper.report import SCALES as SCALE_NOTES
-from fastfisher.paper.runner import train_plan
-from fastfisher.paper.workers import LocalWorkers, RayWorkers, Workers
+from fastfisher.paper.runner import train_plan, train_run
 from fastfisher.training.config import ConfigError, TrainConfig, resolve
 from fastfisher.training.folder import check_writable, replacing
+from fastfisher.training.pool import LocalWorkers, RayWorkers, Workers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,13 +126,13 @@ def _request(given: Mapping[str, Any]) -> Request:
 def _workers(given: Mapping[str, Any], scale: Scale) -> Workers:
     if given["ray"] is not None:
         try:
-            return RayWorkers(given["ray"])
+            return RayWorkers(given["ray"], train_run)
         except ModuleNotFoundError as error:
             raise ConfigError(f'--ray: {error.name} is not installed: pip install "fastfisher[ray]"') from error
         except (ConnectionError, ValueError) as error:
             got = f"--ray: got {given['ray']!r}, expected the address of a cluster, or local"
             raise ConfigError(f"{got} ({str(error).partition(chr(10))[0]})") from error
-    return LocalWorkers(given["jobs"] or ((os.cpu_count() or 1) if scale == "digits" else 1))
+    return LocalWorkers(given["jobs"] or ((os.cpu_count() or 1) if scale == "digits" else 1), train_run)
 
 
 def write_reports(request: Request, *, everything: bool) -> list[str]:

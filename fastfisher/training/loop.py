@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -29,17 +26,18 @@ from fastfisher.training.config import (
     steps_between_measurements,
 )
 from fastfisher.training.data import Batches, Data, Mixup, load_data
+from fastfisher.training.endings import TrainingDivergedError, catch_interrupt
 from fastfisher.training.folder import RunFolder
 from fastfisher.training.measurements import (
     ACCURACIES,
     BELOW,
     MEASURE,
-    TITLES,
     VERIFY,
     Examples,
     Record,
     accuracies,
     averaged_batch_statistics,
+    describe,
     predict_probabilities,
 )
 from fastfisher.training.networks import build_network
@@ -53,10 +51,6 @@ PENALTIES: dict[str, dict[str, Any]] = {
 }
 
 Outcome = Literal["finished", "interrupted", "already finished"]
-
-
-class TrainingDivergedError(RuntimeError):
-    """The loss or the logits are no longer finite numbers."""
 
 
 def train(config: TrainConfig) -> Outcome:
@@ -412,54 +406,3 @@ def _seed(seed: int, purpose: str) -> int:
     """Return a seed of its own for each purpose, so that no two of them share a random stream."""
     digest = hashlib.sha256(f"{seed} {purpose}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def describe(record: Record, epochs: int) -> str:
-    """Return the line that is printed about a record."""
-
-    def percent(name: str) -> str:
-        value = record[name]
-        return "-" if value is None else f"{100 * float(value):.1f} %"
-
-    line = f"step {record['step']}"
-    seconds = f"{record['measure_seconds']:.2g} s measuring"
-    if "epoch" in record:
-        line = f"epoch {record['epoch']}/{epochs}  loss {record['train_loss']:.4g}"
-        if record["test_accuracy"] is not None:
-            line += (
-                f"  train clean {percent('clean_accuracy')} noisy {percent('noisy_accuracy')}  "
-                f"validation {percent('validation_accuracy')}  test {percent('test_accuracy')}"
-            )
-        seconds = f"{record['train_seconds']:.3g} s + {seconds}"
-    crossed = [name for name in record if name.startswith(BELOW) and not name.endswith("_standard_error")]
-    titles = TITLES | {name: f"Tr(F_i) at {name.removeprefix(BELOW)}" for name in crossed}
-    for name, title in titles.items():
-        if record.get(name) is not None:
-            error = record.get(f"{name}_standard_error")
-            line += f"  {title} {record[name]:.3g}" + ("" if error is None else f" ± {error:.1g}")
-    return f"{line}  {seconds}"
-
-
-@contextmanager
-def catch_interrupt(signals: Sequence[int] = (signal.SIGINT,)) -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag that the yielded function reads; the second raises KeyboardInterrupt.
-
-    So does any other of ``signals``. The previous handlers are back afterwards. Outside the main thread, where Python
-    delivers no signals, the flag is never set.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    caught = threading.Event()
-
-    def first(number: int, frame: FrameType | None) -> None:
-        caught.set()
-        for each in signals:
-            signal.signal(each, signal.default_int_handler)
-
-    previous = {each: signal.signal(each, first) for each in signals}
-    try:
-        yield caught.is_set
-    finally:
-        for each, handler in previous.items():
-            signal.signal(each, handler)

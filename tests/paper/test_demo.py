@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from fastfisher.paper.experiment import Outcome
 from fastfisher.paper.experiments import IDS, demo, load
 from fastfisher.training import replicas
 from fastfisher.training.config import TrainConfig
-from fastfisher.training.replicas import Metrics, Summary
+from fastfisher.training.pool import LocalWorkers, Task
+from fastfisher.training.summary import Metrics, Summary
 
 
 def run(test: float, noisy: float, validation: tuple[float, float] = (0.9, 0.8)) -> Metrics:
@@ -122,10 +124,10 @@ def test_main_from_start_to_report_and_again(
     assert demo.HOW_CHOSEN in text
     assert {path.name for path in out.iterdir() if path.is_dir()} == {"baseline-seed0", "FP-seed0"}
 
-    def starting(config: TrainConfig) -> None:
-        raise AssertionError(f"{config.out} is finished")
+    def starting(workers: LocalWorkers, task: Task) -> None:
+        raise AssertionError(f"{task.name} is finished")
 
-    monkeypatch.setattr(replicas, "Process", starting)
+    monkeypatch.setattr(LocalWorkers, "start", starting)
     assert demo.main(arguments) == 0
     assert demo.main([*arguments, "--alpha", "3"]) == 2
     assert "--alpha 3.0 (was 1.0)" in capsys.readouterr().err
@@ -143,11 +145,17 @@ def test_a_bad_option_ends_with_2_before_anything_is_created(
     assert not out.exists()
 
 
+def fails(values: dict[str, Any]) -> None:
+    """Stands in for the training of a run, in a process of its own."""
+    print("no disk left")
+    sys.stdout.flush()
+    os._exit(3)
+
+
 def test_a_failing_run_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failing = [sys.executable, "-c", "import sys; print('no disk left'); sys.exit(3)"]
-    monkeypatch.setattr(replicas, "command", lambda config: failing)
+    monkeypatch.setattr(replicas, "train_seed", fails)
     assert demo.main(["--out", str(tmp_path), "--seeds", "1", "--epochs", "1"]) == 1
     errors = capsys.readouterr().err
     for method in demo.METHODS:

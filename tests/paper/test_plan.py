@@ -15,7 +15,7 @@ from fastfisher.paper.experiments import IDS, load
 from fastfisher.paper.plan import REPEAT, TUNING_SEED, Place, Plan, Run, run_name, write_outcome
 from fastfisher.paper.reproduce import Request
 from fastfisher.training.config import NORMALISED_NETWORKS, TrainConfig, from_values, resolve, to_values
-from fastfisher.training.replicas import Metrics
+from fastfisher.training.summary import Metrics
 from tests.paper.plans import RememberedPlace, digits, drive, epoch
 
 NOT_COMPUTED = {"out", "resume", "data_dir", "device", "threads", "graphs", "start_from"}

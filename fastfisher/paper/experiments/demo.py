@@ -33,7 +33,8 @@ from fastfisher.paper.experiment import (
 )
 from fastfisher.training.config import ConfigError, TrainConfig, resolve
 from fastfisher.training.folder import RunFolder
-from fastfisher.training.replicas import Metrics, Summary, train_together
+from fastfisher.training.replicas import train_together
+from fastfisher.training.summary import Metrics, Summary
 
 METHODS = ("baseline", "FP")
 LABEL_NOISE = 0.5
@@ -191,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     if failures:
         for failure in failures:
-            print(f"noisy_digits: {failure.config.method}, {failure}", file=sys.stderr)
+            print(f"noisy_digits: {failure.task.config.method}, {failure}", file=sys.stderr)
         return 1
     _write(configs, out)
     return 0

@@ -23,7 +23,7 @@ from fastfisher.paper.experiment import (
     series,
 )
 from fastfisher.paper.settings import HOW_DIGITS_WERE_CHOSEN, LEARNING_RATES, VGG, WRESNET, Setting
-from fastfisher.training.replicas import Metrics
+from fastfisher.training.summary import Metrics
 
 COLUMNS = ("baseline", "mixup", "GP_x", "FP", "GP_r")
 MIXUPS: Mapping[Scale, tuple[float, ...]] = {"paper": (0.4, 0.8, 1.6, 3.2, 6.4), "digits": (0.4, 1.6, 6.4)}

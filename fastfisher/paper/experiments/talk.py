@@ -15,7 +15,7 @@ from fastfisher.paper.claims import Check
 from fastfisher.paper.drawing import curves, legend, panels, ramp
 from fastfisher.paper.experiment import Experiment, Outcome, Quantity, final, maximum, series
 from fastfisher.paper.settings import CIFAR10, DIGITS_NETWORKS, digits_notes, large_rate
-from fastfisher.training.replicas import Metrics
+from fastfisher.training.summary import Metrics
 
 # ---- variance reduction and pre-conditioning, ResNet-32 --------------------------------------------------------------
 
