@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -75,6 +75,38 @@ def curves(
         axes.set_yscale("log")
     axes.set_xlabel("epoch")
     axes.set_ylabel(label)
+
+
+def over_epochs(
+    *shown: tuple[str, str, float], beginning: tuple[str, ...] = (), without: tuple[str, ...] = ()
+) -> Callable[[Figure, Outcome], None]:
+    """Return what draws a panel for each measurement (name, label, factor) and in it a curve for each case.
+
+    The cases, of those whose names begin so and are not left out, are in order, from blue to red.
+    """
+
+    def draw(figure: Figure, outcome: Outcome) -> None:
+        lines = {name: key for name, key in outcome.lines(*beginning).items() if name not in without}
+        colours = ramp(len(lines))
+        axes = panels(figure, 1, len(shown))
+        for each, (name, label, factor) in zip(axes, shown, strict=True):
+            curves(each, outcome, lines, name, label, factor=factor, colours=colours)
+        legend(axes[0])
+
+    return draw
+
+
+TRACE = ("trace_fisher", "Tr(F)", 1.0)
+VALIDATION = ("validation_accuracy", "validation accuracy, %", 100.0)
+
+
+def row_panels(figure: Figure, outcome: Outcome) -> Iterator[tuple[Axes, str]]:
+    """Yield axes for each row of cases; what is drawn gets the row's name and a legend."""
+    rows = outcome.rows()
+    for axes, row in zip(panels(figure, 1, len(rows)), rows, strict=True):
+        yield axes, row
+        axes.set_title(row, fontsize="medium")
+        legend(axes)
 
 
 def bars(axes: Axes, outcome: Outcome, columns: Sequence[str], quantity: Quantity) -> None:

@@ -26,13 +26,7 @@ COEFFICIENTS = (1e-3, 1e-1)
 GP_X_COEFFICIENTS = (1e-1, 1e1)
 """The paper says of v only that it had to be larger in some experiments: v = 1 is ours."""
 
-DIGITS: Mapping[str, Any] = {
-    "data": "digits",
-    "examples": 300,
-    "label_noise": 0.25,
-    "batch_size": 16,
-    "epochs": 24,
-}
+DIGITS: Mapping[str, Any] = {"data": "digits", "examples": 300, "label_noise": 0.25, "batch_size": 16, "epochs": 24}
 HOW_DIGITS_WERE_CHOSEN = (
     "300 training examples, 200 for validation, 300 for testing, of 8x8 pixels; 12x12 for SimpleCNN and 16x16 for "
     "VGG-11 and the Fixup ResNet, whose poolings need it. A quarter of the training labels is noise, unless another "
@@ -106,12 +100,7 @@ DENSENET = Setting(
 )
 VGG = Setting(
     "VGG-11 / CIFAR-100",
-    {
-        "network": "vgg11",
-        "data": "cifar100",
-        "weight_decay": 1e-4,
-        "lr_milestones": (80, 120, 160, 200, 240, 280),
-    },
+    {"network": "vgg11", "data": "cifar100", "weight_decay": 1e-4, "lr_milestones": (80, 120, 160, 200, 240, 280)},
     {"network": "small_vgg11", "image_size": 16, "weight_decay": 1e-4},
     digits_rates=(0.0178, 0.0251),
     digits_divisor=1.778,

@@ -122,20 +122,16 @@ class Run:
         self.data: Data = load_data(
             config.data,
             data_dir=config.data_dir,
-            examples=config.examples,
             image_size=config.image_size,
+            examples=config.examples,
             label_noise=config.label_noise,
             noise_seed=config.noise_seed,
             device=config.device,
         )
         self.batches = self._batches("batches")
         torch.manual_seed(_seed(config.seed, "network"))
-        self.model = build_network(
-            config.network,
-            in_channels=self.data.inputs.shape[1],
-            image_size=config.image_size,
-            classes=self.data.classes,
-        ).to(self.device)
+        shape = {"in_channels": self.data.inputs.shape[1], "classes": self.data.classes}
+        self.model = build_network(config.network, image_size=config.image_size, **shape).to(self.device)
         if config.start_from is not None and not RunFolder(config.out).checkpoint.exists():
             RunFolder(config.start_from).load_weights(self.model, config.network)
         self.optimizer = torch.optim.SGD(
@@ -150,8 +146,7 @@ class Run:
         captured = self.penalty is None and config.graphs == "on"
         self.plain = FisherPenalty(self.model, 0.0, graphs=True) if captured else None
         self.steps_between_measurements = steps_between_measurements(config, len(self.batches))
-        self.steps = 0
-        self.epoch = 0
+        self.steps = self.epoch = 0
         self.train_seconds = 0.0
         self.lowest_loss = math.inf  # of the epochs' means
         # Sums over the steps of this epoch, kept on the device so that a step waits for nothing:
@@ -177,20 +172,21 @@ class Run:
         config = self.config
         if config.method == "baseline":
             return None
-        options: dict[str, Any] = {
+        return FisherPenalty(
+            self.model,
+            config.alpha,
             **PENALTIES[config.method],
-            "every": config.penalty_every,
-            "start": config.penalty_start * len(self.batches),
-            "reduction": config.penalty_reduction,
-            "method": config.penalty_method,
-            "gates": config.gates,
-            "mixed": config.mixed,
-            "examples": config.penalty_examples,
-            "generator": torch.Generator(self.device).manual_seed(_seed(config.seed, "labels")),
-            "graphs": config.graphs == "on",
-            "verify": VERIFY,
-        }
-        return FisherPenalty(self.model, config.alpha, **options)
+            every=config.penalty_every,
+            start=config.penalty_start * len(self.batches),
+            reduction=config.penalty_reduction,  # type: ignore[arg-type]
+            method=config.penalty_method,  # type: ignore[arg-type]
+            gates=config.gates,  # type: ignore[arg-type]
+            mixed=config.mixed,
+            examples=config.penalty_examples,
+            generator=torch.Generator(self.device).manual_seed(_seed(config.seed, "labels")),
+            graphs=config.graphs == "on",
+            verify=VERIFY,
+        )
 
     @property
     def epoch_complete(self) -> bool:
@@ -329,13 +325,11 @@ class Run:
         loss = self.sums[0].item() / len(self.batches)
         crossed = [each for each in self.config.trace_thresholds if loss < each <= self.lowest_loss]
         self.lowest_loss = min(self.lowest_loss, loss)
-        record: Record = {}
-        if crossed:
-            trace = measured if "trace_fisher" in measured else self.measure(("trace_fisher",))
-            for threshold in crossed:
-                for end in ("", "_standard_error"):
-                    record[f"{BELOW}{threshold}{end}"] = trace[f"trace_fisher{end}"]
-        return record
+        if not crossed:
+            return {}
+        trace = measured if "trace_fisher" in measured else self.measure(("trace_fisher",))
+        ends = ("", "_standard_error")
+        return {f"{BELOW}{threshold}{end}": trace[f"trace_fisher{end}"] for threshold in crossed for end in ends}
 
     def measure(self, names: Sequence[str]) -> Record:
         """Take the measurements with these names, all on the same ``trace_samples`` random training examples.
@@ -394,9 +388,7 @@ class Run:
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        self.steps = state["steps"]
-        self.epoch = state["epoch"]
-        self.train_seconds = state["train_seconds"]
+        self.steps, self.epoch, self.train_seconds = (state[name] for name in ("steps", "epoch", "train_seconds"))
         self.sums.copy_(state["sums"])
         # Checkpoints made before there were thresholds do not have it, nor need it.
         self.lowest_loss = state.get("lowest_loss", math.inf)

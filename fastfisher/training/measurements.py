@@ -296,10 +296,7 @@ def measure_accuracy(model: nn.Module, examples: Examples, generator: torch.Gene
 def _mean(values: Tensor) -> tuple[float | None, float | None]:
     """Return the mean and its standard error."""
     count = len(values)
-    return (
-        values.mean().item() if count else None,
-        values.std().item() / math.sqrt(count) if count > 1 else None,
-    )
+    return (values.mean().item() if count else None, values.std().item() / math.sqrt(count) if count > 1 else None)
 
 
 def area_under_curve(positive: Tensor, negative: Tensor) -> tuple[float | None, float | None]:

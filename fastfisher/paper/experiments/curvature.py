@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from fastfisher.paper.cases import Case, Key, Scale, case
 from fastfisher.paper.claims import Check, mean_correlation
-from fastfisher.paper.drawing import curves, histograms, legend, panels, ramp
+from fastfisher.paper.drawing import curves, histograms, legend, panels, ramp, row_panels
 from fastfisher.paper.experiment import (
     FINAL_TRACE,
     HESSIAN_AT_BEST,
@@ -97,8 +97,7 @@ def continued(data: str) -> Callable[[Scale], dict[Key, Case]]:
             epochs=first, lr_milestones=(), measure="trace_fisher", measure_every=f"{first}epochs"
         )
         later = base.measured(low).but(
-            epochs=base.case["epochs"] - first,
-            lr_milestones=tuple(each - first for each in base.case["lr_milestones"]),
+            epochs=base.case["epochs"] - first, lr_milestones=tuple(each - first for each in base.case["lr_milestones"])
         )
         found: dict[Key, Case] = {}
         for name, level in ((HIGH, high), (LOW, low)):
@@ -141,27 +140,14 @@ def continued_checks(outcome: Outcome) -> list[Check]:
 
         return outcome.per_seed(of)
 
+    early = outcome.ratios([((HIGH, START), (LOW, START))], FINAL_TRACE)
+    hessian = compared(HESSIAN_AT_BEST, lambda high, low: high / low if low else None)
+    accuracy = compared(MAX_TEST_ACCURACY, lambda high, low: high - low)
+    at_best = "Tr(H) at the best epoch, high / low"
     return [
-        Check(
-            "high regularisation gives the lower early Tr(F)",
-            "Tr(F_i), high / low",
-            outcome.ratios([((HIGH, START), (LOW, START))], FINAL_TRACE),
-            below=1,
-            claim=9,
-        ),
-        Check(
-            "its continuations end at the lower Tr(H)",
-            "Tr(H) at the best epoch, high / low",
-            compared(HESSIAN_AT_BEST, lambda high, low: high / low if low else None),
-            below=1,
-            claim=9,
-        ),
-        Check(
-            "and test better",
-            "best test accuracy, high − low, points",
-            compared(MAX_TEST_ACCURACY, lambda high, low: high - low),
-            above=0,
-        ),
+        Check("high regularisation gives the lower early Tr(F)", "Tr(F_i), high / low", early, below=1, claim=9),
+        Check("its continuations end at the lower Tr(H)", at_best, hessian, below=1, claim=9),
+        Check("and test better", "best test accuracy, high − low, points", accuracy, above=0),
     ]
 
 
@@ -188,9 +174,7 @@ FIG6 = Experiment(
     size=(12.0, 4.0),
 )
 FIG13 = replace(
-    FIG6,
-    title="Continuations of a model with low and one with high early Tr(F), CIFAR-10",
-    cases=continued("cifar10"),
+    FIG6, title="Continuations of a model with low and one with high early Tr(F), CIFAR-10", cases=continued("cifar10")
 )
 
 
@@ -209,12 +193,9 @@ def fine_and_coarse(scale: Scale) -> dict[Key, Case]:
 
 def draw_fine_and_coarse(figure: Figure, outcome: Outcome) -> None:
     """Curves from the least regularised in blue to the most in red."""
-    rows = outcome.rows()
-    for axes, row in zip(panels(figure, 1, len(rows)), rows, strict=True):
+    for axes, row in row_panels(figure, outcome):
         lines = outcome.lines(row)
         curves(axes, outcome, lines, "trace_hessian", "Tr(H)", logarithmic=True, colours=ramp(len(lines)))
-        axes.set_title(row, fontsize="medium")
-        legend(axes)
 
 
 def order_checks(outcome: Outcome) -> list[Check]:
@@ -227,19 +208,11 @@ def order_checks(outcome: Outcome) -> list[Check]:
 
     halves = [(outcome.keys(row)[:3], outcome.keys(row)[3:]) for row in outcome.rows()]
     pairs = [(a, b) for sharp, flat in halves for a, b in zip(sharp, flat, strict=True)]
+    kept, lost = "rank correlation of the first and the last Tr(H)", outcome.differences(pairs, MAX_TEST_ACCURACY)
+    points = "best test accuracy, less − more regularised, points"
     return [
-        Check(
-            "the order of Tr(H) among the runs stays as it was at first",
-            "rank correlation of the first and the last Tr(H)",
-            outcome.per_seed(order),
-            above=0,
-        ),
-        Check(
-            "the more regularised set tests better",
-            "best test accuracy, less − more regularised, points",
-            outcome.differences(pairs, MAX_TEST_ACCURACY),
-            below=0,
-        ),
+        Check("the order of Tr(H) among the runs stays as it was at first", kept, outcome.per_seed(order), above=0),
+        Check("the more regularised set tests better", points, lost, below=0),
     ]
 
 

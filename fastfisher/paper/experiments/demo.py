@@ -110,21 +110,11 @@ def draw(figure: Figure, outcome: Outcome) -> None:
 def checks(outcome: Outcome) -> list[Check]:
     """Claim 7."""
     pair = [(("FP",), ("baseline",))]
+    gained, memorised = (outcome.differences(pair, quantity) for quantity in (FINAL_TEST, FINAL_NOISY))
+    test, noisy = (f"final {what}, FP − baseline, points" for what in ("test accuracy", "accuracy on noisy examples"))
     return [
-        Check(
-            "FP improves accuracy under label noise",
-            "final test accuracy, FP − baseline, points",
-            outcome.differences(pair, FINAL_TEST),
-            above=0,
-            claim=7,
-        ),
-        Check(
-            "FP memorises less",
-            "final accuracy on noisy examples, FP − baseline, points",
-            outcome.differences(pair, FINAL_NOISY),
-            below=0,
-            claim=7,
-        ),
+        Check("FP improves accuracy under label noise", test, gained, above=0, claim=7),
+        Check("FP memorises less", noisy, memorised, below=0, claim=7),
     ]
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from fastfisher.paper.cases import Case, Key, Scale, case
 from fastfisher.paper.claims import Check, mean_correlation
-from fastfisher.paper.drawing import legend, panels, points
+from fastfisher.paper.drawing import points, row_panels
 from fastfisher.paper.experiment import (
     EARLY_TRACE,
     MAX_TEST_ACCURACY,
@@ -65,11 +65,8 @@ def draw_against(accuracy: Quantity) -> Callable[[Figure, Outcome], None]:
     """Return what draws a panel for each data set."""
 
     def draw(figure: Figure, outcome: Outcome) -> None:
-        rows = outcome.rows()
-        for axes, row in zip(panels(figure, 1, len(rows)), rows, strict=True):
+        for axes, row in row_panels(figure, outcome):
             points(axes, outcome, outcome.lines(row), EARLY_TRACE, accuracy)
-            axes.set_title(row, fontsize="medium")
-            legend(axes)
 
     return draw
 
@@ -88,21 +85,11 @@ def batch_size_checks(outcome: Outcome) -> list[Check]:
 
 def _effects(outcome: Outcome, pairs: list[tuple[Key, Key]], sharp: str, flat: str, claim: int) -> list[Check]:
     kind = flat.split(maxsplit=1)[1]
+    early, lost = outcome.ratios(pairs, EARLY_TRACE), outcome.differences(pairs, MAX_TEST_ACCURACY)
+    ratio, points_lost = f"Tr(F_i), {sharp} / {flat}", f"best test accuracy, {sharp} − {flat}, points"
     return [
-        Check(
-            f"the {sharp} {kind} has the larger early Tr(F)",
-            f"Tr(F_i), {sharp} / {flat}",
-            outcome.ratios(pairs, EARLY_TRACE),
-            above=1,
-            claim=claim,
-        ),
-        Check(
-            f"the {sharp} {kind} tests worse",
-            f"best test accuracy, {sharp} − {flat}, points",
-            outcome.differences(pairs, MAX_TEST_ACCURACY),
-            below=0,
-            claim=claim,
-        ),
+        Check(f"the {sharp} {kind} has the larger early Tr(F)", ratio, early, above=1, claim=claim),
+        Check(f"the {sharp} {kind} tests worse", points_lost, lost, below=0, claim=claim),
     ]
 
 
@@ -118,13 +105,8 @@ def _correlation(outcome: Outcome) -> Check:
             for row in outcome.rows()
         )
 
-    return Check(
-        "early Tr(F) is the larger, the worse the accuracy",
-        "rank correlation of Tr(F_i) with the best test accuracy",
-        outcome.per_seed(of),
-        below=0,
-        claim=3,
-    )
+    number = "rank correlation of Tr(F_i) with the best test accuracy"
+    return Check("early Tr(F) is the larger, the worse the accuracy", number, outcome.per_seed(of), below=0, claim=3)
 
 
 def notes(scale: Scale) -> list[str]:

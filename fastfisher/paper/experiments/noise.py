@@ -66,7 +66,7 @@ def notes(scale: Scale) -> list[str]:
         return [
             tuning
             + "No weight decay. The paper does not say whether there is augmentation: its numbers suggest it, and "
-            "there is. ResNet-52 is a Wide ResNet of depth 50 and width 3 with SkipInit.",
+            "there is. ResNet-52 is a Wide ResNet of depth 50 and width 3 with SkipInit."
         ]
     return [tuning + "No weight decay.", HOW_DIGITS_WERE_CHOSEN]
 

@@ -10,7 +10,15 @@ from matplotlib.figure import Figure
 
 from fastfisher.paper.cases import Case, Key, Scale, tuned
 from fastfisher.paper.claims import AS_GOOD, Check, mean_correlation
-from fastfisher.paper.drawing import COLOURS, accuracy_and_trace, curves, legend, panels, ramp, table_of_bars
+from fastfisher.paper.drawing import (
+    COLOURS,
+    TRACE,
+    VALIDATION,
+    accuracy_and_trace,
+    over_epochs,
+    row_panels,
+    table_of_bars,
+)
 from fastfisher.paper.experiment import (
     MAX_TRACE,
     SECONDS_PER_EPOCH,
@@ -284,8 +292,7 @@ def starts(outcome: Outcome, row: str) -> list[Key]:
 
 def draw_later(figure: Figure, outcome: Outcome) -> None:
     """Test accuracy against E, with η* and the small learning rate as lines."""
-    rows = outcome.rows()
-    for axes, row in zip(panels(figure, 1, len(rows)), rows, strict=True):
+    for axes, row in row_panels(figure, outcome):
         found = [(int(key[1]), outcome.summary(key, TEST_ACCURACY)) for key in starts(outcome, row)]
         whole = [(start, each.mean, each.std or 0.0) for start, each in found if each is not None]
         places, means, errors = ([each[part] for each in whole] for part in range(3))
@@ -297,8 +304,6 @@ def draw_later(figure: Figure, outcome: Outcome) -> None:
         axes.set_xscale("symlog", base=2, linthresh=1)
         axes.set_xlabel("E")
         axes.set_ylabel(TEST_ACCURACY.name)
-        axes.set_title(row, fontsize="medium")
-        legend(axes)
 
 
 def later_checks(outcome: Outcome) -> list[Check]:
@@ -311,21 +316,11 @@ def later_checks(outcome: Outcome) -> list[Check]:
         )
 
     pairs = [(starts(outcome, row)[-1], starts(outcome, row)[0]) for row in outcome.rows()]
+    order, last = "rank correlation of E with the test accuracy", "test accuracy, last E − E = 0, points"
+    lost = outcome.differences(pairs, TEST_ACCURACY)
     return [
-        Check(
-            "the later FP starts, the lower the accuracy",
-            "rank correlation of E with the test accuracy",
-            outcome.per_seed(of),
-            below=0,
-            claim=6,
-        ),
-        Check(
-            "FP from the last E on does worse than from the start",
-            "test accuracy, last E − E = 0, points",
-            outcome.differences(pairs, TEST_ACCURACY),
-            below=0,
-            claim=6,
-        ),
+        Check("the later FP starts, the lower the accuracy", order, outcome.per_seed(of), below=0, claim=6),
+        Check("FP from the last E on does worse than from the start", last, lost, below=0, claim=6),
     ]
 
 
@@ -360,16 +355,6 @@ def exact(scale: Scale) -> dict[Key, Case]:
     return {(EXACT, f"α={a:g}"): base.but(alpha=a) for a in FIRST[scale]}
 
 
-def draw_exact(figure: Figure, outcome: Outcome) -> None:
-    """Validation accuracy and Tr(F) with equation 6, α from blue to red."""
-    left, right = panels(figure, 1, 2)
-    lines = outcome.lines(EXACT)
-    colours = ramp(len(lines))
-    curves(left, outcome, lines, "validation_accuracy", "validation accuracy, %", factor=100, colours=colours)
-    curves(right, outcome, lines, "trace_fisher", "Tr(F)", colours=colours)
-    legend(left)
-
-
 def as_good(outcome: Outcome, cheap: str, costly: str, statement: str, number: str) -> list[Check]:
     """Claim 11: one row of cases does as well as the other, each with its best α."""
     pair = best_key(outcome, outcome.keys(cheap)), best_key(outcome, outcome.keys(costly))
@@ -392,7 +377,7 @@ FIG17 = replace(
     FIG16,
     title="FP without the approximation, on the gradient of a single example",
     cases=lambda scale: exact(scale) | every(10, scale),
-    draw=draw_exact,
+    draw=over_epochs(VALIDATION, TRACE, beginning=(EXACT,)),
     checks=lambda outcome: as_good(outcome, "every 10", EXACT, "the approximation costs nothing", "FP − equation 6"),
     size=(10.0, 4.0),
 )

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from fastfisher.paper.cases import Case, Key, Scale, Tuned
 from fastfisher.paper.claims import Check
-from fastfisher.paper.drawing import curves, legend, panels, ramp
+from fastfisher.paper.drawing import TRACE, VALIDATION, curves, legend, over_epochs, panels
 from fastfisher.paper.experiment import (
     MAX_TRACE,
     TEST_ACCURACY,
@@ -47,21 +47,10 @@ def draw_explosion(figure: Figure, outcome: Outcome) -> None:
 def explosion_checks(outcome: Outcome) -> list[Check]:
     """Claim 1."""
     pairs = [((SMALL,), (LARGE,))]
+    peak, lost = outcome.ratios(pairs, MAX_TRACE), outcome.differences(pairs, TEST_ACCURACY)
     return [
-        Check(
-            "the small learning rate has the higher peak",
-            "maximum of Tr(F), small / large",
-            outcome.ratios(pairs, MAX_TRACE),
-            above=1,
-            claim=1,
-        ),
-        Check(
-            "the small learning rate tests worse",
-            "test accuracy, small − large, points",
-            outcome.differences(pairs, TEST_ACCURACY),
-            below=0,
-            claim=1,
-        ),
+        Check("the small learning rate has the higher peak", "maximum of Tr(F), small / large", peak, above=1, claim=1),
+        Check("the small learning rate tests worse", "test accuracy, small − large, points", lost, below=0, claim=1),
     ]
 
 
@@ -95,16 +84,6 @@ def batches(scale: Scale) -> dict[Key, Case]:
     return {(f"batch {size}",): base.but(batch_size=size) for size in BATCHES[scale]}
 
 
-def draw_every_step(figure: Figure, outcome: Outcome) -> None:
-    """Tr(F) and the accuracy on the examples that it is measured on."""
-    left, right = panels(figure, 1, 2)
-    lines = outcome.lines()
-    colours = ramp(len(lines))
-    curves(left, outcome, lines, "trace_fisher", "Tr(F)", colours=colours)
-    curves(right, outcome, lines, "measured_accuracy", "accuracy on 128 examples, %", factor=100, colours=colours)
-    legend(left)
-
-
 def every_step_notes(scale: Scale) -> list[str]:
     """Say when and on what Tr(F) is measured."""
     return [
@@ -136,7 +115,8 @@ FIG18 = Experiment(
         (LARGE,): every_step(large_rate(scale), scale),
     },
     quantities=(MAX_TRACE,),
-    draw=draw_every_step,
+    # The accuracy is that on the examples that Tr(F) is measured on.
+    draw=over_epochs(TRACE, ("measured_accuracy", "accuracy on 128 examples, %", 100.0)),
     checks=sharpest_rate,
     notes=every_step_notes,
 )
@@ -145,10 +125,7 @@ FIG19 = replace(
     title="Tr(F) at every step, with three batch sizes",
     cases=batches,
     checks=sharpest_batch,
-    notes=lambda scale: [
-        "The paper does not say which batch sizes: these are ours.",
-        *every_step_notes(scale),
-    ],
+    notes=lambda scale: ["The paper does not say which batch sizes: these are ours.", *every_step_notes(scale)],
 )
 
 
@@ -176,39 +153,17 @@ def large_batch_cases(scale: Scale) -> dict[Key, Case]:
     }
 
 
-def draw_large_batch(figure: Figure, outcome: Outcome) -> None:
-    """Tr(F) and validation accuracy, from no penalty in blue to the largest α in red."""
-    left, right = panels(figure, 1, 2)
-    lines = {name: key for name, key in outcome.lines().items() if name not in (NORMAL, LARGE_BATCH)}
-    colours = ramp(len(lines))
-    curves(left, outcome, lines, "trace_fisher", "Tr(F)", colours=colours)
-    curves(right, outcome, lines, "validation_accuracy", "validation accuracy, %", factor=100, colours=colours)
-    legend(left)
-
-
 def large_batch_checks(outcome: Outcome) -> list[Check]:
     """Claim 2, and what supplement E says of FP with the best α."""
     best = best_key(outcome, [key for key in outcome.runs if key[0].startswith("FP")])
+    lost = outcome.differences([((LARGE_BATCH,), (NORMAL,))], TEST_ACCURACY)
+    gained = outcome.differences([(best, (HALVED,))], TEST_ACCURACY)
+    peak = outcome.ratios([(best, (HALVED,))], MAX_TRACE)
+    number = "FP with the best α {} without"
     return [
-        Check(
-            "the large batch tests worse",
-            "test accuracy, large − normal batch, points",
-            outcome.differences([((LARGE_BATCH,), (NORMAL,))], TEST_ACCURACY),
-            below=0,
-            claim=2,
-        ),
-        Check(
-            "FP improves the large batch",
-            "test accuracy, FP with the best α − without, points",
-            outcome.differences([(best, (HALVED,))], TEST_ACCURACY),
-            above=0,
-        ),
-        Check(
-            "FP lowers the peak of Tr(F)",
-            "maximum of Tr(F), FP with the best α / without",
-            outcome.ratios([(best, (HALVED,))], MAX_TRACE),
-            below=1,
-        ),
+        Check("the large batch tests worse", "test accuracy, large − normal batch, points", lost, below=0, claim=2),
+        Check("FP improves the large batch", f"test accuracy, {number.format('−')}, points", gained, above=0),
+        Check("FP lowers the peak of Tr(F)", f"maximum of Tr(F), {number.format('/')}", peak, below=1),
     ]
 
 
@@ -216,7 +171,8 @@ FIG20 = Experiment(
     title="FP in training with a large batch",
     cases=large_batch_cases,
     quantities=(TEST_ACCURACY, VALIDATION_ACCURACY, MAX_TRACE),
-    draw=draw_large_batch,
+    # From no penalty in blue to the largest α in red.
+    draw=over_epochs(TRACE, VALIDATION, without=(NORMAL, LARGE_BATCH)),
     checks=large_batch_checks,
     paper={
         ((name,), TEST_ACCURACY.name): value

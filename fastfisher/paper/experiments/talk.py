@@ -25,11 +25,7 @@ VALUES = {
     "paper": {RATES: (0.01, 0.03, 0.1), BATCHES: (32, 128, 512)},
     "digits": {RATES: (0.01, 0.0178, 0.0316), BATCHES: (8, 16, 32)},
 }
-SHOWN = {
-    "top_eigenvalue": "λ¹_H",
-    "minibatch_covariance_largest": "λ¹_K",
-    "minibatch_covariance_trace": "Tr(K)",
-}
+SHOWN = {"top_eigenvalue": "λ¹_H", "minibatch_covariance_largest": "λ¹_K", "minibatch_covariance_trace": "Tr(K)"}
 
 
 def regularisation_cases(scale: Scale) -> dict[Key, Case]:
@@ -87,16 +83,13 @@ def conjectures(outcome: Outcome) -> list[Check]:
     found = []
     for row in outcome.rows():
         keys = outcome.keys(row)
-        pair = [(keys[-1], keys[0])]
-        flat = f"{keys[-1][1]} / {keys[0][1]}"
-        for quantity in (MAX_H, MAX_K):
-            found.append(
-                Check(f"variance reduction, {row}", f"{quantity.name}, {flat}", outcome.ratios(pair, quantity), below=1)
-            )
-        for quantity in (CONDITION_K, CONDITION_H):
-            found.append(
-                Check(f"pre-conditioning, {row}", f"{quantity.name}, {flat}", outcome.ratios(pair, quantity), above=1)
-            )
+        for quantity in (MAX_H, MAX_K, CONDITION_K, CONDITION_H):
+            values = outcome.ratios([(keys[-1], keys[0])], quantity)
+            number = f"{quantity.name}, {keys[-1][1]} / {keys[0][1]}"
+            if quantity in (MAX_H, MAX_K):
+                found.append(Check(f"variance reduction, {row}", number, values, below=1))
+            else:
+                found.append(Check(f"pre-conditioning, {row}", number, values, above=1))
     return found
 
 
