@@ -12,7 +12,7 @@ NATIVE := $(SOURCES) CMakeLists.txt setup.py pyproject.toml
 .PHONY: run test nightly sanitize oldest lint format bench gpu docs dist clean
 
 run: $(VENV)/built-train ## the demonstration: half-wrong labels on real digits, without and with the penalty
-	$(BIN)/python -m fastfisher.paper.noisy_digits
+	$(BIN)/python -m fastfisher.paper.experiments.demo
 
 # One thread for each process, of which there are as many as cores: more would wait for each other.
 test: $(VENV)/built-test ## the whole test suite

@@ -25,9 +25,10 @@ import torch
 from tqdm import tqdm
 
 from fastfisher import FisherPenalty
-from fastfisher.paper.noisy_digits import plan
+from fastfisher.paper.experiments.demo import plan
 from fastfisher.training.config import resolve
-from fastfisher.training.loop import Run, TrainingDivergedError
+from fastfisher.training.endings import TrainingDivergedError
+from fastfisher.training.loop import Run
 
 FINISHED = Path("runs/bench_training.jsonl")
 VARIANTS: dict[str, dict[str, Any]] = {

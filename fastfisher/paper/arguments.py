@@ -5,17 +5,12 @@ from __future__ import annotations
 import argparse
 
 from fastfisher.paper.cases import SCALES
-
-IDS = (
-    *(f"fig{number}" for number in range(1, 22)),
-    *(f"table{number}" for number in range(1, 10)),
-    *("talk1", "talk2", "talk3"),
-)
+from fastfisher.paper.experiments import THEMES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``fastfisher reproduce``."""
-    parser.add_argument("ids", nargs="*", metavar="ID", help=f"what to reproduce: {', '.join(IDS)}")
+    parser.add_argument("ids", nargs="*", metavar="ID", help=f"what to reproduce: {', '.join(THEMES)}")
     parser.add_argument("--all", action="store_true", help="everything, and a page about the twelve claims")
     parser.add_argument("--list", action="store_true", help="say what there is, how many runs each takes and how long")
     parser.add_argument("--scale", choices=SCALES, default="digits", help="digits: small; paper: the paper's setting")

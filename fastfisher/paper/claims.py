@@ -114,3 +114,17 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
     if len(x) < 3 or len(set(x)) < 2 or len(set(y)) < 2:
         return None
     return float(stats.spearmanr(x, y).statistic)
+
+
+def mean_correlation(groups: Iterable[Iterable[tuple[float | None, float | None]]]) -> float | None:
+    """Return the mean over groups of the correlation of their pairs; pairs that lack a number are left out.
+
+    None where no group has a correlation.
+    """
+    found = []
+    for group in groups:
+        whole = [(x, y) for x, y in group if x is not None and y is not None]
+        each = correlation([x for x, _ in whole], [y for _, y in whole])
+        if each is not None:
+            found.append(each)
+    return statistics.mean(found) if found else None

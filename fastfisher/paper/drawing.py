@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -77,8 +77,41 @@ def curves(
     axes.set_ylabel(label)
 
 
-def bars(axes: Axes, outcome: Outcome, rows: Sequence[str], columns: Sequence[str], quantity: Quantity) -> None:
+def over_epochs(
+    *shown: tuple[str, str, float], beginning: tuple[str, ...] = (), without: tuple[str, ...] = ()
+) -> Callable[[Figure, Outcome], None]:
+    """Return what draws a panel for each measurement (name, label, factor) and in it a curve for each case.
+
+    The cases, of those whose names begin so and are not left out, are in order, from blue to red.
+    """
+
+    def draw(figure: Figure, outcome: Outcome) -> None:
+        lines = {name: key for name, key in outcome.lines(*beginning).items() if name not in without}
+        colours = ramp(len(lines))
+        axes = panels(figure, 1, len(shown))
+        for each, (name, label, factor) in zip(axes, shown, strict=True):
+            curves(each, outcome, lines, name, label, factor=factor, colours=colours)
+        legend(axes[0])
+
+    return draw
+
+
+TRACE = ("trace_fisher", "Tr(F)", 1.0)
+VALIDATION = ("validation_accuracy", "validation accuracy, %", 100.0)
+
+
+def row_panels(figure: Figure, outcome: Outcome) -> Iterator[tuple[Axes, str]]:
+    """Yield axes for each row of cases; what is drawn gets the row's name and a legend."""
+    rows = outcome.rows()
+    for axes, row in zip(panels(figure, 1, len(rows)), rows, strict=True):
+        yield axes, row
+        axes.set_title(row, fontsize="medium")
+        legend(axes)
+
+
+def bars(axes: Axes, outcome: Outcome, columns: Sequence[str], quantity: Quantity) -> None:
     """Draw a table: a group for each row, in it a bar with mean and standard deviation for each column."""
+    rows = outcome.rows()
     width = 0.8 / len(columns)
     for number, column in enumerate(columns):
         places, means, errors = [], [], []
@@ -129,14 +162,12 @@ def legend(axes: Axes, **options: Any) -> None:
         axes.legend(**{"fontsize": "small", "frameon": False, **options})
 
 
-def table_of_bars(
-    quantity: Quantity, rows: Callable[[Outcome], Sequence[str]], columns: Sequence[str]
-) -> Callable[[Figure, Outcome], None]:
+def table_of_bars(quantity: Quantity, columns: Sequence[str]) -> Callable[[Figure, Outcome], None]:
     """Return what draws a table as bars."""
 
     def draw(figure: Figure, outcome: Outcome) -> None:
         (axes,) = panels(figure, 1, 1)
-        bars(axes, outcome, rows(outcome), columns, quantity)
+        bars(axes, outcome, columns, quantity)
         legend(axes, ncols=len(columns), loc="upper center", bbox_to_anchor=(0.5, 1.12))
 
     return draw
@@ -147,18 +178,13 @@ def accuracy_and_trace(figure: Figure, outcome: Outcome, *, ordered: bool = Fals
 
     ``ordered``: the columns are values of one option, from blue to red.
     """
-    rows = rows_of(outcome)
+    rows = outcome.rows()
     axes = panels(figure, len(rows), 2)
     for number, row in enumerate(rows):
         left, right = axes[2 * number : 2 * number + 2]
-        lines = {key[1]: key for key in outcome.keys(row)}
+        lines = outcome.lines(row)
         colours = ramp(len(lines)) if ordered else None
         curves(left, outcome, lines, "validation_accuracy", "validation accuracy, %", factor=100, colours=colours)
         curves(right, outcome, lines, "trace_fisher", "Tr(F)", colours=colours)
         left.set_title(row, fontsize="medium")
         legend(left)
-
-
-def rows_of(outcome: Outcome) -> list[str]:
-    """Return the first parts of the keys, each once, in order."""
-    return list(dict.fromkeys(key[0] for key in outcome.runs))

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from matplotlib.figure import Figure
 
 from fastfisher.paper.cases import Case, Key, Scale
-from fastfisher.paper.claims import Check, correlation
+from fastfisher.paper.claims import Check, mean_correlation
 from fastfisher.training.config import TrainConfig
 from fastfisher.training.folder import RunFolder
 from fastfisher.training.measurements import BELOW
-from fastfisher.training.replicas import Metrics, Summary
+from fastfisher.training.summary import Metrics, Summary
 
 DEFAULT_SEEDS = 3
 
@@ -41,34 +41,27 @@ def series(run: Metrics, name: str) -> tuple[list[float], list[float]]:
     return [record["step"] / steps_per_epoch for record in found], [float(record[name]) for record in found]
 
 
-def final(name: str, title: str, factor: float = 1.0) -> Quantity:
-    """Return the last value."""
-
+def _read(name: str, title: str, read: Callable[[list[float]], float]) -> Quantity:
     def of(run: Metrics) -> float | None:
         values = series(run, name)[1]
-        return factor * values[-1] if values else None
+        return read(values) if values else None
 
     return Quantity(title, of)
+
+
+def final(name: str, title: str, factor: float = 1.0) -> Quantity:
+    """Return the last value."""
+    return _read(name, title, lambda values: factor * values[-1])
 
 
 def maximum(name: str, title: str, factor: float = 1.0) -> Quantity:
     """Return the largest value over training."""
-
-    def of(run: Metrics) -> float | None:
-        values = series(run, name)[1]
-        return factor * max(values) if values else None
-
-    return Quantity(title, of)
+    return _read(name, title, lambda values: factor * max(values))
 
 
 def mean(name: str, title: str) -> Quantity:
     """Return the mean over training."""
-
-    def of(run: Metrics) -> float | None:
-        values = series(run, name)[1]
-        return statistics.mean(values) if values else None
-
-    return Quantity(title, of)
+    return _read(name, title, statistics.mean)
 
 
 def at_best(name: str, title: str, *, by: str, factor: float = 1.0) -> Quantity:
@@ -92,7 +85,7 @@ NOISY_ACCURACY = final("noisy_accuracy", "accuracy on noisy training examples, %
 TEST_AT_BEST_VALIDATION = at_best(
     "test_accuracy", "test accuracy at the best validation epoch, %", by="validation_accuracy", factor=100
 )
-MIN_LOSS = Quantity("smallest training loss", lambda run: min(series(run, "train_loss")[1], default=None))
+MIN_LOSS = _read("train_loss", "smallest training loss", min)
 FINAL_TRACE = final("trace_fisher", "Tr(F) at the end")
 HESSIAN_AT_BEST = at_best("trace_hessian", "Tr(H) at the best epoch", by="test_accuracy")
 
@@ -133,6 +126,18 @@ class Outcome:
     def keys(self, *beginning: str) -> list[Key]:
         """Return the cases whose names begin so, in their order."""
         return [key for key in self.runs if key[: len(beginning)] == beginning]
+
+    def rows(self) -> list[str]:
+        """Return the first parts of the names, each once, in order: the rows of a table."""
+        return list(dict.fromkeys(key[0] for key in self.runs))
+
+    def lines(self, *beginning: str) -> dict[str, Key]:
+        """Return the cases whose names begin so, each by the last part of its name: the curves of a panel."""
+        return {key[-1]: key for key in self.keys(*beginning)}
+
+    def pairs(self, first: str, second: str) -> list[tuple[Key, Key]]:
+        """Return the cases of two columns of a table, a pair for each row."""
+        return [((row, first), (row, second)) for row in self.rows()]
 
     def values(self, key: Key, quantity: Quantity) -> dict[int, float]:
         """Return a quantity for each seed that has it."""
@@ -212,34 +217,23 @@ class Experiment:
 def paper_table(
     quantity: Quantity, columns: Sequence[str], rows: Mapping[str, Sequence[float]]
 ) -> dict[tuple[Key, str], float]:
-    """Return the numbers of a table of the paper for :attr:`Experiment.paper`."""
+    """Return the numbers of a table of the paper for :attr:`Experiment.paper`; a row may lack its last columns."""
     return {
         ((row, column), quantity.name): value
         for row, values in rows.items()
-        for column, value in zip(columns, values, strict=True)
+        for column, value in zip(columns, values, strict=False)
     }
 
 
-def rank_correlation(
-    outcome: Outcome, keys: Sequence[Key], first: str, second: str, *, apart: bool = False
-) -> tuple[float, ...]:
+def rank_correlation(outcome: Outcome, first: str, second: str, *, apart: bool = False) -> tuple[float, ...]:
     """Return for each seed Spearman's correlation of two things measured together, over all times of all cases.
 
     With ``apart`` of each case by itself, and the mean of those.
     """
 
     def of(seed: int) -> float | None:
-        groups: list[list[tuple[float, float]]] = []
-        for key in keys:
-            run = outcome.runs[key].get(seed, [])
-            groups.append(
-                [(r[first], r[second]) for r in run if r.get(first) is not None and r.get(second) is not None]
-            )
-        if not apart:
-            groups = [[pair for group in groups for pair in group]]
-        found = [correlation([x for x, _ in group], [y for _, y in group]) for group in groups]
-        whole = [each for each in found if each is not None]
-        return statistics.mean(whole) if whole else None
+        groups = [[(r.get(first), r.get(second)) for r in runs.get(seed, [])] for runs in outcome.runs.values()]
+        return mean_correlation(groups if apart else [[pair for group in groups for pair in group]])
 
     return outcome.per_seed(of)
 

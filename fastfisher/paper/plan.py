@@ -13,7 +13,8 @@ from typing import Any
 from fastfisher.paper.cases import Case, Tuned
 from fastfisher.training.config import NORMALISED_NETWORKS, TrainConfig
 from fastfisher.training.folder import RunFolder, replacing
-from fastfisher.training.replicas import Metrics
+from fastfisher.training.pool import Task
+from fastfisher.training.summary import Metrics
 
 TUNING_SEED = 1000
 """Tuning sees this seed, reports never do."""
@@ -29,11 +30,9 @@ DRY_STEPS = 2
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Task):
     """One training run; its name follows from all the options that decide what is computed."""
 
-    name: str
-    config: TrainConfig
     start: Run | None = None
 
 

@@ -16,7 +16,7 @@ from fastfisher.paper.claims import CLAIMS, HOW_TESTED, Check, together
 from fastfisher.paper.experiment import Experiment, Outcome, Quantity
 from fastfisher.training.config import TrainConfig, flag
 from fastfisher.training.folder import replacing
-from fastfisher.training.replicas import Summary
+from fastfisher.training.summary import Summary
 
 SCALES = {
     "paper": "Scale: **paper**, the networks, data and schedules of the paper.",

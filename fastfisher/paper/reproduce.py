@@ -10,19 +10,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastfisher.paper.arguments import IDS
 from fastfisher.paper.cases import Case, Key, Scale
 from fastfisher.paper.claims import HOW_TESTED, Check
 from fastfisher.paper.estimate import Estimate
 from fastfisher.paper.experiment import Experiment, Outcome
-from fastfisher.paper.experiments import load
+from fastfisher.paper.experiments import IDS, THEMES, load
 from fastfisher.paper.plan import TUNING_SEED, Place, Plan
 from fastfisher.paper.report import DRY, summary_of_claims, write_report
 from fastfisher.paper.report import SCALES as SCALE_NOTES
-from fastfisher.paper.runner import train_plan
-from fastfisher.paper.workers import LocalWorkers, RayWorkers, Workers
+from fastfisher.paper.runner import train_plan, train_run
 from fastfisher.training.config import ConfigError, TrainConfig, resolve
 from fastfisher.training.folder import check_writable, replacing
+from fastfisher.training.pool import LocalWorkers, RayWorkers, Workers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +92,9 @@ def _time(started: float) -> str:
 
 
 def _request(given: Mapping[str, Any]) -> Request:
-    unknown = [name for name in given["ids"] if name not in IDS]
+    unknown = [name for name in given["ids"] if name not in THEMES]
     if unknown:
-        raise ConfigError(f"ID: got {', '.join(unknown)}, expected some of {', '.join(IDS)}")
+        raise ConfigError(f"ID: got {', '.join(unknown)}, expected some of {', '.join(THEMES)}")
     if given["ids"] and given["all"]:
         raise ConfigError("--all: got it beside ids, expected one of the two")
     if not (given["ids"] or given["all"] or given["list"]):
@@ -106,6 +105,8 @@ def _request(given: Mapping[str, Any]) -> Request:
     if given["seeds"] is not None and given["seeds"] > TUNING_SEED:
         raise ConfigError(f"--seeds: got {given['seeds']}, expected at most {TUNING_SEED}: the next is for tuning")
     scale: Scale = given["scale"]
+    if scale == "paper" and "demo" in given["ids"]:
+        raise ConfigError("--scale: got paper beside demo, expected digits: the paper has no such runs")
     if scale == "paper" and not given["list"] and not Path(given["data"]).is_dir():
         raise ConfigError(f"--data: got {given['data']!r}, expected an existing folder with the data sets")
     names = list(dict.fromkeys(given["ids"])) or IDS
@@ -125,13 +126,13 @@ def _request(given: Mapping[str, Any]) -> Request:
 def _workers(given: Mapping[str, Any], scale: Scale) -> Workers:
     if given["ray"] is not None:
         try:
-            return RayWorkers(given["ray"])
+            return RayWorkers(given["ray"], train_run)
         except ModuleNotFoundError as error:
             raise ConfigError(f'--ray: {error.name} is not installed: pip install "fastfisher[ray]"') from error
         except (ConnectionError, ValueError) as error:
             got = f"--ray: got {given['ray']!r}, expected the address of a cluster, or local"
             raise ConfigError(f"{got} ({str(error).partition(chr(10))[0]})") from error
-    return LocalWorkers(given["jobs"] or ((os.cpu_count() or 1) if scale == "digits" else 1))
+    return LocalWorkers(given["jobs"] or ((os.cpu_count() or 1) if scale == "digits" else 1), train_run)
 
 
 def write_reports(request: Request, *, everything: bool) -> list[str]:

@@ -1,77 +1,99 @@
-"""Trains the runs of a plan: what is ready, as many at once as there is room for, each retried once."""
+"""Trains the runs of a plan: what the pool asks about them, and how one is begun, continued and marked as finished."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+import dataclasses
+import fcntl
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
-from tqdm import tqdm
-
-from fastfisher.paper.plan import Plan, Run
-from fastfisher.paper.workers import Job, Workers
-from fastfisher.training.loop import catch_interrupt
-from fastfisher.training.replicas import ending_signals
-
-SECONDS_BETWEEN_LOOKS = 0.02
-ATTEMPTS = 2
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A run that did not end as it should, ``ATTEMPTS`` times, and why the last time."""
-
-    run: Run
-    reason: str
-
-    def __str__(self) -> str:
-        """Return ``name: why (log)``."""
-        return f"{self.run.name}: {self.reason} ({self.run.config.out}.log)"
+from fastfisher.paper.plan import NOT_IN_NAME, Plan, Run, write_outcome
+from fastfisher.training.config import TrainConfig, from_values
+from fastfisher.training.endings import TrainingDivergedError
+from fastfisher.training.folder import RunFolder
+from fastfisher.training.pool import Failure, Task, Workers, train_all
 
 
 def train_plan(plan: Plan, workers: Workers) -> list[Failure]:
-    """Train what is not finished, and return the runs that failed; what depends on those is not trained.
+    """Train what of a plan is not finished, each run twice if need be; see :func:`fastfisher.training.pool.train_all`.
 
-    A worker that dies loses its own run only. One bar counts the runs, those for tuning too.
-
-    Raises:
-        KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, once the runs under way have saved a checkpoint.
+    One bar counts the runs, those for tuning too.
     """
-    running: dict[str, tuple[Run, Job]] = {}
-    attempts: dict[str, int] = {}
-    failures: dict[str, Failure] = {}
-    ready = plan.ready()
-    with (
-        catch_interrupt(ending_signals()) as interrupted,
-        tqdm(total=plan.count(), initial=plan.count_finished(), unit="run", disable=None, smoothing=0.05) as bar,
-    ):
+    return train_all(_PlannedRuns(plan), workers)
+
+
+class _PlannedRuns:
+    attempts = 2
+    unit = "run"
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._done: int | None = None
+
+    def total(self) -> int:
+        return self.plan.count()
+
+    def progress(self, running: Sequence[Task]) -> int:
+        if self._done is None:
+            self._done = self.plan.count_finished()
+        return self._done
+
+    def ready(self, at_least: int | None = None) -> Sequence[Run]:
+        return self.plan.ready(at_least)
+
+    def finished(self, task: Task) -> bool:
+        assert isinstance(task, Run)
+        # Counting looks at the disk once for each run that is not finished: only where one has ended.
+        self._done = None
+        return self.plan.outcome(task) is not None
+
+    def describe(self, task: Task) -> str:
+        return ""
+
+
+def train_run(values: dict[str, Any]) -> None:
+    """Train the run with these options in this process: begin it, continue it, or do nothing if it is finished.
+
+    A run that diverges is finished: it would do so again.
+    """
+    # Slow, and not needed by who only plans.
+    from fastfisher.training.loop import train
+
+    config = from_values(values)
+    folder = RunFolder(config.out)
+    with _alone(folder):
+        if (folder.path / "outcome.json").exists():
+            return
+        if folder.checkpoint.exists():
+            config = _as_started(config, folder.read_config())
+        else:
+            # Cut off before there was anything to continue from.
+            shutil.rmtree(folder.path, ignore_errors=True)
         try:
-            while not interrupted():
-                waiting = [run for run in ready if run.name not in running and run.name not in failures]
-                if not (waiting or running):
-                    break
-                for run in waiting[: max(0, workers.capacity - len(running))]:
-                    attempts[run.name] = attempts.get(run.name, 0) + 1
-                    running[run.name] = run, workers.start(run)
-                time.sleep(SECONDS_BETWEEN_LOOKS)
-                ended = [(run, reason) for run, job in running.values() if (reason := job.failure()) is not None]
-                for run, reason in ended:
-                    del running[run.name]
-                    if plan.outcome(run) is not None:
-                        continue
-                    if attempts[run.name] < ATTEMPTS:
-                        tqdm.write(f"{run.name}: {reason}; once more")
-                    else:
-                        failures[run.name] = Failure(run, reason)
-                        tqdm.write(str(failures[run.name]))
-                if ended:
-                    bar.update(plan.count_finished() - bar.n)
-                    # Those under way and those that failed are among what the plan still wants.
-                    ready = plan.ready(2 * workers.capacity + len(running) + len(failures))
-        finally:
-            for _, job in running.values():
-                job.stop()
-            for _, job in running.values():
-                job.wait()
-        if interrupted():
+            outcome = train(config)
+        except TrainingDivergedError as error:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            write_outcome(folder, "diverged", str(error))
+            return
+        if outcome == "interrupted":
             raise KeyboardInterrupt
-    return list(failures.values())
+        write_outcome(folder, "finished")
+
+
+def _as_started(config: TrainConfig, stored: TrainConfig) -> TrainConfig:
+    """Return the options that continue a run: where and how it is computed stays as it was when it was started."""
+    same = {name: getattr(stored, name) for name in NOT_IN_NAME if name not in ("out", "resume", "data_dir")}
+    return dataclasses.replace(config, resume=True, **same)
+
+
+@contextmanager
+def _alone(folder: RunFolder) -> Iterator[None]:
+    """Wait until no other process trains the run: one that was cut off may take a moment to end."""
+    path = Path(f"{folder.path}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

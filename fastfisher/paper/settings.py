@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastfisher.paper.cases import Case, Key, Scale, Tuned, case, tuned
+from fastfisher.paper.cases import Case, Scale, Tuned, case, tuned
 
 METHODS = ("GP_x", "GP", "FP", "GP_r")
 COLUMNS = ("η*", "baseline", *METHODS)
@@ -26,13 +26,7 @@ COEFFICIENTS = (1e-3, 1e-1)
 GP_X_COEFFICIENTS = (1e-1, 1e1)
 """The paper says of v only that it had to be larger in some experiments: v = 1 is ours."""
 
-DIGITS: Mapping[str, Any] = {
-    "data": "digits",
-    "examples": 300,
-    "label_noise": 0.25,
-    "batch_size": 16,
-    "epochs": 24,
-}
+DIGITS: Mapping[str, Any] = {"data": "digits", "examples": 300, "label_noise": 0.25, "batch_size": 16, "epochs": 24}
 HOW_DIGITS_WERE_CHOSEN = (
     "300 training examples, 200 for validation, 300 for testing, of 8x8 pixels; 12x12 for SimpleCNN and 16x16 for "
     "VGG-11 and the Fixup ResNet, whose poolings need it. A quarter of the training labels is noise, unless another "
@@ -106,12 +100,7 @@ DENSENET = Setting(
 )
 VGG = Setting(
     "VGG-11 / CIFAR-100",
-    {
-        "network": "vgg11",
-        "data": "cifar100",
-        "weight_decay": 1e-4,
-        "lr_milestones": (80, 120, 160, 200, 240, 280),
-    },
+    {"network": "vgg11", "data": "cifar100", "weight_decay": 1e-4, "lr_milestones": (80, 120, 160, 200, 240, 280)},
     {"network": "small_vgg11", "image_size": 16, "weight_decay": 1e-4},
     digits_rates=(0.0178, 0.0251),
     digits_divisor=1.778,
@@ -159,11 +148,6 @@ def table_1(setting: Setting, scale: Scale) -> dict[str, Case]:
     return {"η*": base.but(lr=optimal), "baseline": small, **penalised}
 
 
-def table_1_cases(scale: Scale) -> dict[Key, Case]:
-    """Return all of table 1."""
-    return {(s.name, column): found for s in SETTINGS for column, found in table_1(s, scale).items()}
-
-
 def table_1_notes(scale: Scale) -> list[str]:
     """Say how the runs of table 1 are made."""
     if scale == "paper":
@@ -179,108 +163,6 @@ def table_1_notes(scale: Scale) -> list[str]:
 def digits_notes(scale: Scale) -> list[str]:
     """Say how digits were chosen, where that is the scale."""
     return [HOW_DIGITS_WERE_CHOSEN] if scale == "digits" else []
-
-
-TABLE_2_COLUMNS = ("η*", "FP")
-
-
-def table_2_cases(scale: Scale) -> dict[Key, Case]:
-    """Return table 2: η* tuned with augmentation, and FP with it.
-
-    Digits are cropped and not mirrored: a mirrored digit is another sign.
-    """
-    found: dict[Key, Case] = {}
-    for setting in SETTINGS:
-        base = setting.base(scale).but(augment="crop_flip" if scale == "paper" else "crop")
-        optimal = base.but(lr=best_rate(setting, base, scale))
-        found[setting.name, "η*"] = optimal
-        found[setting.name, "FP"] = tuned("alpha", coefficients(setting, "FP", scale), optimal.but(method="FP"))
-    return found
-
-
-def table_2_notes(scale: Scale) -> list[str]:
-    """Say how the runs of table 2 are made."""
-    return [
-        *table_1_notes(scale),
-        "η* is tuned anew with augmentation, α at that learning rate."
-        + (" Digits are cropped, with a padding of an eighth, not mirrored." if scale == "digits" else ""),
-    ]
-
-
-# ---- section 4.1: noisy labels ---------------------------------------------------------------------------------------
-
-NOISY_METHODS = ("baseline", "mixup", "GP_x", "FP", "GP_r")
-NOISE = (0.25, 0.5)
-MIXUPS: Mapping[Scale, tuple[float, ...]] = {"paper": (0.4, 0.8, 1.6, 3.2, 6.4), "digits": (0.4, 1.6, 6.4)}
-NOISY_FP = (0.01, 0.1, 0.31, 10.0)
-NOISY_GP_X: Mapping[Scale, tuple[float, ...]] = {
-    "paper": (10.0, 30.0, 100.0, 300.0, 1000.0),
-    "digits": (0.1, 1.0, 10.0),
-}
-NOISY_ALPHAS = (0.01, 0.1, 1.0, 10.0)
-"""Of figures 5, 11 and 12, whose captions say from 0.01 to 10."""
-
-# ResNet-52 in table 3, ResNet-50 in figure 11, Wide ResNet in I.3: see build_network.
-NOISY_NETWORKS: Mapping[str, Setting] = {"VGG-11 / CIFAR-100": VGG, "ResNet-52 / CIFAR-100": WRESNET}
-NOISY_DIGITS = {"VGG-11 / CIFAR-100": (0.001, 0.003, 0.01), "ResNet-52 / CIFAR-100": (0.003, 0.01, 0.03)}
-"""α at digits, tuned in table 3, each of them shown in figures 5, 11 and 12."""
-
-
-def noisy(name: str, noise: float, scale: Scale) -> Case:
-    """Return the setting of section 4.1 without a penalty: no weight decay, the learning rate tuned at that noise.
-
-    Augmented at the paper's scale: that is not said, but FP at 25 % noise (60.2 %) is better there than anything in
-    table 1 without augmentation (49.9 %), and worse than table 2 with it and clean labels (65.1 %).
-    """
-    setting = NOISY_NETWORKS[name]
-    base = setting.base(scale).without("weight_decay").but(label_noise=noise, measure="trace_fisher,noisy_gradients")
-    if scale == "paper":
-        network = {"network": "resnet52"} if setting is WRESNET else {}
-        base = base.but(augment="crop_flip", trace_samples=1_024, **network)
-    else:
-        base = base.but(measure_every="2epochs", test_every=2, trace_samples=256)
-    return base.but(lr=Tuned("lr", LEARNING_RATES if scale == "paper" else setting.digits_rates, base, "best"))
-
-
-def table_3_cases(scale: Scale, noises: Sequence[float]) -> dict[Key, Case]:
-    """Return the rows of table 3 with some fractions of noise."""
-    return {
-        (f"{name}, {100 * noise:g} %", column): found
-        for noise in noises
-        for name in NOISY_NETWORKS
-        for column, found in _table_3(name, noise, scale).items()
-    }
-
-
-def _table_3(name: str, noise: float, scale: Scale) -> dict[str, Case]:
-    base = noisy(name, noise, scale)
-    values = NOISY_FP if scale == "paper" else NOISY_DIGITS[name]
-    grids = {"GP_x": NOISY_GP_X[scale], "FP": values, "GP_r": values}
-    penalised = {method: tuned("alpha", grid, base.but(method=method), "best") for method, grid in grids.items()}
-    found = {"baseline": base, "mixup": tuned("mixup", MIXUPS[scale], base, "best"), **penalised}
-    return {column: found[column] for column in NOISY_METHODS}
-
-
-def noisy_with_coefficients(name: str, scale: Scale, method: str = "FP") -> dict[str, Case]:
-    """Return the runs of figures 5, 11 and 12: 25 % noise, without a penalty and with a method at each of several α."""
-    base = noisy(name, 0.25, scale)
-    values = NOISY_ALPHAS if scale == "paper" else NOISY_DIGITS[name]
-    return {"baseline": base, **{f"{method} α={a:g}": base.but(method=method, alpha=a) for a in values}}
-
-
-def noisy_notes(scale: Scale) -> list[str]:
-    """Say how the runs of section 4.1 are made."""
-    tuning = "η* is tuned without a penalty at that noise, then α and mixup's β; by the best validation epoch. "
-    if scale == "paper":
-        return [
-            tuning
-            + "No weight decay. The paper does not say whether there is augmentation: its numbers suggest it, and "
-            "there is. ResNet-52 is a Wide ResNet of depth 50 and width 3 with SkipInit.",
-        ]
-    return [
-        tuning + "No weight decay.",
-        HOW_DIGITS_WERE_CHOSEN,
-    ]
 
 
 # ---- sections 3 and 5: ResNets without batch normalisation -----------------------------------------------------------
@@ -315,87 +197,6 @@ DIGITS_NETWORKS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def learning_rate_sweep(scale: Scale) -> dict[Key, Case]:
-    """Return the runs of figures 2 and 8: three learning rates on each of three data sets, in ascending order."""
-    if scale == "paper":
-        rows = {
-            "Fixup ResNet-18 / ImageNet": (case(IMAGENET), (0.001, 0.01, 0.1)),
-            "ResNet-26 / CIFAR-10": (case(CIFAR10, batch_size=256), (0.007, 0.01, 0.05)),
-            "ResNet-26 / CIFAR-100": (case(CIFAR100, batch_size=100), (0.001, 0.005, 0.01)),
-        }
-    else:
-        rows = {
-            "Fixup ResNet-10": (case(DIGITS_NETWORKS["imagenet"]), (0.0056, 0.01, 0.0178)),
-            "ResNet-8": (case(DIGITS_NETWORKS["cifar10"]), (0.01, 0.0178, 0.0316)),
-            "WResNet-8": (case(DIGITS_NETWORKS["cifar100"]), (0.0178, 0.0316, 0.0562)),
-        }
-    return {
-        (row, f"lr {rate:g}"): base.but(lr=rate, measure="none")
-        for row, (base, rates) in rows.items()
-        for rate in rates
-    }
-
-
-def batch_size_sweep(scale: Scale) -> dict[Key, Case]:
-    """Return the runs of figures 7 and 9: three batch sizes on each of two data sets, in ascending order."""
-    if scale == "paper":
-        rows = {
-            "ResNet-26 / CIFAR-10": (case(CIFAR10, lr=0.02), (100, 500, 700)),
-            "ResNet-26 / CIFAR-100": (case(CIFAR100, lr=0.02), (100, 300, 700)),
-        }
-    else:
-        rows = {
-            "ResNet-8": (case(DIGITS_NETWORKS["cifar10"], lr=0.0178), (4, 8, 16)),
-            "WResNet-8": (case(DIGITS_NETWORKS["cifar100"], lr=0.0316), (4, 8, 16)),
-        }
-    return {
-        (row, f"batch {size}"): base.but(batch_size=size, measure="none")
-        for row, (base, sizes) in rows.items()
-        for size in sizes
-    }
-
-
-@dataclass(frozen=True)
-class Curvature:
-    """The runs of section 5 on a data set: one option varies, from the least regularised to the most.
-
-    Attributes:
-        option: lr, or batch_size, of which the larger regularises less.
-        levels: the least and the most regularised.
-        measure_every: when Tr(H) is measured.
-    """
-
-    case: Case
-    option: str
-    levels: tuple[float, float]
-    measure_every: str
-
-    def levels_around(self) -> list[float]:
-        """Return three values around each level: figure 14's fine scale."""
-        if self.option == "lr":
-            return [float(f"{factor * level:.4g}") for level in self.levels for factor in (0.8, 1.0, 1.2)]
-        step = 20 if self.levels[-1] >= 100 else 2
-        return [level + offset for level in self.levels for offset in (step, 0, -step)]
-
-
-START_EPOCHS: Mapping[Scale, int] = {"paper": 20, "digits": 8}
-CONTINUATIONS: Mapping[Scale, int] = {"paper": 8, "digits": 4}
-
-
-def curvature(data: str, scale: Scale) -> Curvature:
-    """Return the setting of I.4: batch sizes at learning rate 0.02 on CIFAR-10, learning rates on CIFAR-100."""
-    if scale == "paper":
-        base = case({**(CIFAR10 if data == "cifar10" else CIFAR100), "epochs": 250, "lr_milestones": (80, 150, 200)})
-        base = base.without("trace_thresholds")
-        if data == "cifar10":
-            return Curvature(base.but(lr=0.02), "batch_size", (500, 100), "10epochs")
-        return Curvature(base.but(batch_size=100), "lr", (0.001, 0.01), "10epochs")
-    base = case(DIGITS_NETWORKS[data], trace_samples=128).without("trace_thresholds")
-    if data == "cifar10":
-        return Curvature(base.but(lr=0.0178), "batch_size", (20, 8), "2epochs")
-    return Curvature(base, "lr", (0.0178, 0.0562), "2epochs")
-
-
 # ---- supplements C, D, E and F: SimpleCNN ----------------------------------------------------------------------------
 
 
@@ -407,18 +208,3 @@ def large_rate(scale: Scale) -> Case:
 def small_rate(scale: Scale) -> Case:
     """Return SimpleCNN at the small learning rate."""
     return table_1(SIMPLE_CNN, scale)["baseline"]
-
-
-RECOMPUTED: Mapping[Scale, tuple[float, ...]] = {"paper": logspace(1e-2, 1e0, 10), "digits": logspace(3e-3, 1e-1, 4)}
-"""α of figure 16; at digits smaller ones: the small networks bear no more than a tenth."""
-FIRST_EXAMPLE: Mapping[Scale, tuple[float, ...]] = {
-    "paper": logspace(1e-4, 1e-2, 10),
-    "digits": logspace(3e-4, 1e-2, 4),
-}
-"""α of figure 17, a hundredth of the others: the squared norm of one gradient is larger than that of a mean."""
-
-
-def every(steps: int, scale: Scale) -> dict[Key, Case]:
-    """Return FP at the small learning rate for several α, recomputed every so many steps."""
-    base = small_rate(scale).but(method="FP", penalty_every=steps)
-    return {(f"every {steps}" if steps > 1 else "every step", f"α={a:g}"): base.but(alpha=a) for a in RECOMPUTED[scale]}

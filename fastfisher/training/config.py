@@ -55,15 +55,14 @@ FRACTION = Rule("a number from 0 to 1", lambda value: 0 <= value <= 1)
 BELOW_ONE = Rule("a number from 0 up to, not including, 1", lambda value: 0 <= value < 1)
 AT_LEAST_ONE = Rule("an integer, at least 1", lambda value: value >= 1)
 AT_LEAST_ZERO = Rule("an integer, at least 0", lambda value: value >= 0)
-AT_LEAST_EIGHT = Rule("an integer, at least 8", lambda value: value >= 8)
+AT_LEAST_8 = Rule("an integer, at least 8", lambda value: value >= 8)
 SEED = Rule("an integer from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
 INCREASING = Rule(
-    "increasing epochs, each at least 1",
-    lambda value: all(epoch >= 1 for epoch in value) and all(a < b for a, b in itertools.pairwise(value)),
+    "increasing epochs, each at least 1", lambda value: all(a < b for a, b in itertools.pairwise((0, *value)))
 )
 DECREASING = Rule(
     "decreasing finite numbers above 0",
-    lambda value: all(0 < each < math.inf for each in value) and all(a > b for a, b in itertools.pairwise(value)),
+    lambda value: all(a > b for a, b in itertools.pairwise((math.inf, *value, 0.0))),
 )
 NAMED_MEASUREMENTS = Rule(
     f"none, or some of {', '.join(MEASUREMENTS)}, each once, separated by commas",
@@ -75,12 +74,7 @@ AN_INTERVAL = Rule(
 
 
 def _option(
-    default: T,
-    help: str,
-    *,
-    choices: Sequence[str] | None = None,
-    rule: Rule | None = None,
-    identity: bool = True,
+    default: T, help: str, *, choices: Sequence[str] | None = None, rule: Rule | None = None, identity: bool = True
 ) -> T:
     """Return a dataclass field; ``identity=False`` marks options that a resumed run may change."""
     return field(default=default, metadata={"help": help, "choices": choices, "rule": rule, "identity": identity})
@@ -101,9 +95,7 @@ class TrainConfig:
         rule=AT_LEAST_ONE,
     )
     image_size: int | None = _option(
-        None,
-        "images are resized to this many pixels a side; 16 for digits, 224 for imagenet, else 32",
-        rule=AT_LEAST_EIGHT,
+        None, "images are resized to this many pixels a side; 16 for digits, 224 for imagenet, else 32", rule=AT_LEAST_8
     )
     augment: str = _option(
         "none",
@@ -148,9 +140,7 @@ class TrainConfig:
     penalty_every: int = _option(10, "steps between two computations of the penalty's gradient", rule=AT_LEAST_ONE)
     penalty_start: int = _option(0, "epochs trained before the penalty is switched on", rule=AT_LEAST_ZERO)
     penalty_method: str = _option(
-        "finite_difference",
-        "how the penalty is differentiated",
-        choices=("finite_difference", "double_backprop"),
+        "finite_difference", "how the penalty is differentiated", choices=("finite_difference", "double_backprop")
     )
     gates: str = _option(
         "frozen",
@@ -199,9 +189,7 @@ class TrainConfig:
     seed: int = _option(0, "seed of the initial weights, the batches and the sampled labels", rule=SEED)
     threads: int = _option(0, "CPU threads; 0 leaves PyTorch's choice", rule=AT_LEAST_ZERO)
     graphs: str = _option(
-        "auto",
-        "CUDA graphs: capture a step once and replay it; auto does so on a GPU",
-        choices=("auto", "on", "off"),
+        "auto", "CUDA graphs: capture a step once and replay it; auto does so on a GPU", choices=("auto", "on", "off")
     )
     device: str = _option("auto", "auto, cpu, cuda or cuda:N; auto takes the GPU where there is one")
 
@@ -258,9 +246,7 @@ def steps_between_measurements(config: TrainConfig, steps_per_epoch: int) -> int
 
 def _scalar_type(hint: Any) -> type[Any]:
     """Return the type of one value: int for ``int``, ``int | None`` and ``tuple[int, ...]``."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is tuple:
-        return typing.cast("type[Any]", typing.get_args(hint)[0])
-    return typing.cast("type[Any]", hint)
+    return typing.cast("type[Any]", (*typing.get_args(hint), hint)[0])
 
 
 def from_values(values: Mapping[str, Any]) -> TrainConfig:
@@ -273,9 +259,7 @@ def from_values(values: Mapping[str, Any]) -> TrainConfig:
     for name in values:
         if name not in hints:
             raise ConfigError(f"{flag(name)}: unknown option, expected one of {', '.join(map(flag, sorted(hints)))}")
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }
+    fields: dict[str, Any] = {name: tuple(each) if isinstance(each, list) else each for name, each in values.items()}
     for name, value in fields.items():
         if not _has_type(value, hints[name]):
             kind = getattr(hints[name], "__name__", str(hints[name]))
@@ -348,43 +332,40 @@ def _check_option(option: dataclasses.Field[Any], value: Any) -> None:
         raise ConfigError(f"{flag(option.name)}: got {value}, expected {rule.expected}")
 
 
-def _check_combinations(config: TrainConfig) -> None:
-    defaults = TrainConfig()
-    finite_difference_only = ("gates", "mixed")
-    penalty_only = (
-        "alpha",
-        "penalty_every",
-        "penalty_start",
-        "penalty_method",
-        "penalty_examples",
-        "penalty_reduction",
-        *finite_difference_only,
-    )
+FINITE_DIFFERENCE_ONLY = ("gates", "mixed")
+PENALTY_ONLY = (
+    *("alpha", "penalty_every", "penalty_start", "penalty_method", "penalty_examples", "penalty_reduction"),
+    *FINITE_DIFFERENCE_ONLY,
+)
 
-    def refuse(names: Sequence[str], reason: str) -> None:
+
+def _check_combinations(config: TrainConfig) -> None:
+    none, first = config.measure == "none", config.penalty_reduction == "first"
+    # Whether it applies; which options then have to be left out; why.
+    unused: tuple[tuple[bool, Sequence[str], str], ...] = (
+        (none, ("measure_every", "save_predictions"), "--measure none measures nothing"),
+        (none and not config.trace_thresholds, ("trace_samples",), "--measure none measures nothing"),
+        (
+            config.network not in NORMALISED_NETWORKS,
+            ("bn_batches",),
+            f"--network {config.network} has no batch normalisation",
+        ),
+        (config.method == "baseline", PENALTY_ONLY, "--method baseline has no penalty"),
+        (
+            config.penalty_method == "double_backprop",
+            FINITE_DIFFERENCE_ONLY,
+            "--penalty-method double_backprop takes no finite difference",
+        ),
+        (first, ("penalty_examples",), "--penalty-reduction first uses one example"),
+    )
+    defaults = TrainConfig()
+    for applies, names, reason in unused:
         for name in names:
             value = getattr(config, name)
-            if value != getattr(defaults, name):
+            if applies and value != getattr(defaults, name):
                 raise ConfigError(f"{flag(name)}: got {value}, expected it left out: {reason}")
-
-    if config.measure == "none":
-        refuse(("measure_every", "save_predictions"), "--measure none measures nothing")
-        if not config.trace_thresholds:
-            refuse(("trace_samples",), "--measure none measures nothing")
-    if config.network not in NORMALISED_NETWORKS:
-        refuse(("bn_batches",), f"--network {config.network} has no batch normalisation")
-    if config.method == "baseline":
-        refuse(penalty_only, "--method baseline has no penalty")
-    if config.penalty_method == "double_backprop":
-        refuse(finite_difference_only, "--penalty-method double_backprop takes no finite difference")
-    if config.penalty_reduction == "first":
-        refuse(("penalty_examples",), "--penalty-reduction first uses one example")
-    if config.mixed and (
-        config.penalty_every > 1
-        or config.penalty_examples is not None
-        or config.penalty_reduction == "first"
-        or config.method == "GP_x"
-    ):
+    whole_batch = config.penalty_every == 1 and config.penalty_examples is None and not first
+    if config.mixed and (not whole_batch or config.method == "GP_x"):
         raise ConfigError(
             "--mixed: got True, expected --penalty-every 1 and the gradient in the parameters (not GP_x) of the "
             "whole batch, because both gradients are taken in one backward"

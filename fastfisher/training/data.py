@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,39 +94,31 @@ def load_data(
         ConfigError: if ``examples`` is more than there are for training, a file is missing or damaged, the images do
             not fit into the memory, or torchvision, for CIFAR, cannot be imported.
     """
+    parts: Sequence[Tensor | slice]
     if name in IMAGE_FOLDERS:
         folder = IMAGE_FOLDERS[name](Path(data_dir))
         _check_examples(examples, folder.training)
-        cache = Path(data_dir) / f"{name}-{image_size}.npz"
-        return _of_folder(
-            folder,
-            load_images(folder, image_size, cache, torch.device(device)),
-            examples=examples,
-            label_noise=label_noise,
-            noise_seed=noise_seed,
-            device=device,
-        )
-    images, labels, *parts = _digits() if name == "digits" else _cifar(name, data_dir)
-    _check_examples(examples, len(parts[0]))
-    parts = [spread(part, examples) for part in parts]
-    inputs, validation_inputs, test_inputs = (images[part].to(device, torch.float32) for part in parts)
-    if images.shape[-1] != image_size:
-        inputs, validation_inputs, test_inputs = (
-            F.interpolate(each, size=(image_size, image_size), mode="bilinear", align_corners=False)
-            for each in (inputs, validation_inputs, test_inputs)
-        )
-    std, mean = torch.std_mean(inputs, dim=(0, 2, 3), keepdim=True)
-    true_labels, validation_labels, test_labels = (labels[part] for part in parts)
+        images = load_images(folder, image_size, Path(data_dir) / f"{name}-{image_size}.npz", torch.device(device))
+        labels = torch.tensor(folder.labels)
+        # Slices, of which no copy is made.
+        parts = slice(folder.training), slice(0), slice(folder.training, None)
+    else:
+        images, labels, *indices = _digits() if name == "digits" else _cifar(name, data_dir)
+        _check_examples(examples, len(indices[0]))
+        parts = indices
+    normalise = _stored if name in IMAGE_FOLDERS else _resized
+    inputs = normalise([spread(images[part], examples) for part in parts], image_size, device)
+    true_labels, validation_labels, test_labels = (spread(labels[part], examples) for part in parts)
     classes = int(labels.max()) + 1
     noisy_labels, noisy = replace_labels(true_labels, label_noise, classes, noise_seed)
     return Data(
-        inputs=(inputs - mean) / std,
+        inputs=inputs[0],
         labels=noisy_labels.to(device),
         true_labels=true_labels.to(device),
         noisy=noisy.to(device),
-        validation_inputs=(validation_inputs - mean) / std,
+        validation_inputs=inputs[1],
         validation_labels=validation_labels.to(device),
-        test_inputs=(test_inputs - mean) / std,
+        test_inputs=inputs[2],
         test_labels=test_labels.to(device),
         classes=classes,
     )
@@ -135,27 +127,19 @@ def load_data(
 IMAGE_FOLDERS: dict[str, Callable[[Path], ImageFolder]] = {"tinyimagenet": tiny_imagenet, "imagenet": imagenet}
 
 
-def _of_folder(
-    folder: ImageFolder, images: Tensor, *, examples: int | None, label_noise: float, noise_seed: int, device: str
-) -> Data:
-    count = folder.training
-    labels = torch.tensor(folder.labels)
-    inputs, test_inputs, true_labels, test_labels = (
-        spread(part, examples) for part in (images[:count], images[count:], labels[:count], labels[count:])
-    )
-    mean, std = (each.to(device) for each in mean_and_std(inputs))
-    noisy_labels, noisy = replace_labels(true_labels, label_noise, folder.classes, noise_seed)
-    return Data(
-        inputs=StoredImages(inputs.to(device), mean, std),
-        labels=noisy_labels.to(device),
-        true_labels=true_labels.to(device),
-        noisy=noisy.to(device),
-        validation_inputs=StoredImages(images[:0].to(device), mean, std),
-        validation_labels=labels[:0].to(device),
-        test_inputs=StoredImages(test_inputs.to(device), mean, std),
-        test_labels=test_labels.to(device),
-        classes=folder.classes,
-    )
+def _resized(parts: Sequence[Tensor], size: int, device: str) -> list[Images]:
+    """Return the parts of a small data set as float32, resized, normalised by the first."""
+    found = [part.to(device, torch.float32) for part in parts]
+    if found[0].shape[-1] != size:
+        found = [F.interpolate(each, size=(size, size), mode="bilinear", align_corners=False) for each in found]
+    std, mean = torch.std_mean(found[0], dim=(0, 2, 3), keepdim=True)
+    return [(each - mean) / std for each in found]
+
+
+def _stored(parts: Sequence[Tensor], size: int, device: str) -> list[Images]:
+    """Return the parts of a large data set, which have their size, as bytes: a batch alone becomes numbers."""
+    mean, std = (each.to(device) for each in mean_and_std(parts[0]))
+    return [StoredImages(part.to(device), mean, std) for part in parts]
 
 
 def _check_examples(examples: int | None, training: int) -> None:
@@ -334,14 +318,7 @@ class Batches:
     """
 
     def __init__(
-        self,
-        inputs: Images,
-        labels: Tensor,
-        *,
-        batch_size: int,
-        augment: str,
-        seed: int,
-        mixup: Mixup | None = None,
+        self, inputs: Images, labels: Tensor, *, batch_size: int, augment: str, seed: int, mixup: Mixup | None = None
     ) -> None:
         """Take inputs ``[N, ...]`` and labels ``[N]``; ``len()`` is the number of batches of an epoch.
 

@@ -231,6 +231,10 @@ class RunFolder:
                 )
         model.load_state_dict(weights)
 
+    def finished(self, config: TrainConfig) -> bool:
+        """Return whether the run with these options has its last checkpoint."""
+        return self.epochs_saved() >= config.epochs
+
     def epochs_saved(self) -> int:
         """Return how many epochs the checkpoint is about, reading none of its tensors; 0 if it cannot be read."""
         if not self.checkpoint.exists():

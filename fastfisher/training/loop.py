@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -29,17 +26,18 @@ from fastfisher.training.config import (
     steps_between_measurements,
 )
 from fastfisher.training.data import Batches, Data, Mixup, load_data
+from fastfisher.training.endings import TrainingDivergedError, catch_interrupt
 from fastfisher.training.folder import RunFolder
 from fastfisher.training.measurements import (
     ACCURACIES,
     BELOW,
     MEASURE,
-    TITLES,
     VERIFY,
     Examples,
     Record,
     accuracies,
     averaged_batch_statistics,
+    describe,
     predict_probabilities,
 )
 from fastfisher.training.networks import build_network
@@ -53,10 +51,6 @@ PENALTIES: dict[str, dict[str, Any]] = {
 }
 
 Outcome = Literal["finished", "interrupted", "already finished"]
-
-
-class TrainingDivergedError(RuntimeError):
-    """The loss or the logits are no longer finite numbers."""
 
 
 def train(config: TrainConfig) -> Outcome:
@@ -128,20 +122,16 @@ class Run:
         self.data: Data = load_data(
             config.data,
             data_dir=config.data_dir,
-            examples=config.examples,
             image_size=config.image_size,
+            examples=config.examples,
             label_noise=config.label_noise,
             noise_seed=config.noise_seed,
             device=config.device,
         )
         self.batches = self._batches("batches")
         torch.manual_seed(_seed(config.seed, "network"))
-        self.model = build_network(
-            config.network,
-            in_channels=self.data.inputs.shape[1],
-            image_size=config.image_size,
-            classes=self.data.classes,
-        ).to(self.device)
+        shape = {"in_channels": self.data.inputs.shape[1], "classes": self.data.classes}
+        self.model = build_network(config.network, image_size=config.image_size, **shape).to(self.device)
         if config.start_from is not None and not RunFolder(config.out).checkpoint.exists():
             RunFolder(config.start_from).load_weights(self.model, config.network)
         self.optimizer = torch.optim.SGD(
@@ -156,8 +146,7 @@ class Run:
         captured = self.penalty is None and config.graphs == "on"
         self.plain = FisherPenalty(self.model, 0.0, graphs=True) if captured else None
         self.steps_between_measurements = steps_between_measurements(config, len(self.batches))
-        self.steps = 0
-        self.epoch = 0
+        self.steps = self.epoch = 0
         self.train_seconds = 0.0
         self.lowest_loss = math.inf  # of the epochs' means
         # Sums over the steps of this epoch, kept on the device so that a step waits for nothing:
@@ -183,20 +172,21 @@ class Run:
         config = self.config
         if config.method == "baseline":
             return None
-        options: dict[str, Any] = {
+        return FisherPenalty(
+            self.model,
+            config.alpha,
             **PENALTIES[config.method],
-            "every": config.penalty_every,
-            "start": config.penalty_start * len(self.batches),
-            "reduction": config.penalty_reduction,
-            "method": config.penalty_method,
-            "gates": config.gates,
-            "mixed": config.mixed,
-            "examples": config.penalty_examples,
-            "generator": torch.Generator(self.device).manual_seed(_seed(config.seed, "labels")),
-            "graphs": config.graphs == "on",
-            "verify": VERIFY,
-        }
-        return FisherPenalty(self.model, config.alpha, **options)
+            every=config.penalty_every,
+            start=config.penalty_start * len(self.batches),
+            reduction=config.penalty_reduction,  # type: ignore[arg-type]
+            method=config.penalty_method,  # type: ignore[arg-type]
+            gates=config.gates,  # type: ignore[arg-type]
+            mixed=config.mixed,
+            examples=config.penalty_examples,
+            generator=torch.Generator(self.device).manual_seed(_seed(config.seed, "labels")),
+            graphs=config.graphs == "on",
+            verify=VERIFY,
+        )
 
     @property
     def epoch_complete(self) -> bool:
@@ -335,13 +325,11 @@ class Run:
         loss = self.sums[0].item() / len(self.batches)
         crossed = [each for each in self.config.trace_thresholds if loss < each <= self.lowest_loss]
         self.lowest_loss = min(self.lowest_loss, loss)
-        record: Record = {}
-        if crossed:
-            trace = measured if "trace_fisher" in measured else self.measure(("trace_fisher",))
-            for threshold in crossed:
-                for end in ("", "_standard_error"):
-                    record[f"{BELOW}{threshold}{end}"] = trace[f"trace_fisher{end}"]
-        return record
+        if not crossed:
+            return {}
+        trace = measured if "trace_fisher" in measured else self.measure(("trace_fisher",))
+        ends = ("", "_standard_error")
+        return {f"{BELOW}{threshold}{end}": trace[f"trace_fisher{end}"] for threshold in crossed for end in ends}
 
     def measure(self, names: Sequence[str]) -> Record:
         """Take the measurements with these names, all on the same ``trace_samples`` random training examples.
@@ -400,9 +388,7 @@ class Run:
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        self.steps = state["steps"]
-        self.epoch = state["epoch"]
-        self.train_seconds = state["train_seconds"]
+        self.steps, self.epoch, self.train_seconds = (state[name] for name in ("steps", "epoch", "train_seconds"))
         self.sums.copy_(state["sums"])
         # Checkpoints made before there were thresholds do not have it, nor need it.
         self.lowest_loss = state.get("lowest_loss", math.inf)
@@ -412,54 +398,3 @@ def _seed(seed: int, purpose: str) -> int:
     """Return a seed of its own for each purpose, so that no two of them share a random stream."""
     digest = hashlib.sha256(f"{seed} {purpose}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def describe(record: Record, epochs: int) -> str:
-    """Return the line that is printed about a record."""
-
-    def percent(name: str) -> str:
-        value = record[name]
-        return "-" if value is None else f"{100 * float(value):.1f} %"
-
-    line = f"step {record['step']}"
-    seconds = f"{record['measure_seconds']:.2g} s measuring"
-    if "epoch" in record:
-        line = f"epoch {record['epoch']}/{epochs}  loss {record['train_loss']:.4g}"
-        if record["test_accuracy"] is not None:
-            line += (
-                f"  train clean {percent('clean_accuracy')} noisy {percent('noisy_accuracy')}  "
-                f"validation {percent('validation_accuracy')}  test {percent('test_accuracy')}"
-            )
-        seconds = f"{record['train_seconds']:.3g} s + {seconds}"
-    crossed = [name for name in record if name.startswith(BELOW) and not name.endswith("_standard_error")]
-    titles = TITLES | {name: f"Tr(F_i) at {name.removeprefix(BELOW)}" for name in crossed}
-    for name, title in titles.items():
-        if record.get(name) is not None:
-            error = record.get(f"{name}_standard_error")
-            line += f"  {title} {record[name]:.3g}" + ("" if error is None else f" ± {error:.1g}")
-    return f"{line}  {seconds}"
-
-
-@contextmanager
-def catch_interrupt(signals: Sequence[int] = (signal.SIGINT,)) -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag that the yielded function reads; the second raises KeyboardInterrupt.
-
-    So does any other of ``signals``. The previous handlers are back afterwards. Outside the main thread, where Python
-    delivers no signals, the flag is never set.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    caught = threading.Event()
-
-    def first(number: int, frame: FrameType | None) -> None:
-        caught.set()
-        for each in signals:
-            signal.signal(each, signal.default_int_handler)
-
-    previous = {each: signal.signal(each, first) for each in signals}
-    try:
-        yield caught.is_set
-    finally:
-        for each, handler in previous.items():
-            signal.signal(each, handler)

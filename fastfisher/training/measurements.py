@@ -296,10 +296,7 @@ def measure_accuracy(model: nn.Module, examples: Examples, generator: torch.Gene
 def _mean(values: Tensor) -> tuple[float | None, float | None]:
     """Return the mean and its standard error."""
     count = len(values)
-    return (
-        values.mean().item() if count else None,
-        values.std().item() / math.sqrt(count) if count > 1 else None,
-    )
+    return (values.mean().item() if count else None, values.std().item() / math.sqrt(count) if count > 1 else None)
 
 
 def area_under_curve(positive: Tensor, negative: Tensor) -> tuple[float | None, float | None]:
@@ -336,3 +333,29 @@ MEASURE: dict[str, Callable[[nn.Module, Examples, torch.Generator], Record]] = {
     "minibatch_covariance": measure_minibatch_covariance,
     "accuracy": measure_accuracy,
 }
+
+
+def describe(record: Record, epochs: int) -> str:
+    """Return the line that is printed about a record."""
+
+    def percent(name: str) -> str:
+        value = record[name]
+        return "-" if value is None else f"{100 * float(value):.1f} %"
+
+    line = f"step {record['step']}"
+    seconds = f"{record['measure_seconds']:.2g} s measuring"
+    if "epoch" in record:
+        line = f"epoch {record['epoch']}/{epochs}  loss {record['train_loss']:.4g}"
+        if record["test_accuracy"] is not None:
+            line += (
+                f"  train clean {percent('clean_accuracy')} noisy {percent('noisy_accuracy')}  "
+                f"validation {percent('validation_accuracy')}  test {percent('test_accuracy')}"
+            )
+        seconds = f"{record['train_seconds']:.3g} s + {seconds}"
+    crossed = [name for name in record if name.startswith(BELOW) and not name.endswith("_standard_error")]
+    titles = TITLES | {name: f"Tr(F_i) at {name.removeprefix(BELOW)}" for name in crossed}
+    for name, title in titles.items():
+        if record.get(name) is not None:
+            error = record.get(f"{name}_standard_error")
+            line += f"  {title} {record[name]:.3g}" + ("" if error is None else f" ± {error:.1g}")
+    return f"{line}  {seconds}"

@@ -10,42 +10,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from fastfisher.training.config import (
-    AT_LEAST_ONE,
-    ConfigError,
-    TrainConfig,
-    flag,
-    from_values,
-    resolve,
-    to_values,
-)
+from fastfisher.training.config import AT_LEAST_ONE, ConfigError, TrainConfig, flag, from_values, resolve, to_values
+from fastfisher.training.endings import how_to_continue
 from fastfisher.training.folder import REMEDY, RunFolder, read_json_object, refuse_other_options, replacing
-from fastfisher.training.loop import Run, catch_interrupt, describe
-from fastfisher.training.measurements import BELOW, TITLES
-
-Metrics = list[dict[str, Any]]
-
-ACCURACY_TITLES = {
-    "clean_accuracy": "train clean",
-    "noisy_accuracy": "noisy",
-    "validation_accuracy": "validation",
-    "test_accuracy": "test",
-}
-SECONDS_BETWEEN_LOOKS = 0.2
+from fastfisher.training.loop import Run, train
+from fastfisher.training.measurements import describe
+from fastfisher.training.pool import Failure, LocalWorkers, Task, train_all
+from fastfisher.training.summary import summarise
 
 
 @dataclass(frozen=True)
@@ -171,18 +149,6 @@ def asked_for(given: Mapping[str, Any]) -> Replicas | None:
     return None
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A run that ended before it was finished, and why."""
-
-    config: TrainConfig
-    reason: str
-
-    def __str__(self) -> str:
-        """Return ``seed 3 failed: why (the log)``."""
-        return f"seed {self.config.seed} failed: {self.reason} ({_log(self.config)})"
-
-
 def train_replicas(replicas: Replicas) -> tuple[dict[str, Any], list[Failure]]:
     """Run or resume ``replicas`` (resolved) and return :func:`summarise` of them all, and which of them failed.
 
@@ -195,201 +161,60 @@ def train_replicas(replicas: Replicas) -> tuple[dict[str, Any], list[Failure]]:
     """
     replicas.check()
     configs = replicas.configs()
-    if not all(map(finished, configs)):
+    if not all(RunFolder(each.out).finished(each) for each in configs):
         # On the CPU, where it takes none of the memory that the runs will need.
         Run(resolve(dataclasses.replace(configs[0], device="cpu")))
     replicas.write()
     failures = train_together(configs, replicas.together)
-    summary = summarise(configs, failures)
+    summary = summarise(configs, {failure.task.config.seed: failure.reason for failure in failures})
     _write_json(Path(replicas.config.out) / "summary.json", summary)
     return summary, failures
 
 
-def finished(config: TrainConfig) -> bool:
-    """Return whether the run in ``config.out`` has its last checkpoint."""
-    return RunFolder(config.out).epochs_saved() >= config.epochs
+def train_seed(values: dict[str, Any]) -> None:
+    """Train one replica in this process, and print what ``fastfisher train`` does."""
+    config = from_values(values)
+    outcome = train(config)
+    if outcome == "interrupted":
+        print(how_to_continue(config.out))
+        raise KeyboardInterrupt
+    print(f"{outcome}: {config.out}")
 
 
-def command(config: TrainConfig) -> list[str]:
-    """Return the command line that trains ``config``."""
-    words = [sys.executable, "-m", "fastfisher", "train"]
-    for option in dataclasses.fields(config):
-        value = getattr(config, option.name)
-        # Defaults are named too: a run that is resumed would take what is left out from its folder.
-        if value is True:
-            words.append(flag(option.name))
-        elif value is not False and value is not None and value != ():
-            words += [flag(option.name), *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-    return words
+class _Replicas:
+    """Replicas as the pool sees them. The bar counts their epochs; a replica that fails is not started again."""
 
+    attempts = 1
+    unit = "epoch"
 
-def _log(config: TrainConfig) -> Path:
-    return Path(f"{config.out}.log")
+    def __init__(self, configs: Sequence[TrainConfig]) -> None:
+        self.configs = configs
+        self.measured = {config.out: RunFolder(config.out).epochs_measured() for config in configs}
+        self.waiting = [Task(f"seed {each.seed}", each) for each in configs if not RunFolder(each.out).finished(each)]
 
+    def total(self) -> int:
+        return sum(config.epochs for config in self.configs)
 
-class Process:
-    """One run in a process of its own, which writes to a log beside the run's folder."""
+    def progress(self, running: Sequence[Task]) -> int:
+        for task in running:
+            self.measured[task.config.out] = RunFolder(task.config.out).epochs_measured()
+        return sum(self.measured.values())
 
-    def __init__(self, config: TrainConfig) -> None:
-        """Start the training of ``config``."""
-        self.config = config
-        log = _log(config)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as file:
-            self.log_start = file.tell()
-            # In a session of its own, so that Ctrl-C in the terminal reaches it once, through stop().
-            # Unbuffered: what it says last is its reason, should it fail.
-            environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-            self.process = subprocess.Popen(
-                command(config), stdout=file, stderr=file, start_new_session=True, env=environment
-            )
+    def ready(self, at_least: int | None = None) -> Sequence[Task]:
+        return self.waiting
 
-    def ended(self) -> bool:
-        """Return whether the process has ended."""
-        return self.process.poll() is not None
+    def finished(self, task: Task) -> bool:
+        return RunFolder(task.config.out).finished(task.config)
 
-    def failure(self) -> Failure | None:
-        """Return why the ended run failed: what ended it, or the last that it printed; None if it did not fail."""
-        code = self.process.returncode
-        if code == 0:
-            return None
-        if code < 0:
-            return Failure(self.config, f"killed by {signal.Signals(-code).name}")
-        with _log(self.config).open("rb") as file:
-            file.seek(self.log_start)
-            printed = file.read().decode(errors="replace").split("\n")
-        lines = [line.strip() for line in printed if line.strip()]
-        return Failure(self.config, lines[-1].removeprefix("fastfisher train: ") if lines else f"exit code {code}")
-
-    def stop(self) -> None:
-        """Tell the run to save a checkpoint and end."""
-        if not self.ended():
-            self.process.send_signal(signal.SIGINT)
-
-
-def ending_signals() -> list[int]:
-    """Return the signals on which runs that have sessions of their own are to be ended too: all but for nohup's."""
-    return [each for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]
+    def describe(self, task: Task) -> str:
+        last = RunFolder(task.config.out).read_metrics()[-1]
+        return f"{task.config.out}: {describe(last, task.config.epochs)}"
 
 
 def train_together(configs: Sequence[TrainConfig], together: int) -> list[Failure]:
-    """Train what is not finished yet, ``together`` runs at a time, and return those that failed.
+    """Train what is not finished yet, ``together`` runs at a time, and return those that failed, in their order.
 
-    One bar shows the epochs of all. Whatever ends this early, the runs under way are told to save a checkpoint first;
-    a second Ctrl-C ends them where they are, with the checkpoints they have.
-
-    Raises:
-        KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, once every run under way has ended.
+    See :func:`fastfisher.training.pool.train_all`.
     """
-    measured = {config.out: RunFolder(config.out).epochs_measured() for config in configs}
-    waiting = [config for config in configs if not finished(config)]
-    running: list[Process] = []
-    failures: list[Failure] = []
-    with (
-        catch_interrupt(ending_signals()) as interrupted,
-        tqdm(
-            total=sum(config.epochs for config in configs), initial=sum(measured.values()), unit="epoch", disable=None
-        ) as bar,
-    ):
-        try:
-            while (waiting or running) and not interrupted():
-                while waiting and len(running) < together:
-                    running.append(Process(waiting.pop(0)))
-                time.sleep(SECONDS_BETWEEN_LOOKS)
-                ended = [run for run in running if run.ended()]
-                for run in running:
-                    measured[run.config.out] = RunFolder(run.config.out).epochs_measured()
-                bar.update(sum(measured.values()) - bar.n)
-                for run in ended:
-                    running.remove(run)
-                    failure = run.failure()
-                    if failure is None:
-                        last = RunFolder(run.config.out).read_metrics()[-1]
-                        tqdm.write(f"{run.config.out}: {describe(last, run.config.epochs)}")
-                    else:
-                        failures.append(failure)
-                        tqdm.write(str(failure))
-        finally:
-            _end(running)
-        if interrupted() and (waiting or running):
-            raise KeyboardInterrupt
-    return sorted(failures, key=lambda failure: configs.index(failure.config))
-
-
-def _end(running: Sequence[Process]) -> None:
-    """Stop the runs, all of them before any is waited for."""
-    for run in running:
-        run.stop()
-    try:
-        for run in running:
-            run.process.wait()
-    finally:
-        for run in running:
-            if not run.ended():
-                run.process.kill()
-                run.process.wait()
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A quantity: mean and sample standard deviation over seeds, None for a single seed."""
-
-    mean: float
-    std: float | None
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Summary:
-        """Summarise a value for each seed."""
-        return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
-
-    def __str__(self) -> str:
-        """Return ``mean ± std``."""
-        return f"{self.mean:.2f}" if self.std is None else f"{self.mean:.2f} ± {self.std:.2f}"
-
-
-def final(run: Metrics, name: str) -> Any:
-    """Return the last that ``run`` says about ``name``, None if it says nothing."""
-    return next((record[name] for record in reversed(run) if name in record), None)
-
-
-def summarise(configs: Sequence[TrainConfig], failures: Sequence[Failure]) -> dict[str, Any]:
-    """Return what the finished runs ended with, ready for JSON.
-
-    ``final`` has the accuracies, all that ``--measure`` names and Tr(F) at ``--trace-thresholds``, each as ``mean``,
-    ``standard_deviation`` (the sample's; None for a single seed) and ``by_seed``; ``seeds`` are those of the finished
-    runs, ``failed`` says of each other seed why it failed. What a run does not have, such as noisy examples, is left
-    out.
-    """
-    runs = {config.seed: RunFolder(config.out).read_metrics() for config in configs if finished(config)}
-    quantities = {}
-    at_thresholds = (f"{BELOW}{threshold}" for threshold in configs[0].trace_thresholds)
-    for name in (*ACCURACY_TITLES, "noisy_true_accuracy", *TITLES, *at_thresholds):
-        by_seed = {seed: value for seed, run in runs.items() if (value := final(run, name)) is not None}
-        if by_seed:
-            over_seeds = Summary.of(list(by_seed.values()))
-            quantities[name] = {
-                "mean": over_seeds.mean,
-                "standard_deviation": over_seeds.std,
-                "by_seed": {str(seed): value for seed, value in by_seed.items()},
-            }
-    return {
-        "seeds": list(runs),
-        "failed": {str(failure.config.seed): failure.reason for failure in failures},
-        "final": quantities,
-    }
-
-
-def describe_summary(summary: Mapping[str, Any]) -> str:
-    """Return the line that is printed about a summary."""
-
-    def title(name: str) -> str:
-        mean, std = summary["final"][name]["mean"], summary["final"][name]["standard_deviation"]
-        if name in ACCURACY_TITLES:
-            return f"{ACCURACY_TITLES[name]} {100 * mean:.1f}" + (" %" if std is None else f" ± {100 * std:.1f} %")
-        return f"{TITLES[name]} {mean:.3g}" + ("" if std is None else f" ± {std:.3g}")
-
-    count = len(summary["seeds"])
-    if count == 0:
-        return "no run has finished"
-    named = [title(name) for name in (*ACCURACY_TITLES, *TITLES) if name in summary["final"]]
-    return ("1 seed" if count == 1 else f"mean ± standard deviation over {count} seeds") + ": " + "  ".join(named)
+    failures = train_all(_Replicas(configs), LocalWorkers(together, train_seed))
+    return sorted(failures, key=lambda failure: configs.index(failure.task.config))

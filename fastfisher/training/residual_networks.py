@@ -40,10 +40,7 @@ class PlainBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.first, self.second = (
-            _conv(inputs, outputs, 3, stride, bias=True),
-            _conv(outputs, outputs, 3, bias=True),
-        )
+        self.first, self.second = (_conv(inputs, outputs, 3, stride, bias=True), _conv(outputs, outputs, 3, bias=True))
         same = stride == 1 and inputs == outputs
         self.shortcut = nn.Identity() if same else _conv(inputs, outputs, 1, stride, bias=True)
 

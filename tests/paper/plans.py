@@ -8,7 +8,7 @@ from typing import Any
 
 from fastfisher.paper.cases import Case, case
 from fastfisher.paper.plan import Place, Plan, Run
-from fastfisher.training.replicas import Metrics
+from fastfisher.training.summary import Metrics
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ import pytest
 
 from fastfisher.cli import main
 from fastfisher.paper import reproduce
-from fastfisher.paper.arguments import IDS
-from fastfisher.paper.experiments import load
+from fastfisher.paper.experiments import IDS, load
 from fastfisher.paper.plan import Place, Run
 from fastfisher.paper.report import DRY, SCALES
-from fastfisher.paper.workers import Job, train_run
+from fastfisher.paper.runner import train_run
 from fastfisher.training.config import to_values
 from fastfisher.training.folder import RunFolder
+from fastfisher.training.pool import Job
 from tests.conftest import Once, is_nightly
 from tests.support.archives import accept_any_cifar, write_cifar, write_imagenet, write_tiny_imagenet
 

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
-from fastfisher.paper.arguments import IDS
 from fastfisher.paper.cases import SCALES, Case, Scale, Tuned, tuned
-from fastfisher.paper.experiments import load
+from fastfisher.paper.experiments import IDS, load
 from fastfisher.paper.plan import REPEAT, TUNING_SEED, Place, Plan, Run, run_name, write_outcome
 from fastfisher.paper.reproduce import Request
 from fastfisher.training.config import NORMALISED_NETWORKS, TrainConfig, from_values, resolve, to_values
-from fastfisher.training.replicas import Metrics
+from fastfisher.training.summary import Metrics
 from tests.paper.plans import RememberedPlace, digits, drive, epoch
 
 NOT_COMPUTED = {"out", "resume", "data_dir", "device", "threads", "graphs", "start_from"}

@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 
 from fastfisher.cli import main
-from fastfisher.paper import workers
 from fastfisher.paper.cases import Case
 from fastfisher.paper.plan import Place, Plan
-from fastfisher.paper.runner import train_plan
-from fastfisher.paper.workers import RayWorkers
+from fastfisher.paper.runner import train_plan, train_run
+from fastfisher.training.pool import RayWorkers
 from tests.paper.plans import digits
 
 TIME_LIMIT = 180
@@ -67,10 +66,8 @@ def test_a_cluster_gives_the_table_of_this_machine(
 
 @pytest.mark.parametrize(("deaths", "by"), [(1, "kill"), (2, "exit")])
 def test_a_worker_that_dies_is_replaced_once(
-    deaths: int, by: str, cluster: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    deaths: int, by: str, cluster: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    real = workers.train_run
-
     def dying(values: dict[str, Any]) -> None:
         died = [tmp_path / f"died-{number}" for number in range(deaths)]
         left = [path for path in died if not path.exists()]
@@ -79,12 +76,11 @@ def test_a_worker_that_dies_is_replaced_once(
             if by == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             os._exit(3)
-        real(values)
+        train_run(values)
 
-    monkeypatch.setattr(workers, "train_run", dying)
     place = Place(tmp_path, device="cpu", threads=1)
     wanted = [(small(lr=0.1), 0), (small(lr=0.2), 0)]
-    failures = train_plan(Plan(wanted, place), RayWorkers("local"))
+    failures = train_plan(Plan(wanted, place), RayWorkers("local", dying))
     assert len(list(tmp_path.glob("died-*"))) == deaths
     bad, good = (Plan([each], place).run(*each) for each in wanted)
     assert bad is not None and good is not None
@@ -93,14 +89,14 @@ def test_a_worker_that_dies_is_replaced_once(
         assert failures == []
         assert place.outcome(bad) == "finished"
     else:
-        assert [failure.run.name for failure in failures] == [bad.name]
+        assert [failure.task.name for failure in failures] == [bad.name]
         assert failures[0].reason
         assert place.outcome(bad) is None
 
 
 def test_the_reason_of_a_failure_is_what_the_run_raised(cluster: list[dict[str, Any]], tmp_path: Path) -> None:
     wanted = [(digits(examples=5_000), 0)]
-    (failure,) = train_plan(Plan(wanted, Place(tmp_path, device="cpu", threads=1)), RayWorkers("local"))
+    (failure,) = train_plan(Plan(wanted, Place(tmp_path, device="cpu", threads=1)), RayWorkers("local", train_run))
     assert failure.reason == "--examples: got 5000, expected at most the 1097 training examples"
 
 
@@ -110,7 +106,7 @@ def test_a_run_that_is_stopped_saves_a_checkpoint(cluster: list[dict[str, Any]],
     place = Place(tmp_path, device="cpu", threads=1)
     (run,) = Plan(wanted, place).ready()
     folder = place.folder(run)
-    job = RayWorkers("local").start(run)
+    job = RayWorkers("local", train_run).start(run)
     while not folder.events.exists():
         time.sleep(0.02)
     assert job.failure() is None

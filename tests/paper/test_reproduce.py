@@ -17,15 +17,14 @@ from PIL import Image
 
 from fastfisher.cli import main
 from fastfisher.paper import reproduce
-from fastfisher.paper.arguments import IDS
 from fastfisher.paper.cases import Tuned
 from fastfisher.paper.claims import CLAIMS
-from fastfisher.paper.experiments import load
+from fastfisher.paper.experiments import IDS, load
 from fastfisher.paper.plan import TUNING_SEED, Place, Run
 from fastfisher.paper.report import DRY, SCALES
 from fastfisher.paper.reproduce import Request, read_outcome, write_reports
-from fastfisher.paper.workers import Job
 from fastfisher.training.folder import RunFolder
+from fastfisher.training.pool import Job
 from tests.paper import commands
 from tests.paper.plans import RememberedPlace
 
@@ -257,7 +256,7 @@ def test_a_missing_run_leaves_its_ids_without_a_report(
     printed = capsys.readouterr()
     assert printed.out.splitlines()[-1].startswith(f"1 of 2 reports in {tmp_path}, ")
     assert printed.err.splitlines()[-2:] == [
-        f"fastfisher reproduce: {run.name}: no luck ({run.config.out}.log)",
+        f"fastfisher reproduce: {run.name} failed: no luck ({run.config.out}.log)",
         "fastfisher reproduce: fig18 has no report: runs are missing",
     ]
     assert sorted(path.name for path in tmp_path.glob("fig*")) == [f"fig19.{e}" for e in ("csv", "md", "png", "svg")]

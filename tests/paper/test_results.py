@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastfisher.paper.arguments import IDS
-from fastfisher.paper.experiments import load
+from fastfisher.paper.experiments import IDS, load
 
 RESULTS = Path(__file__).parents[2] / "results"
 DIGITS = RESULTS / "digits"

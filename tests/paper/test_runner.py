@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 
 from fastfisher.cli import main
-from fastfisher.paper import reproduce, runner
+from fastfisher.paper import reproduce
 from fastfisher.paper.cases import Case, tuned
 from fastfisher.paper.experiment import MAX_TRACE, TEST_ACCURACY, Experiment
 from fastfisher.paper.plan import Place, Plan, Run
-from fastfisher.paper.runner import train_plan
-from fastfisher.paper.workers import Job, LocalWorkers, train_run
-from fastfisher.training import loop
+from fastfisher.paper.runner import train_plan, train_run
+from fastfisher.training import loop, pool
 from fastfisher.training.config import TrainConfig, to_values
 from fastfisher.training.folder import RunFolder
+from fastfisher.training.pool import Job, LocalWorkers
 from tests.paper import commands
 from tests.paper.plans import RememberedPlace, digits
 from tests.training.runs import assert_same_state, interrupt_at, metrics
@@ -84,7 +84,7 @@ class FakeWorkers:
 
 @pytest.fixture
 def place(monkeypatch: pytest.MonkeyPatch) -> RememberedPlace:
-    monkeypatch.setattr(runner, "SECONDS_BETWEEN_LOOKS", 0)
+    monkeypatch.setattr(pool, "SECONDS_BETWEEN_LOOKS", 0)
     return RememberedPlace(Path("/out"))
 
 
@@ -125,10 +125,10 @@ def test_what_fails_twice_is_reported_and_what_depends_on_it_is_not_trained(
     bad = (0.2, 0.7)
     workers = FakeWorkers(place, capacity, fails=lambda run, attempt: "bad luck" if run.config.lr in bad else None)
     failures = train_plan(Plan(wanted, place), workers)
-    assert sorted(failure.run.config.lr for failure in failures) == [0.2, 0.7]
+    assert sorted(failure.task.config.lr for failure in failures) == [0.2, 0.7]
     for failure in failures:
-        name = failure.run.name
-        assert str(failure) == f"{name}: bad luck (/out/runs/{name}.log)"
+        name = failure.task.name
+        assert str(failure) == f"{name} failed: bad luck (/out/runs/{name}.log)"
     trained = sorted(run.config.lr for run in workers.started)
     # 0.3 is tuned once for both grids, and is the best of the second.
     assert trained == [0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.5, 0.6, 0.7, 0.7, 0.9]
@@ -160,7 +160,7 @@ def test_a_signal_stops_what_is_under_way(
             return job
 
     before = signal.getsignal(sent)
-    monkeypatch.setattr(runner.time, "sleep", lambda seconds: signal.raise_signal(sent))
+    monkeypatch.setattr(pool.time, "sleep", lambda seconds: signal.raise_signal(sent))
     with pytest.raises(KeyboardInterrupt):
         train_plan(Plan(rates(0.1, 0.2, 0.3), place), Endless(place, looks=lambda run: 10**9))
     assert [job.stopped for job in jobs] == [True, True]
@@ -196,7 +196,7 @@ class Killing(LocalWorkers):
     """Kills the process of a run once it has saved a checkpoint, as often as it is told to."""
 
     def __init__(self, jobs: int, victim: str, times: int) -> None:
-        super().__init__(jobs)
+        super().__init__(jobs, train_run)
         self.victim, self.times = victim, times
         self.started: list[str] = []
         self.killers: list[threading.Thread] = []
@@ -234,9 +234,11 @@ def test_a_killed_worker_loses_its_own_run_only(times: int, tmp_path: Path) -> N
     assert place.outcome(other) == "finished"
     assert_same_run(other, whole(other, tmp_path / "whole"))
     if times == 2:
-        assert [str(failure) for failure in failures] == [f"{victim.name}: killed by SIGKILL ({victim.config.out}.log)"]
+        assert [str(failure) for failure in failures] == [
+            f"{victim.name} failed: killed by SIGKILL ({victim.config.out}.log)"
+        ]
         # Started again it goes on.
-        assert train_plan(Plan(wanted, place), LocalWorkers(1)) == []
+        assert train_plan(Plan(wanted, place), LocalWorkers(1, train_run)) == []
     else:
         assert failures == []
     assert place.outcome(victim) == "finished"
@@ -246,7 +248,7 @@ def test_a_killed_worker_loses_its_own_run_only(times: int, tmp_path: Path) -> N
 def test_a_run_that_diverges_is_an_outcome_and_no_failure(tmp_path: Path) -> None:
     place = Place(tmp_path, device="cpu", threads=1)
     case = small(lr=1e30, epochs=3)
-    assert train_plan(Plan([(case, 0)], place), LocalWorkers(1)) == []
+    assert train_plan(Plan([(case, 0)], place), LocalWorkers(1, train_run)) == []
     run = run_of(small(lr=1e30, epochs=3), tmp_path / "other")
     assert place.outcome(run) == "diverged"
     stored = json.loads((place.folder(run).path / "outcome.json").read_text())
@@ -256,15 +258,15 @@ def test_a_run_that_diverges_is_an_outcome_and_no_failure(tmp_path: Path) -> Non
 
 def test_the_reason_of_a_failure_is_the_last_that_the_run_said(tmp_path: Path) -> None:
     case = digits(examples=5_000)
-    (failure,) = train_plan(Plan([(case, 0)], Place(tmp_path, device="cpu", threads=1)), LocalWorkers(1))
+    (failure,) = train_plan(Plan([(case, 0)], Place(tmp_path, device="cpu", threads=1)), LocalWorkers(1, train_run))
     expected = "--examples: got 5000, expected at most the 1097 training examples"
     assert failure.reason == expected
-    assert Path(f"{failure.run.config.out}.log").read_text().splitlines() == [expected] * 2
+    assert Path(f"{failure.task.config.out}.log").read_text().splitlines() == [expected] * 2
 
 
 def test_a_run_that_cannot_even_have_a_log_fails(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file where the folder of the runs would be")
-    (failure,) = train_plan(Plan([(small(), 0)], Place(tmp_path, device="cpu", threads=1)), LocalWorkers(1))
+    (failure,) = train_plan(Plan([(small(), 0)], Place(tmp_path, device="cpu", threads=1)), LocalWorkers(1, train_run))
     assert failure.reason == "exit code 1"
 
 
@@ -306,7 +308,7 @@ def locked(tmp_path: Path) -> Iterator[tuple[Run, Any]]:
 
 def test_of_two_processes_on_one_run_the_second_waits(locked: tuple[Run, Any], tmp_path: Path) -> None:
     run, held = locked
-    workers = LocalWorkers(2)
+    workers = LocalWorkers(2, train_run)
     jobs = [workers.start(run), workers.start(run)]
     log = Path(f"{run.config.out}.log")
     commands.wait_until(log.exists, "the start of a run")
@@ -355,7 +357,7 @@ def test_ctrl_c_saves_checkpoints_and_the_same_command_goes_on(
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as context:
-        context.setattr(runner.time, "sleep", pressing)
+        context.setattr(pool.time, "sleep", pressing)
         assert main(command) == 130
     assert capsys.readouterr().out.splitlines()[-1] == "interrupted; continue with the same command"
     assert not list(tmp_path.glob("fig1*"))

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from fastfisher.paper.arguments import IDS
 from fastfisher.paper.cases import Case, Key, Tuned
-from fastfisher.paper.experiments import load
+from fastfisher.paper.experiments import IDS, load
 from fastfisher.training.config import TrainConfig
 
 # ---- section I: what each network is trained with --------------------------------------------------------------------

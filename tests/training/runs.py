@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from fastfisher.training import loop
-from fastfisher.training.config import TrainConfig
+from fastfisher.training.config import TrainConfig, flag
 from fastfisher.training.folder import RunFolder
 
 
@@ -49,3 +51,15 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, times: int = 1) -> 
                 signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(loop.Run, "step", stepping)
+
+
+def command(config: TrainConfig) -> list[str]:
+    """Return the command line that trains ``config``."""
+    words = [sys.executable, "-m", "fastfisher", "train"]
+    for option in dataclasses.fields(config):
+        value = getattr(config, option.name)
+        if value is True:
+            words.append(flag(option.name))
+        elif value is not False and value is not None and value != ():
+            words += [flag(option.name), *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return words

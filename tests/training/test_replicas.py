@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -14,11 +15,14 @@ import pytest
 import torch
 
 from fastfisher.cli import main
-from fastfisher.training import loop, replicas
+from fastfisher.training import loop, pool, replicas
 from fastfisher.training.config import ConfigError, TrainConfig, add_arguments, from_values, resolve, to_values
+from fastfisher.training.endings import TrainingDivergedError
 from fastfisher.training.folder import RunFolder
-from fastfisher.training.replicas import Failure, Replicas, Summary
-from tests.training.runs import assert_same_state, interrupt_at, metrics
+from fastfisher.training.pool import Failure, LocalWorkers, Task, Train
+from fastfisher.training.replicas import Replicas
+from fastfisher.training.summary import Summary, describe_summary, summarise
+from tests.training.runs import assert_same_state, command, interrupt_at, metrics
 
 STEPS = 4  # in an epoch of 1,097 examples in batches of 256
 SEED = 5
@@ -42,7 +46,7 @@ def config(tmp_path: Path) -> TrainConfig:
 
 
 def words(config: TrainConfig) -> list[str]:
-    return replicas.command(config)[3:]
+    return command(config)[3:]
 
 
 def single(config: TrainConfig, seed: int) -> TrainConfig:
@@ -82,10 +86,10 @@ def test_each_replica_has_the_bits_of_its_single_run(
         assert summary["final"][name]["mean"] == pytest.approx((a + b) / 2)
         assert summary["final"][name]["standard_deviation"] == pytest.approx(abs(a - b) / 2**0.5)
 
-    def starting(config: TrainConfig) -> None:
-        raise AssertionError(f"{config.out} is finished")
+    def starting(workers: LocalWorkers, task: Task) -> None:
+        raise AssertionError(f"{task.name} is finished")
 
-    monkeypatch.setattr(replicas, "Process", starting)
+    monkeypatch.setattr(LocalWorkers, "start", starting)
     capsys.readouterr()
     assert main(["train", "--out", config.out, "--resume"]) == 0
     assert capsys.readouterr().out.splitlines() == printed[-1:]
@@ -139,7 +143,7 @@ def test_ctrl_c_leaves_checkpoints(
         if all(folder.checkpoint.exists() for folder in folders[:2]):
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(replicas.time, "sleep", pressing)
+    monkeypatch.setattr(pool.time, "sleep", pressing)
     assert main([*words(config), "--seeds", "3", "--together", "2"]) == 130
     expected = f"interrupted; continue with: fastfisher train --resume --out {config.out}"
     assert capsys.readouterr().out.splitlines() == [expected]
@@ -237,28 +241,78 @@ def test_the_command_line_means_the_same_run() -> None:
         TrainConfig(resume=True, data_dir="elsewhere"),
         TrainConfig(method="FP", mixed=True, penalty_every=1, lr=0.1 + 0.2, lr_milestones=(3, 5), noise_seed=4),
     ]:
-        command = replicas.command(config)
-        assert command[:4] == [sys.executable, "-m", "fastfisher", "train"]
+        words = command(config)
+        assert words[:4] == [sys.executable, "-m", "fastfisher", "train"]
         parser = argparse.ArgumentParser()
         add_arguments(parser)
-        assert from_values(vars(parser.parse_args(command[4:]))) == config
+        assert from_values(vars(parser.parse_args(words[4:]))) == config
+
+
+# What stands in for the training of a run: it is found by its name in a process of its own.
+
+
+def is_killed(values: dict[str, Any]) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def exits(values: dict[str, Any]) -> None:
+    os._exit(3)
+
+
+def diverges(values: dict[str, Any]) -> None:
+    print("epoch 1")
+    raise TrainingDivergedError("training diverged")
+
+
+def fails(values: dict[str, Any]) -> None:
+    raise OSError("no disk left")
+
+
+def until_told(values: dict[str, Any]) -> list[int]:
+    caught: list[int] = []
+    signal.signal(signal.SIGINT, lambda *_: caught.append(1))
+    Path(f"{values['out']}.ready").touch()
+    for _ in range(6000):  # a minute: nothing is left behind where no signal comes
+        if caught:
+            break
+        time.sleep(0.01)
+    return caught
+
+
+def takes_a_moment_to_end(values: dict[str, Any]) -> None:
+    caught = until_told(values)
+    time.sleep(0.3)
+    Path(f"{values['out']}.caught").write_text(f"{len(caught)} {os.getsid(0)}")
+    raise KeyboardInterrupt
+
+
+def presses_ctrl_c_once_more_and_goes_on(values: dict[str, Any]) -> None:
+    until_told(values)
+    Path(f"{values['out']}.pid").write_text(str(os.getpid()))
+    parent = multiprocessing.parent_process()
+    assert parent is not None and parent.pid is not None
+    os.kill(parent.pid, signal.SIGINT)
+    time.sleep(60)
 
 
 @pytest.mark.parametrize(
-    ("script", "expected"),
+    ("stand_in", "expected"),
     [
-        ("import os; os.kill(os.getpid(), 9)", "killed by SIGKILL"),
-        ("import sys; sys.exit(3)", "exit code 3"),
-        ("import sys; print('epoch 1'); sys.exit('fastfisher train: training diverged\\n')", "training diverged"),
+        (is_killed, "killed by SIGKILL"),
+        (exits, "exit code 3"),
+        (diverges, "training diverged"),
+        (fails, "OSError: no disk left"),
     ],
 )
 def test_a_failure_says_why(
-    script: str, expected: str, config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    stand_in: Train, expected: str, config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     config = dataclasses.replace(config, out=str(tmp_path / "seed-5"))
     (tmp_path / "seed-5.log").write_text("of a run before\n")
-    monkeypatch.setattr(replicas, "command", lambda config: [sys.executable, "-c", script])
-    assert replicas.train_together([config], 1) == [Failure(config, expected)]
+    monkeypatch.setattr(replicas, "train_seed", stand_in)
+    (failure,) = replicas.train_together([config], 1)
+    assert failure == Failure(Task("seed 5", config), expected)
+    assert str(failure) == f"seed 5 failed: {expected} ({config.out}.log)"
     assert (tmp_path / "seed-5.log").read_text().startswith("of a run before\n")
 
 
@@ -266,62 +320,49 @@ def test_no_more_than_asked_for_train_at_once(config: TrainConfig, monkeypatch: 
     most: list[int] = []
     active: set[int] = set()
 
-    class Fake:
-        def __init__(self, config: TrainConfig) -> None:
-            self.config = config
+    class FakeJob:
+        def __init__(self, seed: int) -> None:
+            self.seed = seed
             self.looks = 0
-            active.add(config.seed)
-            most.append(len(active))
 
-        def ended(self) -> bool:
+        def failure(self) -> str | None:
             self.looks += 1
-            if self.looks == 2 + self.config.seed % 3:
-                active.remove(self.config.seed)
-                return True
-            return False
+            if self.looks == 2 + self.seed % 3:
+                active.remove(self.seed)
+                return "on purpose"
+            return None
 
-        def failure(self) -> Failure:
-            return Failure(self.config, "on purpose")
+    class Fake:
+        def __init__(self, capacity: int, train: Train) -> None:
+            self.capacity = capacity
 
-    monkeypatch.setattr(replicas, "Process", Fake)
-    monkeypatch.setattr(replicas, "SECONDS_BETWEEN_LOOKS", 0)
+        def start(self, task: Task) -> FakeJob:
+            active.add(task.config.seed)
+            most.append(len(active))
+            return FakeJob(task.config.seed)
+
+    monkeypatch.setattr(replicas, "LocalWorkers", Fake)
+    monkeypatch.setattr(pool, "SECONDS_BETWEEN_LOOKS", 0)
     configs = Replicas(config, seeds=10).configs()
     failures = replicas.train_together(configs, 3)
     # They end in another order than they are reported in.
-    assert [failure.config for failure in failures] == configs
+    assert [failure.task.config for failure in failures] == configs
     assert len(most) == 10
     assert max(most) == 3
-
-
-STANDS_IN = """
-import os, pathlib, signal, sys, time
-caught = []
-signal.signal(signal.SIGINT, lambda *_: caught.append(1))
-pathlib.Path(sys.argv[1] + '.ready').touch()
-for _ in range(6000):  # a minute: nothing is left behind where no signal comes
-    if caught: break
-    time.sleep(0.01)
-"""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_what_ends_this_process_reaches_each_run_once(
     number: signal.Signals, config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    # Stands in for a training run: counts the signals, and takes a moment to end.
-    script = STANDS_IN + (
-        "time.sleep(0.3)\n"
-        "pathlib.Path(sys.argv[1] + '.caught').write_text(f'{len(caught)} {os.getsid(0)}')\n"
-        "sys.exit(130)\n"
-    )
-    monkeypatch.setattr(replicas, "command", lambda config: [sys.executable, "-c", script, config.out])
+    monkeypatch.setattr(replicas, "train_seed", takes_a_moment_to_end)
 
     def pressing(seconds: float) -> None:
         if len(list(tmp_path.rglob("*.ready"))) == 2:
             signal.raise_signal(number)
 
     before = signal.getsignal(number)
-    monkeypatch.setattr(replicas.time, "sleep", pressing)
+    monkeypatch.setattr(pool.time, "sleep", pressing)
     with pytest.raises(KeyboardInterrupt):
         replicas.train_together(Replicas(config, seeds=3).configs(), 2)
     counts, sessions = zip(*(path.read_text().split() for path in tmp_path.rglob("*.caught")), strict=True)
@@ -332,19 +373,13 @@ def test_what_ends_this_process_reaches_each_run_once(
 
 
 def test_a_second_ctrl_c_waits_for_nobody(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    # Told to end, this run presses Ctrl-C once more and goes on.
-    script = STANDS_IN + (
-        "pathlib.Path(sys.argv[1] + '.pid').write_text(str(os.getpid()))\n"
-        "os.kill(os.getppid(), signal.SIGINT)\n"
-        "time.sleep(60)\n"
-    )
-    monkeypatch.setattr(replicas, "command", lambda config: [sys.executable, "-c", script, config.out])
+    monkeypatch.setattr(replicas, "train_seed", presses_ctrl_c_once_more_and_goes_on)
 
     def pressing(seconds: float) -> None:
         if list(tmp_path.rglob("*.ready")):
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(replicas.time, "sleep", pressing)
+    monkeypatch.setattr(pool.time, "sleep", pressing)
     with pytest.raises(KeyboardInterrupt):
         replicas.train_together(Replicas(config, seeds=1).configs(), 1)
     (pid,) = (int(path.read_text()) for path in tmp_path.rglob("*.pid"))
@@ -370,7 +405,7 @@ def test_the_summary_is_that_of_the_finished_runs(config: TrainConfig) -> None:
         write_run(each, [first, measured, last], epochs_saved=2)
     # Cut off between the last line and the last checkpoint.
     write_run(configs[3], [{"step": 8, "epoch": 2, "test_accuracy": 0.0}], epochs_saved=1)
-    summary = replicas.summarise(configs, [Failure(configs[4], "no disk left")])
+    summary = summarise(configs, {9: "no disk left"})
     assert summary == {
         "seeds": [5, 6, 7],
         "failed": {"9": "no disk left"},
@@ -388,11 +423,11 @@ def test_the_summary_is_that_of_the_finished_runs(config: TrainConfig) -> None:
         },
     }
     line = "mean ± standard deviation over 3 seeds: test 70.0 ± 20.0 %  Tr(F) 3 ± 2.65"
-    assert replicas.describe_summary(summary) == line
-    alone = replicas.summarise(configs[:1], [])
+    assert describe_summary(summary) == line
+    alone = summarise(configs[:1], {})
     assert alone["final"]["test_accuracy"]["standard_deviation"] is None
-    assert replicas.describe_summary(alone) == "1 seed: test 50.0 %  Tr(F) 1"
-    assert replicas.describe_summary(replicas.summarise(configs[4:], [])) == "no run has finished"
+    assert describe_summary(alone) == "1 seed: test 50.0 %  Tr(F) 1"
+    assert describe_summary(summarise(configs[4:], {})) == "no run has finished"
 
 
 def test_the_summary_has_the_trace_at_each_threshold(config: TrainConfig) -> None:
@@ -401,7 +436,7 @@ def test_the_summary_has_the_trace_at_each_threshold(config: TrainConfig) -> Non
     for each, trace in zip(configs, (2.0, 4.0), strict=True):
         first = {"step": 4, "epoch": 1, "test_accuracy": 0.5, "trace_fisher_below_1.5": trace}
         write_run(each, [first, {"step": 8, "epoch": 2, "test_accuracy": 0.5}], epochs_saved=2)
-    found = replicas.summarise(configs, [])["final"]
+    found = summarise(configs, {})["final"]
     assert found.keys() == {"test_accuracy", "trace_fisher_below_1.5"}
     assert found["trace_fisher_below_1.5"]["by_seed"] == {"5": 2.0, "6": 4.0}
 
