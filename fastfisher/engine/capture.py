@@ -14,7 +14,6 @@ here knows is named in ``Capture.fallbacks``.
 from __future__ import annotations
 
 import itertools
-import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,9 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastfisher.engine.calls import opened
+from fastfisher.engine.calls import map_tensors, name_of, opened, tensors_in, writes_first
 from fastfisher.engine.checkpointing import graph_nodes, keep_saved_tensors, refuse_recomputed
-from fastfisher.engine.gates import RandomState
 from fastfisher.engine.layers import (
     DECOMPOSED,
     Layer,
@@ -36,9 +34,9 @@ from fastfisher.engine.layers import (
     bind,
     computing,
     depends,
-    tensors_in,
     unrolled,
 )
+from fastfisher.engine.random_state import RandomState
 from fastfisher.model import (
     Inputs,
     call_model,
@@ -147,12 +145,11 @@ class Capture:
         self.told = False
         self.receiver = Receiver()
         state = buffers | others | self.parameters
-        self.devices = frozenset(p.device.index for p in found.values() if p.device.type == "cuda")
-        before = RandomState.current(self.devices)
+        before = RandomState.on_devices_of(found.values())
         mode = _Watch(self, model, inputs)
         with torch.enable_grad(), uncompiled(model, "the measurement"):
             self.logits = call_within(model, state, mode.run)
-        self.random = not same_state(before, RandomState.current(self.devices))
+        self.random = before.has_moved()
         for node in graph_nodes(self.logits):
             refuse_recomputed(node)
             variable = getattr(node, "variable", None)
@@ -382,7 +379,7 @@ class _Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         keep_saved_tensors()
         tracked, level = [], 0
-        for tensor in itertools.chain(tensors_in(args), tensors_in(kwargs.values())):
+        for tensor in tensors_in((args, kwargs)):
             if id(tensor) in self.followed:
                 tracked.append(tensor)
             else:
@@ -426,7 +423,7 @@ class _Watch(TorchFunctionMode):
         if recurrent is not None:
             return self._recurrent(func, args, kwargs, recurrent, tracked)
         layer = bind(func, args, kwargs, lambda t: id(t) in self.followed)
-        others = [t for t in tensors_in([*args, *kwargs.values()]) if id(t) not in self.followed and depends(t)]
+        others = [t for t in tensors_in((args, kwargs)) if id(t) not in self.followed and depends(t)]
         if layer is not None and not (layer.replaces or layer.several) and len(others) != 1:
             layer = None  # the formulas know of one argument that depends on the examples
         if layer is None and func in DECOMPOSED:
@@ -435,12 +432,12 @@ class _Watch(TorchFunctionMode):
         index = self._count(func, layer.operand if layer is not None else None)
         if self.probing is None:
             if layer is None:
-                self._give_up(tracked, f"there is no formula for its use in {_name(func)}")
+                self._give_up(tracked, f"there is no formula for its use in {name_of(func)}")
             elif self._find(layer, func, index):
                 return self._tap(layer, func, args, kwargs)
             else:
-                self._give_up(tracked, f"{_name(func)} has its examples where they cannot be told apart")
-        return func(*_replace(args, self._detached), **_replace(kwargs, self._detached))
+                self._give_up(tracked, f"{name_of(func)} has its examples where they cannot be told apart")
+        return func(*map_tensors(self._detached, args), **map_tensors(self._detached, kwargs))
 
     def _count(self, func: Any, operand: Tensor | None) -> int:
         """The number of this call; with ``probing``, what it saw is noted."""
@@ -480,14 +477,14 @@ class _Watch(TorchFunctionMode):
             return copies if tensor is original else self._detached(tensor)
 
         layer.tensors = {"value": narrowed}
-        return func(*_replace(layer.rewritten(args), swap), **_replace(kwargs, swap))
+        return func(*map_tensors(swap, layer.rewritten(args)), **map_tensors(swap, kwargs))
 
     def _recurrent(self, func: Any, args: Any, kwargs: Any, call: Unrolled, tracked: list[Tensor]) -> Any:
         """A recurrent network: each of its layers is a few linear layers, whose inputs come out one after the other."""
         call.states = [self._for_each_example(state) for state in call.states]
         index = self._count(func, call.operand)
         if self.probing is not None:
-            return func(*_replace(args, self._detached), **_replace(kwargs, self._detached))
+            return func(*map_tensors(self._detached, args), **map_tensors(self._detached, kwargs))
         here = range(len(self.capture.layers), len(self.capture.layers) + call.products)
         scattered = (
             call.packed or _level(call.operand) == _SCATTERED or any(i in self.capture.known.scattered for i in here)
@@ -549,7 +546,7 @@ class _Watch(TorchFunctionMode):
             self.probed = []
             inputs = take_rows(self.inputs, torch.arange(few) % examples)
             probe = _Watch(self.capture, self.model, inputs, self.probed)
-            random = RandomState.current(self.capture.devices)
+            random = RandomState.on_devices_of(self.model.parameters())
             try:
                 probe.run()
             except torch.OutOfMemoryError:
@@ -595,22 +592,6 @@ def _projected(layer: Layer, grad: Tensor) -> Tensor:
     d = computing(grad).reshape(rows, grad.numel() // max(1, rows))
     directions = torch.randn(d.shape[1], 4, generator=torch.Generator().manual_seed(2))
     return (d @ directions.to(d.device, d.dtype)).double()
-
-
-def same_state(one: RandomState, two: RandomState) -> bool:
-    """Whether nothing was drawn between two states of the generators."""
-    cuda = all(torch.equal(state, two.cuda[i]) for i, state in one.cuda.items())
-    return torch.equal(one.cpu, two.cpu) and cuda
-
-
-def _replace(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return function(value)
-    if type(value) in (list, tuple):
-        return type(value)(_replace(item, function) for item in value)
-    if isinstance(value, dict):
-        return {key: _replace(item, function) for key, item in value.items()}
-    return value
 
 
 _LOOKS = frozenset(
@@ -662,27 +643,12 @@ def _scatters(func: Any, args: Any) -> bool:
     return any(depends(t) for t in tensors_in(args[1:]) if not t.is_floating_point())
 
 
-def _mutates(func: Any) -> bool:
-    """Whether a function writes into its first argument, by PyTorch's names for those that do."""
-    name = getattr(func, "__name__", "")
-    return name.endswith("_") and (not name.endswith("__") or name == "__setitem__" or name[2:-2] in _AUGMENTED_NAMES)
-
-
-_AUGMENTED = "iadd isub imul itruediv idiv ifloordiv imod ipow iand ior ixor ilshift irshift imatmul"
-_AUGMENTED_NAMES = frozenset(_AUGMENTED.split())
-
-
 def _written(func: Any, args: Any) -> list[Tensor]:
     """What a call writes into, and the tensor that it is a view of."""
-    if not (args and isinstance(args[0], Tensor) and _mutates(func)):
+    if not (args and isinstance(args[0], Tensor) and writes_first(func)):
         return []
     base = args[0]._base
     return [args[0]] if base is None else [args[0], base]
-
-
-def _name(func: Any) -> str:
-    name = getattr(func, "__name__", str(func))
-    return f"torch.{name}" if not isinstance(func, types.FunctionType) else f"{func.__module__}.{name}"
 
 
 def _together(parts: list[Part]) -> list[list[Part]]:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from fastfisher.autocast import autocast_dtype
 from fastfisher.engine.capture import Capture, Known, named, random_cotangent
 from fastfisher.engine.checkpointing import graph_nodes, refuse_reentrant
-from fastfisher.engine.gates import RandomState
 from fastfisher.engine.layers import Layer, flat_rows
 from fastfisher.engine.one_by_one import gradients_of_each
+from fastfisher.engine.random_state import RandomState
 from fastfisher.model import Inputs, call_model, call_within, input_tensors, known_of, uncompiled
 
 SHAPES = 8
@@ -55,8 +55,7 @@ def verified_capture(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> 
 
 def _verify(model: nn.Module, inputs: Inputs, names: list[str]) -> tuple[Capture, bool]:
     """The capture, and whether it could be looked at."""
-    devices = frozenset(p.device.index for p in model.parameters() if p.device.type == "cuda")
-    before = RandomState.current(devices)
+    before = RandomState.on_devices_of(model.parameters())
 
     known, left_out = Known(), frozenset[str]()
 

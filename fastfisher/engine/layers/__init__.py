@@ -14,7 +14,6 @@ from fastfisher.engine.layers.base import (
     dots,
     flat_rows,
     squares,
-    tensors_in,
 )
 from fastfisher.engine.layers.decomposed import DECOMPOSED
 from fastfisher.engine.layers.recurrent import Recurrence, Unrolled, unrolled
@@ -35,6 +34,5 @@ __all__ = [
     "dots",
     "flat_rows",
     "squares",
-    "tensors_in",
     "unrolled",
 ]

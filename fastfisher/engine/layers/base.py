@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -234,15 +234,6 @@ class Layer:
 def depends(tensor: Tensor) -> bool:
     """Whether a tensor met in a capture, and not followed as a parameter, depends on the examples."""
     return tensor.requires_grad or getattr(tensor, "_fastfisher_depends", False)
-
-
-def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among arguments, those in lists and tuples included."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from tensors_in(value)
 
 
 def chunks(examples: int, elements: int, limit: int | None = None) -> Iterator[slice]:

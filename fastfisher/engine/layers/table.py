@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastfisher.engine.calls import positional
-from fastfisher.engine.layers.base import Layer, depends, tensors_in
+from fastfisher.engine.calls import positional, tensors_in
+from fastfisher.engine.layers.base import Layer, depends
 from fastfisher.engine.layers.conv import Conv
 from fastfisher.engine.layers.embedding import Embedding, EmbeddingBag
 from fastfisher.engine.layers.expand import Einsum, Expand
@@ -28,7 +28,7 @@ def bind(func: Any, args: Any, kwargs: Any, tracked: Tracked) -> Layer | None:
     if func is _EINSUM:
         return _einsum(tracked, *args, **kwargs)
     layer = None
-    if func in _BINDERS and not any(t.is_complex() for t in tensors_in([*args, *kwargs.values()])):
+    if func in _BINDERS and not any(t.is_complex() for t in tensors_in((args, kwargs))):
         placed, named = positional(func, args, kwargs)
         try:
             layer = _BINDERS[func](tracked, *placed, **named)
@@ -178,7 +178,7 @@ def _einsum(tracked: Tracked, equation: str, operands: Any, path: Any = None) ->
 
 
 def _expand(tracked: Tracked, args: Any, kwargs: Any, within: int = 0) -> Layer | None:
-    tensors = list(tensors_in([*args, *kwargs.values()]))
+    tensors = list(tensors_in((args, kwargs)))
     parameters = [t for t in tensors if tracked(t)]
     others = [t for t in tensors if not tracked(t) and depends(t)]
     if len(parameters) != 1:

@@ -11,29 +11,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastfisher import ops
 from fastfisher.engine import twice
+from fastfisher.engine.calls import name_of, outplace, split_inplace, tensors_in, writes_first
+from fastfisher.engine.piecewise.rules import Run, Sided, Written
+from fastfisher.engine.piecewise.selection import Selection
+from fastfisher.engine.piecewise.table import KNOWN, Known
 from fastfisher.engine.taylor.nodes import Elementwise, LogSumExp, Normalise, Softmax, Sum
-from fastfisher.engine.taylor.tape import RULES, NoRule, Tape, name_of, rule_for, tensors_in
-
-
-def _outplace(function: Any) -> Any:
-    """The function that returns what ``function`` would write into its first argument."""
-    name = getattr(function, "__name__", "")
-    if name.startswith("__i") and name.endswith("__") and hasattr(Tensor, f"__{name[3:]}"):
-        return getattr(Tensor, f"__{name[3:]}")
-    if name.endswith("_") and not name.endswith("__"):
-        for place in (torch, F, Tensor):
-            if hasattr(place, name[:-1]):
-                return getattr(place, name[:-1])
-    return function
+from fastfisher.engine.taylor.tape import RULES, NoRule, Tape, rule_for
 
 
 def _linear_in_first(picks: bool, tape: Tape, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """``picks``: whether each element of the output is one of the input, or 0."""
     if tape.slot(x) is None or any(tape.slot(y) is not None for y in tensors_in((args, kwargs))):
         raise NoRule(f"{name_of(func)} has no rule for these arguments")
-    function = _outplace(func)
+    function = outplace(func)
     value = function(x, *args, **kwargs)
     if not any(part.requires_grad for part in tensors_in(value)):
         return value  # of integers, or no tensor at all: x.type()
@@ -99,7 +90,7 @@ def _put_together(name: str, tape: Tape, func: Any, *args: Any, **kwargs: Any) -
     others = [x for place, x in enumerate(args) if place not in places]
     if kwargs.get("reduce") is not None or any(tape.slot(x) is not None for x in tensors_in((others, kwargs))):
         raise NoRule(f"{name_of(func)} has no rule for these arguments")
-    function = _set if name == "__setitem__" else _outplace(func)
+    function = _set if name == "__setitem__" else outplace(func)
     zeros = [_zero(x) for x in values]
 
     def with_values(*given: Any) -> Tensor:
@@ -311,13 +302,11 @@ def _embedding(
 # ---- piecewise linear functions --------------------------------------------------------------------------------------
 
 
-def _split_inplace(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
-    """Arguments without ``inplace``, the only boolean that these functions take, and its value."""
-    kwargs = dict(kwargs)
-    inplace = bool(kwargs.pop("inplace", False))
-    if args and isinstance(args[-1], bool):
-        args, inplace = args[:-1], args[-1]
-    return args, kwargs, inplace
+def _stands_for(tape: Tape, x: Tensor, out: Tensor, inplace: bool) -> Tensor:
+    """``out``, for which ``x`` stands from here on where the call was made in place."""
+    if inplace:
+        tape.replace(x, out)
+    return out
 
 
 @rule_for("relu")
@@ -325,51 +314,52 @@ def _relu(tape: Tape, func: Any, input: Tensor, inplace: bool = False) -> Tensor
     value = torch.relu(input)
     kept = value.detach()
     derivative = lambda t: torch.ops.aten.threshold_backward(t, kept, 0)  # noqa: E731
-    out = tape.linear("relu", derivative, [input], value)
-    if inplace:
-        tape.replace(input, out)
-    return out
+    return _stands_for(tape, input, tape.linear("relu", derivative, [input], value), inplace)
 
 
-_SLOPES: dict[str, Callable[..., Tensor]] = {
-    "leaky_relu": lambda x, negative_slope=0.01: torch.where(x > 0, torch.ones_like(x), negative_slope),
-    "relu6": lambda x: (x > 0) & (x < 6),
-    "hardtanh": lambda x, min_val=-1.0, max_val=1.0: (x > min_val) & (x < max_val),
-    "hardsigmoid": lambda x: ((x > -3) & (x < 3)).to(x.dtype) / 6,
-    "threshold": lambda x, threshold, value: x > threshold,
-    "clamp": lambda x, min=None, max=None: _between(x, min, max),
-    "clip": lambda x, min=None, max=None: _between(x, min, max),
-    "clamp_min": lambda x, min: _between(x, min, None),
-    "clamp_max": lambda x, max: _between(x, None, max),
-    "abs": torch.sign,
-    "absolute": torch.sign,
-    "__abs__": torch.sign,
-}
-"""The slopes of piecewise linear functions, as autograd has them on and between the kinks."""
+_ALONE = Run()
+"""What the rules of kinks ask for beside the call: here there is no ReLU before a max-pool."""
 
 
-def _between(x: Tensor, low: Any, high: Any) -> Tensor:
-    inside = torch.ones_like(x, dtype=torch.bool)
-    if low is not None:
-        inside &= x >= low
-    if high is not None:
-        inside &= x <= high
-    return inside
+def _with_kinks(known: Known, tape: Tape, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """A function of the table of kinks, with the derivative that its replay has on the recorded side."""
+    rule, function = known.rule, outplace(func)
+    args, kwargs, inplace = split_inplace(func, args, kwargs)
+    inplace = inplace and function is func  # else the tape itself puts the output in the place of the input
+    if known.smooth(func, *args, **kwargs):
+        raise NoRule(f"{name_of(func)} has no rule for these arguments")
+    if isinstance(rule, Written):
+        with tape:
+            return _stands_for(tape, args[0], rule.write(*args, **kwargs), inplace)
+    assert isinstance(rule, Sided | Selection)
+    others = [x for place, x in enumerate(args) if place not in rule.linear_in(args)]
+    if any(tape.slot(x) is not None for x in tensors_in((others, kwargs))):
+        raise NoRule(f"{known.name} has no rule for bounds that move")
+    if isinstance(rule, Sided):
+        slope = rule.slope(*args, **kwargs).to(args[0].dtype)
+        out = tape.linear(known.name, lambda t: t * slope, [args[0]], function(*args, **kwargs))
+        return _stands_for(tape, args[0], out, inplace)
+    return _selection(rule, known.name, tape, function, args, kwargs)
 
 
-def _piecewise(name: str, tape: Tape, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    rest, named, inplace = _split_inplace(args, kwargs)
-    if any(tape.slot(y) is not None for y in tensors_in((rest, named))):
-        raise NoRule(f"{name} has no rule for bounds that move")
-    slope = _SLOPES[name](x.detach(), *rest, **named).to(x.dtype)
-    out = tape.linear(name, lambda t: t * slope, [x], _outplace(func)(x, *rest, **named))
-    if inplace:
-        tape.replace(x, out)
-    return out
+def _selection(rule: Selection, name: str, tape: Tape, function: Any, args: Any, kwargs: Any) -> Any:
+    """A function that selects elements: of the derivatives of its inputs, those of the recorded elements."""
+    places = rule.linear_in(args)
+    moving = [place for place in places if tape.slot(args[place]) is not None]
+    found, saved = rule.record(_ALONE, function, args, kwargs)
+    still = [_zero(x) if place in places else x for place, x in enumerate(args)]
 
+    def derivative(*given: Tensor) -> Tensor:
+        filled = list(still)
+        for place, x in zip(moving, given, strict=True):
+            filled[place] = x
+        out = rule.replay(_ALONE, saved, function, filled, kwargs)
+        return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
 
-for _function in _SLOPES:
-    rule_for(_function)(functools.partial(_piecewise, _function))
+    value = found[0] if isinstance(found, tuple) else found
+    squares = derivative if rule.takes_single else None
+    out = tape.linear(name, derivative, [args[place] for place in moving], value, squares)
+    return type(found)((out, *found[1:])) if isinstance(found, tuple) else out
 
 
 @rule_for("prelu")
@@ -380,86 +370,17 @@ def _prelu(tape: Tape, func: Any, input: Tensor, weight: Tensor) -> Tensor:
         return positive + slope * (input - positive)
 
 
-@rule_for("maximum minimum")
-def _maximum(tape: Tape, func: Any, a: Tensor, b: Tensor) -> Tensor:
-    value = func(a, b)
-    share = (0.5 * ((value == a).to(a.dtype) - (value == b).to(a.dtype)) + 0.5).detach()  # equal elements share
-    parts = [(x, s) for x, s in ((a, share), (b, 1 - share)) if tape.slot(x) is not None]
-    derivative = lambda *moving: sum(t * s for t, (_, s) in zip(moving, parts, strict=True))  # noqa: E731
-    return tape.linear(func.__name__, derivative, [x for x, _ in parts], value)
-
-
-@rule_for("max min")
-def _max(tape: Tape, func: Any, x: Tensor, dim: Any = None, keepdim: bool = False) -> Any:
-    name = func.__name__
-    if isinstance(dim, Tensor):
-        return _maximum(tape, torch.maximum if name == "max" else torch.minimum, x, dim)
-    if dim is None:
-        with tape:
-            return x.amax() if name == "max" else x.amin()
-    value, indices = func(x, dim, keepdim)
-    full = indices if keepdim else indices.unsqueeze(dim)
-
-    def derivative(t: Tensor) -> Tensor:
-        taken = t.gather(dim, full)
-        return taken if keepdim else taken.squeeze(dim)
-
-    return getattr(torch.return_types, name)((tape.linear(name, derivative, [x], value), indices))
-
-
-@rule_for("amax amin")
-def _amax(tape: Tape, func: Any, x: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
-    value = func(x, dim, keepdim)
-    is_it = (x == func(x, dim, True)).to(x.dtype).detach()
-    dims = list(range(x.dim())) if dim == () else dim
-    share = is_it / is_it.sum(dims, keepdim=True)  # equal elements share
-    return tape.linear(func.__name__, lambda t: (t * share).sum(dims, keepdim=keepdim), [x], value)
-
-
-def _pool(tape: Tape, dims: int, with_indices: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
-    wants_indices = kwargs.pop("return_indices", False) or func is with_indices
-    x, *rest = (kwargs.pop("input"), *args) if "input" in kwargs else args  # F.max_pool2d has no signature to ask for
-    value, indices = with_indices(x, *rest, **kwargs)
-    planes, shape = indices.flatten(-dims).flatten(0, -2).int().contiguous(), value.shape
-
-    def derivative(t: Tensor) -> Tensor:
-        return ops.gate_take(t.reshape(len(planes), -1).contiguous(), planes).view(shape)
-
-    out = tape.linear(f"max_pool{dims}d", derivative, [x], value, derivative)
-    return (out, indices) if wants_indices else out
-
-
-def _register_pools() -> None:
-    for dims in (1, 2, 3):
-        for name in (f"max_pool{dims}d", f"adaptive_max_pool{dims}d"):
-            with_indices = getattr(F, f"{name}_with_indices")
-
-            def rule(
-                tape: Tape, func: Any, *args: Any, dims: int = dims, form: Any = with_indices, **kwargs: Any
-            ) -> Any:
-                return _pool(tape, dims, form, func, *args, **kwargs)
-
-            rule_for(name)(rule)
-            RULES[with_indices] = (rule, False)
-
-
-_register_pools()
-
-
 @rule_for("dropout dropout1d dropout2d dropout3d feature_dropout")
 def _dropout(tape: Tape, func: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     if not training or p == 0:
         return input
     mask = func(torch.ones_like(input), p, True)  # the same for every direction
-    out = tape.linear("dropout", lambda t: t * mask, [input], input * mask)
-    if inplace:
-        tape.replace(input, out)
-    return out
+    return _stands_for(tape, input, tape.linear("dropout", lambda t: t * mask, [input], input * mask), inplace)
 
 
-@rule_for("round floor ceil trunc sign")
+@rule_for("round floor ceil trunc fix sign sgn")
 def _flat(tape: Tape, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return _outplace(func)(x.detach(), *args, **kwargs)  # type: ignore[no-any-return]
+    return outplace(func)(x.detach(), *args, **kwargs)  # type: ignore[no-any-return]
 
 
 @rule_for("glu")
@@ -536,13 +457,12 @@ _DERIVATIVES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 
 
 def _smooth(name: str, tape: Tape, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    rest, named, inplace = _split_inplace(args, kwargs)
+    function = outplace(func)
+    (_, *rest), named, inplace = split_inplace(func, (input, *args), kwargs)
     if tape.slot(input) is None or any(True for _ in tensors_in((rest, named))):
         raise NoRule(f"{name_of(func)} has no rule for these arguments")
-    out = _elementwise(name, tape, _outplace(func), input, *rest, **named)
-    if inplace:
-        tape.replace(input, out)
-    return out
+    out = _elementwise(name, tape, function, input, *rest, **named)
+    return _stands_for(tape, input, out, inplace and function is func)
 
 
 def _elementwise(name: str, tape: Tape, function: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -793,3 +713,10 @@ def _norm(tape: Tape, func: Any, x: Tensor, p: Any = 2, dim: Any = None, keepdim
     dim = list(range(x.dim())) if dim is None else dim
     with tape:
         return x.square().sum(dim, keepdim=keepdim).sqrt()
+
+
+_rule_with_kinks = functools.cache(lambda known: functools.partial(_with_kinks, known))
+
+for _kinked, _known in KNOWN.items():  # after all others: a rule of its own is the cheaper one
+    if isinstance(_known.rule, Sided | Selection | Written):
+        RULES.setdefault(_kinked, (_rule_with_kinks(_known), writes_first(_kinked)))

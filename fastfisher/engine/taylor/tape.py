@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import MethodWrapperType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode
 
-from fastfisher.engine.calls import opened, positional
+from fastfisher.engine.calls import map_tensors, name_of, opened, positional, tensors_in
 from fastfisher.engine.checkpointing import keep_saved_tensors
 from fastfisher.engine.taylor.known import take_out_own
 from fastfisher.engine.taylor.nodes import Linear, Node, Product
@@ -144,7 +144,7 @@ class Tape(TorchFunctionMode):
         keep_saved_tensors()
         if type(func) is MethodWrapperType and func.__name__ == "__set__":
             return self._set(func, args)
-        args, kwargs = _map(self._now, tuple(args)), _map(self._now, kwargs) if kwargs else {}
+        args, kwargs = map_tensors(self._now, tuple(args)), map_tensors(self._now, kwargs) if kwargs else {}
         tensors = list(tensors_in((args, kwargs)))
         if not (torch.is_grad_enabled() and any(id(x) in self.slots for x in tensors)):
             return self._unfollowed(func, args, kwargs, tensors)
@@ -374,31 +374,3 @@ def _writes_to(x: Tensor) -> int:
 def _storage(x: Tensor) -> int:
     """The memory of a tensor and its views; of an empty one and of one that has several, a number of its own."""
     return (x.untyped_storage().data_ptr() if x.layout == torch.strided else 0) or -id(x)
-
-
-def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Applies a function to the tensors in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if type(value) in (tuple, list):
-        return type(value)(_map(function, x) for x in value)
-    if type(value) is dict:
-        return {name: _map(function, x) for name, x in value.items()}
-    return value
-
-
-def tensors_in(value: Any) -> Iterable[Tensor]:
-    """The tensors in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for x in value:
-            yield from tensors_in(x)
-    elif isinstance(value, dict):
-        for x in value.values():
-            yield from tensors_in(x)
-
-
-def name_of(function: Any) -> str:
-    """A function's name for a message."""
-    return str(resolve_name(function) or getattr(function, "__name__", repr(function)))
