@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher.autocast import autocast_dtype
-from fastfisher.engine.capture import Capture, Known, named, random_cotangent
+from fastfisher.engine.capture import Capture, named, random_cotangent
 from fastfisher.engine.checkpointing import graph_nodes, refuse_reentrant
 from fastfisher.engine.layers import Layer, flat_rows
 from fastfisher.engine.one_by_one import gradients_of_each
 from fastfisher.engine.random_state import RandomState
+from fastfisher.engine.watching import Known
 from fastfisher.model import Inputs, call_model, call_within, input_tensors, known_of, uncompiled
 
 SHAPES = 8
