@@ -93,6 +93,13 @@ def argument(func: Function, args: Any, kwargs: Any, name: str, default: Any = N
     return default if own is _MISSING else own
 
 
+def complete(func: Function, args: Any, kwargs: Any) -> tuple[Any, ...]:
+    """All arguments of a call in the positions of the signature, with the defaults of those not given."""
+    placed, _ = positional(func, args, kwargs)
+    parameters = next((found for found, _, _ in _signatures(func) if len(found) >= len(placed)), ())
+    return (*placed, *(default for _, default in parameters[len(placed) :]))
+
+
 @functools.cache
 def _place(func: Function, name: str) -> tuple[int | None, Any]:
     """The position of a parameter, in the first signature that has it at one, and its default."""

@@ -212,37 +212,9 @@ def _linear_layer(tape: Tape, func: Any, input: Tensor, weight: Tensor, bias: Te
     return tape.product("linear", F.linear, input, weight, bias)
 
 
-@rule_for("conv1d conv2d conv3d")
-def _conv(
-    tape: Tape,
-    func: Any,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor:
-    function = lambda a, b, c=None: func(a, b, c, stride, padding, dilation, groups)  # noqa: E731
-    return tape.product(func.__name__, function, input, weight, bias)
-
-
-@rule_for("conv_transpose1d conv_transpose2d conv_transpose3d")
-def _conv_transpose(
-    tape: Tape,
-    func: Any,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    output_padding: Any = 0,
-    groups: int = 1,
-    dilation: Any = 1,
-) -> Tensor:
-    rest = (stride, padding, output_padding, groups, dilation)
-    return tape.product(func.__name__, lambda a, b, c=None: func(a, b, c, *rest), input, weight, bias)
+@rule_for("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d")
+def _conv(tape: Tape, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *how: Any) -> Tensor:
+    return tape.product(func.__name__, lambda a, b, c=None: func(a, b, c, *how), input, weight, bias)
 
 
 @rule_for("matmul __matmul__ mm bmm mv dot inner outer")
@@ -278,16 +250,9 @@ def _einsum(tape: Tape, func: Any, equation: str, *operands: Any) -> Tensor:
 
 @rule_for("embedding")
 def _embedding(
-    tape: Tape,
-    func: Any,
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Tensor:
+    tape: Tape, func: Any, input: Tensor, weight: Tensor, padding_idx: int | None = None, max_norm: float | None = None,
+    norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False,
+) -> Tensor:  # fmt: skip
     if max_norm is not None or scale_grad_by_freq or func is torch.embedding:
         raise NoRule("embedding has no rule for max_norm or scale_grad_by_freq")
     kept = None if padding_idx is None else (input != padding_idx % len(weight)).unsqueeze(-1)
@@ -506,17 +471,9 @@ def _logsumexp(tape: Tape, func: Any, input: Tensor, dim: Any, keepdim: bool = F
 
 @rule_for("cross_entropy")
 def _cross_entropy(
-    tape: Tape,
-    func: Any,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: Any = None,
-    ignore_index: int = -100,
-    reduce: Any = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Tensor:
+    tape: Tape, func: Any, input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: Any = None,
+    ignore_index: int = -100, reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
+) -> Tensor:  # fmt: skip
     dim = 0 if input.dim() == 1 else 1
     soft = target.is_floating_point()
     if size_average is not None or reduce is not None:
@@ -557,17 +514,10 @@ def _affine(tape: Tape, name: str, n: Tensor, weight: Tensor | None, bias: Tenso
 
 @rule_for("batch_norm")
 def _batch_norm(
-    tape: Tape,
-    func: Any,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
+    tape: Tape, func: Any, input: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
+    weight: Tensor | None = None, bias: Tensor | None = None, training: bool = False, momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     if func is torch.batch_norm:
         raise NoRule("torch.batch_norm has no rule (torch.nn.functional.batch_norm has)")
     shape = (-1, *[1] * (input.dim() - 2))
@@ -589,15 +539,9 @@ def _batch_norm(
 
 @rule_for("layer_norm")
 def _layer_norm(
-    tape: Tape,
-    func: Any,
-    input: Tensor,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enable: bool = True,
-) -> Tensor:
+    tape: Tape, func: Any, input: Tensor, normalized_shape: Any, weight: Tensor | None = None,
+    bias: Tensor | None = None, eps: float = 1e-5, cudnn_enable: bool = True,
+) -> Tensor:  # fmt: skip
     dims = list(range(-len(normalized_shape), 0))
     n = _normalise(tape, "layer_norm", input, dims, eps)
     return _affine(tape, "layer_norm", n, weight, bias, tuple(normalized_shape))
@@ -614,15 +558,9 @@ def _rms_norm(
 
 @rule_for("group_norm")
 def _group_norm(
-    tape: Tape,
-    func: Any,
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enable: bool = True,
-) -> Tensor:
+    tape: Tape, func: Any, input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
+    eps: float = 1e-5, cudnn_enable: bool = True,
+) -> Tensor:  # fmt: skip
     with tape:
         grouped = input.reshape(len(input), num_groups, -1)
     n = _normalise(tape, "group_norm", grouped, [-1], eps)
@@ -633,17 +571,10 @@ def _group_norm(
 
 @rule_for("instance_norm")
 def _instance_norm(
-    tape: Tape,
-    func: Any,
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
+    tape: Tape, func: Any, input: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None,
+    weight: Tensor | None = None, bias: Tensor | None = None, use_input_stats: bool = True, momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     if not use_input_stats or running_mean is not None or func is torch.instance_norm:
         raise NoRule("instance_norm with running statistics has no rule")
     n = _normalise(tape, "instance_norm", input, list(range(2, input.dim())), eps)
@@ -652,17 +583,9 @@ def _instance_norm(
 
 @rule_for("scaled_dot_product_attention")
 def _attention(
-    tape: Tape,
-    func: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
+    tape: Tape, func: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
     with tape:
         if enable_gqa:
             key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
