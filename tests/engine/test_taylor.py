@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from bench.networks import network
 from fastfisher.engine.taylor import NoRule, Tape
-from fastfisher.engine.taylor.tape import RULES
+from fastfisher.engine.taylor.registry import RULES
 from fastfisher.engine.twice import twice_differentiable
 from tests.support.networks import SmallResNet
 

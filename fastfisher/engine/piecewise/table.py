@@ -183,11 +183,7 @@ _OTHERS: dict[str, Rule] = {
     },
 }
 
-RULES: dict[str, Rule] = {
-    **_ELEMENTWISE,
-    **{names: Written(write) for names, write in _WRITTEN.items()},
-    **_OTHERS,
-}
+RULES: dict[str, Rule] = {**_ELEMENTWISE, **{names: Written(write) for names, write in _WRITTEN.items()}, **_OTHERS}
 """By the names of the functions that it serves, each in its in-place form too, a rule."""
 
 # ---- smooth functions ------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from fastfisher.engine.piecewise.rules import Run, Sided, Written
 from fastfisher.engine.piecewise.selection import Selection
 from fastfisher.engine.piecewise.table import KNOWN, Known
 from fastfisher.engine.taylor.nodes import Elementwise, LogSumExp, Normalise, Softmax, Sum
-from fastfisher.engine.taylor.tape import RULES, NoRule, Tape, rule_for
+from fastfisher.engine.taylor.registry import RULES, NoRule, rule_for
+from fastfisher.engine.taylor.tape import Tape
 
 
 def _linear_in_first(picks: bool, tape: Tape, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -270,7 +271,7 @@ def _embedding(
 def _stands_for(tape: Tape, x: Tensor, out: Tensor, inplace: bool) -> Tensor:
     """``out``, for which ``x`` stands from here on where the call was made in place."""
     if inplace:
-        tape.replace(x, out)
+        tape.held.replace(x, out)
     return out
 
 
@@ -405,10 +406,7 @@ _DERIVATIVES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "__pow__": _pow,
     "sin": lambda x, y: (torch.cos(x), -y),
     "cos": lambda x, y: (-torch.sin(x), -y),
-    "erf": lambda x, y: (
-        2 / math.sqrt(math.pi) * torch.exp(-x * x),
-        -4 / math.sqrt(math.pi) * x * torch.exp(-x * x),
-    ),
+    "erf": lambda x, y: (2 / math.sqrt(math.pi) * torch.exp(-x * x), -4 / math.sqrt(math.pi) * x * torch.exp(-x * x)),
     "softplus": _softplus,
     "gelu": _gelu,
     "silu": _silu,
