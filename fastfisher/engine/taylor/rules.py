@@ -167,12 +167,6 @@ def _add(tape: Tape, func: Any, a: Any, b: Any, *, alpha: Any = 1) -> Tensor:
     return tape.add(Sum(name, [slot for slot, _ in moving], [s for _, s in moving], value.shape), value)
 
 
-@rule_for("lerp")
-def _lerp(tape: Tape, func: Any, start: Tensor, end: Tensor, weight: Any) -> Tensor:
-    with tape:
-        return start + weight * (end - start)  # type: ignore[no-any-return]
-
-
 @rule_for("mul multiply __mul__ __rmul__")
 def _mul(tape: Tape, func: Any, a: Any, b: Any) -> Tensor:
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
@@ -193,18 +187,6 @@ def _div(tape: Tape, func: Any, a: Any, b: Any, *, rounding_mode: str | None = N
         return a * torch.reciprocal(b)  # type: ignore[no-any-return]
 
 
-@rule_for("__rtruediv__ __rdiv__")
-def _rdiv(tape: Tape, func: Any, a: Tensor, b: Any) -> Tensor:
-    with tape:
-        return torch.reciprocal(a) * b  # type: ignore[no-any-return]
-
-
-@rule_for("addcmul")
-def _addcmul(tape: Tape, func: Any, x: Tensor, a: Tensor, b: Tensor, *, value: Any = 1) -> Tensor:
-    with tape:
-        return x + value * (a * b)  # type: ignore[no-any-return]
-
-
 # ---- products ------------------------------------------------------------------------------------------------------
 
 
@@ -222,12 +204,6 @@ def _conv(tape: Tape, func: Any, input: Tensor, weight: Tensor, bias: Tensor | N
 def _matmul(tape: Tape, func: Any, a: Tensor, b: Tensor) -> Tensor:
     function = torch.matmul if func.__name__ == "__matmul__" else func
     return tape.product(func.__name__, function, a, b)
-
-
-@rule_for("addmm baddbmm")
-def _addmm(tape: Tape, func: Any, x: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
-    with tape:
-        return beta * x + alpha * (a @ b)  # type: ignore[no-any-return]
 
 
 @rule_for("einsum")
@@ -328,14 +304,6 @@ def _selection(rule: Selection, name: str, tape: Tape, function: Any, args: Any,
     return type(found)((out, *found[1:])) if isinstance(found, tuple) else out
 
 
-@rule_for("prelu")
-def _prelu(tape: Tape, func: Any, input: Tensor, weight: Tensor) -> Tensor:
-    with tape:
-        slope = weight.view(-1, *[1] * (input.dim() - 2)) if weight.numel() > 1 else weight
-        positive = input.relu()
-        return positive + slope * (input - positive)
-
-
 @rule_for("dropout dropout1d dropout2d dropout3d feature_dropout")
 def _dropout(tape: Tape, func: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     if not training or p == 0:
@@ -347,13 +315,6 @@ def _dropout(tape: Tape, func: Any, input: Tensor, p: float = 0.5, training: boo
 @rule_for("round floor ceil trunc fix sign sgn")
 def _flat(tape: Tape, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return outplace(func)(x.detach(), *args, **kwargs)  # type: ignore[no-any-return]
-
-
-@rule_for("glu")
-def _glu(tape: Tape, func: Any, input: Tensor, dim: int = -1) -> Tensor:
-    with tape:
-        a, b = input.chunk(2, dim)
-        return a * b.sigmoid()
 
 
 # ---- smooth functions of each element ------------------------------------------------------------------------------
@@ -579,35 +540,13 @@ def _instance_norm(
     return _affine(tape, "instance_norm", n, weight, bias, (-1, *[1] * (input.dim() - 2)))
 
 
-@rule_for("scaled_dot_product_attention")
-def _attention(
-    tape: Tape, func: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-) -> Tensor:  # fmt: skip
+@rule_for("norm vector_norm")
+def _norm(tape: Tape, func: Any, x: Tensor, p: Any = 2, dim: Any = None, keepdim: bool = False, *rest: Any) -> Tensor:
+    if p not in (2, "fro", None) or any(option is not None for option in rest):  # out, dtype
+        raise NoRule(f"{name_of(func)} has a rule for the Euclidean norm only")
+    dim = list(range(x.dim())) if dim is None else dim
     with tape:
-        if enable_gqa:
-            key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-            value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-        scores = (query * (scale if scale is not None else query.shape[-1] ** -0.5)) @ key.transpose(-2, -1)
-        if is_causal:
-            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        blind = None  # rows that see nothing, whose output is 0
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            blind = ~attn_mask.any(-1, keepdim=True)
-            scores = scores.masked_fill(~attn_mask & ~blind, -math.inf)
-        elif attn_mask is not None:
-            blind = (attn_mask == -math.inf).all(-1, keepdim=True)
-            scores = scores + attn_mask.masked_fill(blind, 0.0)
-        p = torch.softmax(scores, -1)
-        if blind is not None and bool(blind.any()):
-            p = p.masked_fill(blind, 0.0)
-        return F.dropout(p, dropout_p) @ value
-
-
-@rule_for("_weight_norm")
-def _weight_norm(tape: Tape, func: Any, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    with tape:
-        return twice.weight_norm(v, g, dim)
+        return x.square().sum(dim, keepdim=keepdim).sqrt()
 
 
 @rule_for("embedding_bag")
@@ -621,23 +560,73 @@ def _embedding_bag(tape: Tape, func: Any, *args: Any, **kwargs: Any) -> Tensor:
         raise NoRule(str(error)) from None
 
 
-@rule_for("linear_cross_entropy")
-def _linear_cross_entropy(tape: Tape, func: Any, *args: Any, options: Any = None, **kwargs: Any) -> Tensor:
-    with tape:
-        return twice.linear_cross_entropy(*args, **kwargs)
+# ---- functions written by others that have a rule --------------------------------------------------------------------
 
 
-@rule_for("norm vector_norm")
-def _norm(tape: Tape, func: Any, x: Tensor, p: Any = 2, dim: Any = None, keepdim: bool = False, *rest: Any) -> Tensor:
-    if p not in (2, "fro", None) or any(option is not None for option in rest):  # out, dtype
-        raise NoRule(f"{name_of(func)} has a rule for the Euclidean norm only")
-    dim = list(range(x.dim())) if dim is None else dim
-    with tape:
-        return x.square().sum(dim, keepdim=keepdim).sqrt()
+def _prelu(input: Tensor, weight: Tensor) -> Tensor:
+    slope = weight.view(-1, *[1] * (input.dim() - 2)) if weight.numel() > 1 else weight
+    positive = input.relu()
+    return positive + slope * (input - positive)
 
+
+def _glu(input: Tensor, dim: int = -1) -> Tensor:
+    a, b = input.chunk(2, dim)
+    return a * b.sigmoid()
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    scores = (query * (scale if scale is not None else query.shape[-1] ** -0.5)) @ key.transpose(-2, -1)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    blind = None  # rows that see nothing, whose output is 0
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        blind = ~attn_mask.any(-1, keepdim=True)
+        scores = scores.masked_fill(~attn_mask & ~blind, -math.inf)
+    elif attn_mask is not None:
+        blind = (attn_mask == -math.inf).all(-1, keepdim=True)
+        scores = scores + attn_mask.masked_fill(blind, 0.0)
+    p = torch.softmax(scores, -1)
+    if blind is not None and bool(blind.any()):
+        p = p.masked_fill(blind, 0.0)
+    return F.dropout(p, dropout_p) @ value
+
+
+_WRITTEN: dict[str, Callable[..., Tensor]] = {
+    "lerp": lambda start, end, weight: start + weight * (end - start),
+    "addcmul": lambda x, a, b, *, value=1: x + value * (a * b),
+    "addmm baddbmm": lambda x, a, b, *, beta=1, alpha=1: beta * x + alpha * (a @ b),
+    "__rtruediv__ __rdiv__": lambda a, b: torch.reciprocal(a) * b,
+    "prelu": _prelu,
+    "glu": _glu,
+    "scaled_dot_product_attention": _attention,
+    "_weight_norm": twice.weight_norm,
+    "linear_cross_entropy": twice.linear_cross_entropy,
+}
+
+
+def _written(write: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(write)  # with its signature, which tells the keywords that it takes
+    def rule(tape: Tape, func: Any, *args: Any, **kwargs: Any) -> Tensor:
+        with tape:
+            return write(*args, **kwargs)
+
+    return rule
+
+
+for _names, _write in _WRITTEN.items():
+    rule_for(_names)(_written(_write))
+
+
+# ---- functions with kinks that have no rule above, which would be cheaper --------------------------------------------
 
 _rule_with_kinks = functools.cache(lambda known: functools.partial(_with_kinks, known))
 
-for _kinked, _known in KNOWN.items():  # after all others: a rule of its own is the cheaper one
+for _kinked, _known in KNOWN.items():
     if isinstance(_known.rule, Sided | Selection | Written):
         RULES.setdefault(_kinked, (_rule_with_kinks(_known), writes_first(_kinked)))
