@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastfisher.engine.gates import RandomState
+from fastfisher.engine.random_state import RandomState
 from fastfisher.model import Call, call_copy, class_last, known_of, logits_of, map_inputs
 from fastfisher.targets import IGNORED
 
@@ -166,7 +166,7 @@ def _forward(model: nn.Module, call: Call) -> tuple[Tensor, Any]:
     def see(output: Any, logits: Tensor) -> None:
         own.append((logits_of(output, -1), getattr(output, "loss", None)))
 
-    random = RandomState.current(frozenset(p.device.index for p in model.parameters() if p.device.type == "cuda"))
+    random = RandomState.on_devices_of(model.parameters())
     try:
         with torch.enable_grad():
             call_copy(model, {}, dataclasses.replace(call, see=see))

@@ -43,9 +43,9 @@ def torchvision() -> Any:
 @pytest.fixture(autouse=True)
 def kernels_at_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests' tensors are small: they too go through the kernels that serve large ones."""
-    from fastfisher.engine import gates  # which may import Triton
+    from fastfisher.engine.fused import forward  # which may import Triton
 
-    monkeypatch.setattr(gates, "FUSED_ELEMENTS", 0)
+    monkeypatch.setattr(forward, "FUSED_ELEMENTS", 0)
 
 
 @pytest.fixture

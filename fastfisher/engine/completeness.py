@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher.autocast import autocast_dtype
-from fastfisher.engine.capture import Capture, Known, named, random_cotangent
+from fastfisher.engine.capture import Capture, named, random_cotangent
 from fastfisher.engine.checkpointing import graph_nodes, refuse_reentrant
-from fastfisher.engine.gates import RandomState
 from fastfisher.engine.layers import Layer, flat_rows
 from fastfisher.engine.one_by_one import gradients_of_each
+from fastfisher.engine.random_state import RandomState
+from fastfisher.engine.watching import Known
 from fastfisher.model import Inputs, call_model, call_within, input_tensors, known_of, uncompiled
 
 SHAPES = 8
@@ -47,49 +48,90 @@ def verified_capture(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> 
         return Capture(
             model, inputs, names, Known(frozenset[int]().union(*(known.scattered for known in seen.values())))
         )
-    capture, looked = _verify(model, inputs, names)
+    capture, looked = _Verification(model, inputs, names).run()
     if looked:
         seen[sizes] = capture.known
     return capture
 
 
-def _verify(model: nn.Module, inputs: Inputs, names: list[str]) -> tuple[Capture, bool]:
-    """The capture, and whether it could be looked at."""
-    devices = frozenset(p.device.index for p in model.parameters() if p.device.type == "cuda")
-    before = RandomState.current(devices)
+class _Verification:
+    """The comparison of a capture of one batch with the ordinary gradient."""
 
-    known, left_out = Known(), frozenset[str]()
+    def __init__(self, model: nn.Module, inputs: Inputs, names: list[str]) -> None:
+        self.model, self.inputs, self.names = model, inputs, names
+        self.before = RandomState.on_devices_of(model.parameters())
+        self.known = Known()
 
-    def capture() -> Capture:
-        before.restore()
-        return Capture(model, inputs, names, known)
+    def run(self) -> tuple[Capture, bool]:
+        """A capture, and whether it could be looked at.
 
-    while True:
-        before.restore()
-        logits, ordinary = _ordinary(model, inputs, names)
-        seen = _Seen(capture(), ordinary, left_out)
-        fitting = logits.dim() >= 2 and len(logits) == seen.capture.examples
-        if not fitting or not all(bool(g.isfinite().all()) for g in ordinary.values()):
-            return seen.capture, False  # the caller says what logits should be; NaN is said there too, or given back
-        seen.look(capture)
-        if seen.misplaced and not known.scattered:  # such as those of a batch that the forward sorts
-            known = Known(frozenset(seen.misplaced))  # now their rows are looked for
-        elif seen.misplaced:
-            raise ValueError(
-                "model: expected examples that do not influence each other's logits, got a forward in which they do or "
-                "which moves them to where they cannot be followed; per-example gradients need a model that treats "
-                "each example for itself (verify=False goes without this check)"
-            )
-        elif not left_out and seen.taken & seen.fallbacks.keys():  # a part of one was taken off before that was known
-            left_out = frozenset(seen.fallbacks)
+        Raises:
+            ValueError: it is not what the ordinary forward and backward give.
+        """
+        seen, logits, comparable = self._look()
+        if not comparable:
+            return seen.capture, False
+        coarsest = max(_precisions(seen.capture), default=torch.finfo(torch.float64).eps)
+        tolerance = min(0.3, 30 * coarsest**0.5)
+        if _alike(seen.capture.logits.detach(), logits, tolerance):
+            seen.capture.check_repeatable()
+            off = self._differences(seen, tolerance, coarsest**0.5)
+            if off:
+                raise ValueError(
+                    f"model: expected per-example gradients that add up to the ordinary gradient, got others for "
+                    f"{named(off)} (off by {max(off.values()):.2g} of it). Either the forward uses them where that "
+                    "cannot be seen, or its examples influence each other (statistics over the batch, frequencies "
+                    "within it), and per-example gradients do not exist. Leave them out with params=, or write that "
+                    "part with functions of torch; verify=False goes without this check"
+                )
         else:
-            break
-    coarsest = max(_precisions(seen.capture), default=torch.finfo(torch.float64).eps)
-    tolerance = min(0.3, 30 * coarsest**0.5)
-    if not _alike(seen.capture.logits.detach(), logits, tolerance):
-        before.restore()
-        again, _ = _ordinary(model, inputs, names)
-        if _alike(again, logits, tolerance):
+            self._check_logits(seen, logits, tolerance)
+        del seen  # a graph, and gradients
+        return self._capture(), True
+
+    def _capture(self) -> Capture:
+        self.before.restore()
+        return Capture(self.model, self.inputs, self.names, self.known)
+
+    def _ordinary(self) -> tuple[Tensor, dict[str, Tensor]]:
+        self.before.restore()
+        return _ordinary(self.model, self.inputs, self.names)
+
+    def _look(self) -> tuple[_Seen, Tensor, bool]:
+        """What the layers show, the logits of a plain forward, and whether the two can be compared.
+
+        Once more where rows of examples have to be looked for, or where a part of a parameter's gradient was taken off
+        before it was known that another part has no formula.
+        """
+        left_out = frozenset[str]()
+        while True:
+            logits, ordinary = self._ordinary()
+            seen = _Seen(self._capture(), ordinary, left_out)
+            fitting = logits.dim() >= 2 and len(logits) == seen.capture.examples
+            if not fitting or not all(bool(g.isfinite().all()) for g in ordinary.values()):
+                return (
+                    seen,
+                    logits,
+                    False,
+                )  # the caller says what logits should be; NaN is said there too, or given back
+            seen.look(self._capture)
+            if seen.misplaced and not self.known.scattered:  # such as those of a batch that the forward sorts
+                self.known = Known(frozenset(seen.misplaced))  # now their rows are looked for
+            elif seen.misplaced:
+                raise ValueError(
+                    "model: expected examples that do not influence each other's logits, got a forward in which they "
+                    "do or which moves them to where they cannot be followed; per-example gradients need a model that "
+                    "treats each example for itself (verify=False goes without this check)"
+                )
+            elif not left_out and seen.taken & seen.fallbacks.keys():
+                left_out = frozenset(seen.fallbacks)
+            else:
+                return seen, logits, True
+
+    def _check_logits(self, seen: _Seen, logits: Tensor, tolerance: float) -> None:
+        """Where the logits of a capture are others than those of a plain forward: an error if a second one gives the
+        same, a warning if two plain forwards differ as well."""
+        if _alike(self._ordinary()[0], logits, tolerance):
             raise ValueError(
                 "model: expected the logits of a plain forward where its layers are watched, got others; one of its "
                 "functions cannot be watched (verify=False goes without this check)"
@@ -103,32 +145,23 @@ def _verify(model: nn.Module, inputs: Inputs, names: list[str]) -> tuple[Capture
         warnings.warn(
             "model: two forwards of the same batch gave different logits, so that its gradients could not be verified; "
             "the measurement is of one forward",
-            stacklevel=6,
+            stacklevel=7,
         )
-        return capture(), True
-    seen.capture.check_repeatable()
-    try:
-        off = seen.differences(model, inputs, tolerance, coarsest**0.5)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, IndexError) as error:
-        if not seen.fallbacks:
+
+    def _differences(self, seen: _Seen, tolerance: float, floor: float) -> dict[str, float]:
+        """See :meth:`_Seen.differences`; where it raises, the error names the parameters without a formula."""
+        try:
+            return seen.differences(self.model, self.inputs, tolerance, floor)
+        except torch.OutOfMemoryError:
             raise
-        reason = next(iter(seen.fallbacks.values()))
-        raise ValueError(
-            f"model: expected per-example gradients to exist, and a forward of one example alone for those of "
-            f"{named(seen.fallbacks)}, which have no formula ({reason}); it raises: {error}"
-        ) from error
-    if off:
-        raise ValueError(
-            f"model: expected per-example gradients that add up to the ordinary gradient, got others for "
-            f"{named(off)} (off by {max(off.values()):.2g} of it). Either the forward uses them where that cannot be "
-            "seen, or its examples influence each other (statistics over the batch, frequencies within it), and "
-            "per-example gradients do not exist. Leave them out with params=, or write that part with functions of "
-            "torch; verify=False goes without this check"
-        )
-    del seen, ordinary  # a graph, and gradients
-    return capture(), True
+        except (RuntimeError, ValueError, IndexError) as error:
+            if not seen.fallbacks:
+                raise
+            reason = next(iter(seen.fallbacks.values()))
+            raise ValueError(
+                f"model: expected per-example gradients to exist, and a forward of one example alone for those of "
+                f"{named(seen.fallbacks)}, which have no formula ({reason}); it raises: {error}"
+            ) from error
 
 
 class _Seen:

@@ -27,14 +27,9 @@ Reduce = Callable[[Gradients], Gradients]
 
 
 def gradients_of_each(
-    model: nn.Module,
-    inputs: Inputs,
-    parameters: dict[str, Tensor],
-    names: Iterable[str],
-    cotangent: Tensor,
-    limit: int | None = None,
-    reduced: Reduce | None = None,
-) -> Iterator[Gradients]:
+    model: nn.Module, inputs: Inputs, parameters: dict[str, Tensor], names: Iterable[str], cotangent: Tensor,
+    limit: int | None = None, reduced: Reduce | None = None,
+) -> Iterator[Gradients]:  # fmt: skip
     """The gradients of Σ logits·cotangent of each example in the parameters ``names``, chunk by chunk.
 
     On a CPU by a forward and backward for each example. On a GPU, where small ones wait for launches, a chunk of
@@ -68,13 +63,8 @@ def gradients_of_each(
 
 
 def _backwards(
-    model: nn.Module,
-    inputs: Inputs,
-    wanted: Gradients,
-    cotangent: Tensor,
-    limit: int | None,
-    reduced: Reduce | None,
-) -> Iterator[Gradients]:
+    model: nn.Module, inputs: Inputs, wanted: Gradients, cotangent: Tensor, limit: int | None, reduced: Reduce | None,
+) -> Iterator[Gradients]:  # fmt: skip
     elements = 1 if reduced is not None else sum(p.numel() for p in wanted.values())
     leaves = list(wanted.values())
     examples = len(cotangent)

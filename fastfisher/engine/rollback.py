@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastfisher.checks import check_generator, check_model
-from fastfisher.engine.calls import opened
-from fastfisher.engine.gates import RandomState
-from fastfisher.engine.piecewise import names_inplace
+from fastfisher.engine.calls import opened, written
+from fastfisher.engine.random_state import RandomState
 from fastfisher.model import known_of, taking_gradients
 
 Parameters = ParamSpec("Parameters")
@@ -32,7 +31,7 @@ def undone_on_error(model: nn.Module, generator: torch.Generator | None = None) 
     parameters = [p for module in modules for p in module._parameters.values() if p is not None]
     placed = [(module._buffers, dict(module._buffers)) for module in modules if module._buffers]
     buffers = list({id(b): b for _, own in placed for b in own.values() if b is not None}.values())
-    random = RandomState.current(frozenset(p.device.index for p in parameters if p.device.type == "cuda"))
+    random = RandomState.on_devices_of(parameters)
     drawn = None if generator is None else generator.get_state()
     before = [torch.empty_like(buffer) for buffer in buffers]
     with torch.no_grad():
@@ -79,9 +78,9 @@ class _Watching(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        written = kwargs.get("out", args[0] if args and names_inplace(func) else None)
-        if isinstance(written, Tensor) and _has_memory(written) and func is not Tensor.requires_grad_:
-            name = self.names.get(written.untyped_storage().data_ptr())
+        target = written(func, args, kwargs)
+        if target is not None and _has_memory(target) and func is not Tensor.requires_grad_:
+            name = self.names.get(target.untyped_storage().data_ptr())
             if name is not None:
                 raise NotImplementedError(
                     f"model: expected a forward that leaves the parameters as they are, got one that changes {name} by "

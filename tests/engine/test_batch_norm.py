@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fastfisher import ops
 from fastfisher.engine.fused.batch_norm import by_batch
-from fastfisher.engine.gates import _Fused
+from fastfisher.engine.fused.forward import Fused
 
 needs_kernels = pytest.mark.skipif(ops.UNAVAILABLE is not None, reason="needs the compiled kernels")
 
@@ -31,13 +31,13 @@ def test_a_module_gives_the_derivatives_and_running_statistics_of_pytorch() -> N
     ours, theirs = nn.BatchNorm2d(3).double(), nn.BatchNorm2d(3).double()
     x = torch.randn(4, 3, 5, 6, dtype=torch.float64) + 1
     for _ in range(2):
-        with _Fused():
+        with Fused():
             found = derivatives(ours, x)
         for a, b in zip(found, derivatives(theirs, x), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     for a, b in zip(ours.buffers(), theirs.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
-    with _Fused():
+    with Fused():
         out = ours(x)
     (plain,) = torch.autograd.grad((out**3).mean(), ours.weight)  # without create_graph: by the kernel
     torch.testing.assert_close(plain, found[2], rtol=1e-10, atol=1e-12)
@@ -73,7 +73,7 @@ def test_a_relu_after_it_gives_the_derivatives_of_pytorch(after: str, twice: boo
     model = Norm(AFTER[after], twice=twice).double()
     x = torch.randn(4, 3, 6, 8, dtype=torch.float64) + 1
     expected = derivatives(model, x)
-    with _Fused():
+    with Fused():
         found = derivatives(model, x)
         value = (model(x) ** 3).mean()
     for a, b in zip(found, expected, strict=True):

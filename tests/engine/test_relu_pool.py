@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import fastfisher
-from fastfisher.engine import gates
-from fastfisher.engine.gates import _Fused, record_gates
+from fastfisher.engine.fused import forward
+from fastfisher.engine.fused.forward import Fused
+from fastfisher.engine.gates import record_gates
 
 Network = Callable[[Tensor], Tensor]
 
@@ -57,7 +58,7 @@ def test_values_and_gradients_are_those_of_pytorch(use: str, layout: torch.memor
     expected = value_and_gradients(USES[use], x)
 
     def fused(x: Tensor) -> Tensor:
-        with _Fused():
+        with Fused():
             return USES[use](x)
 
     for found, wanted in zip(value_and_gradients(fused, x), expected, strict=True):
@@ -86,7 +87,7 @@ def test_hooks_between_relu_and_pool_change_the_gradient() -> None:
         return out
 
     def fused(x: Tensor) -> Tensor:
-        with _Fused():
+        with Fused():
             return hooked(x)
 
     x = torch.randint(-4, 5, (2, 3, 6, 6)).float()
@@ -100,7 +101,7 @@ def test_second_derivatives_by_gradgradcheck() -> None:
     x = ((torch.randperm(2 * 2 * 4 * 6) - 47.5) / 16).view(2, 2, 4, 6).double().requires_grad_()
 
     def fused(x: Tensor) -> Tensor:
-        with _Fused():
+        with Fused():
             return F.max_pool2d((x + x * x / 20).relu(), 2)
 
     assert torch.autograd.gradcheck(fused, x)
@@ -111,7 +112,7 @@ def test_an_output_may_be_changed_in_place() -> None:
     x = torch.randn(2, 3, 8, 8)
     for layout in (torch.contiguous_format, torch.channels_last):
         leaf = x.to(memory_format=layout).requires_grad_()
-        with _Fused():  # PyTorch's own ReLU keeps its output and would refuse
+        with Fused():  # PyTorch's own ReLU keeps its output and would refuse
             changed = F.max_pool2d(leaf.relu().sub_(0.5), 2)
         expected = F.max_pool2d(leaf.relu() - 0.5, 2)
         assert torch.equal(changed, expected)
@@ -121,7 +122,7 @@ def test_an_output_may_be_changed_in_place() -> None:
 
 def test_a_second_backward_through_a_kept_graph_is_the_first() -> None:
     x = torch.randn(2, 3, 8, 8, requires_grad=True)
-    with _Fused():
+    with Fused():
         y = F.max_pool2d(x.relu(), 2)
     (first,) = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
     (second,) = torch.autograd.grad(y.square().sum(), x)
@@ -130,18 +131,18 @@ def test_a_second_backward_through_a_kept_graph_is_the_first() -> None:
 
 def test_small_tensors_go_through_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python's share of a call would be more than the kernels save."""
-    monkeypatch.setattr(gates, "FUSED_ELEMENTS", 100)
+    monkeypatch.setattr(forward, "FUSED_ELEMENTS", 100)
     for count, name in ((99, "ReluBackward0"), (100, "_GateBackward")):
-        with _Fused() as fused:
+        with Fused() as fused:
             out = torch.randn(count, requires_grad=True).relu()
         assert out.grad_fn is not None and out.grad_fn.name() == name
         assert fused.met_large == (count == 100)
 
 
 def test_a_forward_without_large_tensors_is_not_watched_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gates, "FUSED_ELEMENTS", 100)
+    monkeypatch.setattr(forward, "FUSED_ELEMENTS", 100)
     entered: list[int] = []
-    monkeypatch.setattr(_Fused, "__enter__", lambda self: entered.append(1) or TorchFunctionMode.__enter__(self))
+    monkeypatch.setattr(Fused, "__enter__", lambda self: entered.append(1) or TorchFunctionMode.__enter__(self))
     penalty = fastfisher.FisherPenalty(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), alpha=0.0)
     for rows, times in ((10, 1), (10, 1), (30, 2), (30, 3), (10, 3)):  # the ReLU takes 5 elements a row
         penalty.backward(torch.randn(rows, 4), torch.arange(rows) % 3)
@@ -160,4 +161,4 @@ def test_what_is_kept_is_bits_and_indices() -> None:
         return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in kept}.values())
 
     assert bytes_kept(contextlib.nullcontext()) == x.numel() * 6
-    assert bytes_kept(_Fused()) == x.numel() * 9 // 8
+    assert bytes_kept(Fused()) == x.numel() * 9 // 8

@@ -154,7 +154,7 @@ def test_batchnorm_moves_once_dropout_and_random_state_as_in_a_plain_step(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "fastfisher.engine.gates.FUSED_ELEMENTS", 0
+        "fastfisher.engine.fused.forward.FUSED_ELEMENTS", 0
     )  # the same kernels, whether gates are recorded or not
     torch.manual_seed(0)
     model = nn.Sequential(SmallResNet(), nn.Dropout(0.5), nn.Linear(10, 10))

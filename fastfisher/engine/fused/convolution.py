@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastfisher.autocast import autocast_dtype
+from fastfisher.engine.calls import complete
 
 PIECE_BYTES = 2 << 20
 """The input or output of one piece takes at most this many bytes."""
@@ -44,15 +45,9 @@ def saving_memory() -> Iterator[None]:
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        convolve: Callable[..., Tensor],
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        size: int,
-        large: bool,
-        *how: Any,
-    ) -> Tensor:
+        ctx: Any, convolve: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, size: int,
+        large: bool, *how: Any,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, weight)
         ctx.how, ctx.size, ctx.large, ctx.bias_size = how, size, large, None if bias is None else [len(bias)]
         if not large:
@@ -105,7 +100,7 @@ def in_pieces(function: Callable[..., Any], args: Any, kwargs: Any) -> Tensor | 
     """
     if _FUNCTIONS.get(function) is None or autocast_dtype("cpu") is not None:
         return None
-    x, weight, bias, stride, padding, dilation, groups = _arguments(*args, **kwargs)
+    x, weight, bias, stride, padding, dilation, groups = complete(function, args, kwargs)
     usual = x.device.type == "cpu" and x.dim() == _FUNCTIONS[function] and isinstance(padding, int | tuple | list)
     if not usual or len(x) < 2 or not (x.is_contiguous() and weight.is_contiguous()):
         return None
@@ -116,15 +111,3 @@ def in_pieces(function: Callable[..., Any], args: Any, kwargs: Any) -> Tensor | 
         return None
     size, large = max(1, PIECE_BYTES // example), len(x) * example > LARGE_BYTES
     return _Convolution.apply(function, x, weight, bias, size, large, stride, padding, dilation, groups)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _arguments(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> tuple[Tensor, Tensor, Tensor | None, Any, Any, Any, int]:
-    return input, weight, bias, stride, padding, dilation, groups

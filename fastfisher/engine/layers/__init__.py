@@ -1,8 +1,10 @@
 """Per-layer formulas: squared norms and inner products of per-example gradients, from what a layer saw.
 
-One file per family of layers. :func:`bind` finds the formula for a call; ``base.py`` says what a formula is.
+One file per family of layers. A formula is a subclass of :class:`Layer` and, below it, a function registered by
+:func:`~fastfisher.engine.layers.base.formula_for` that makes one of a call. :func:`bind` finds it.
 """
 
+from fastfisher.engine.layers import conv, embedding, linear, norm  # noqa: F401 (they register their formulas)
 from fastfisher.engine.layers.base import (
     GRAM_ELEMENTS,
     Layer,
@@ -14,11 +16,10 @@ from fastfisher.engine.layers.base import (
     dots,
     flat_rows,
     squares,
-    tensors_in,
 )
+from fastfisher.engine.layers.binding import bind
 from fastfisher.engine.layers.decomposed import DECOMPOSED
 from fastfisher.engine.layers.recurrent import Recurrence, Unrolled, unrolled
-from fastfisher.engine.layers.table import bind
 
 __all__ = [
     "DECOMPOSED",
@@ -35,6 +36,5 @@ __all__ = [
     "dots",
     "flat_rows",
     "squares",
-    "tensors_in",
     "unrolled",
 ]

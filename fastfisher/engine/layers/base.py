@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -231,18 +231,39 @@ class Layer:
         yield from chunks(examples, self.tensors[slot].numel())
 
 
+Tracked = Callable[[Tensor], bool]
+"""Tells the parameters, and what is computed from them alone, from everything else in a call."""
+
+Binder = Callable[..., Layer | None]
+"""``binder(tracked, *args, **kwargs)`` is the formula for a call with these arguments, or None where there is none."""
+
+FORMULAS: dict[Any, Binder] = {}
+"""By function of torch, its binder."""
+
+
+def formula_for(*functions: Any) -> Callable[[Binder], Binder]:
+    """Registers a binder for functions of torch; their arguments come in the positions of the signature."""
+
+    def register(binder: Binder) -> Binder:
+        FORMULAS.update(dict.fromkeys(functions, binder))
+        return binder
+
+    return register
+
+
+def functions(names: str, *places: Any) -> list[Any]:
+    """The functions of these names in ``torch`` and, unless other places are given, in ``Tensor``."""
+    return [getattr(place, n) for n in names.split() for place in places or (torch, Tensor) if hasattr(place, n)]
+
+
+def used(tracked: Tracked, **tensors: Tensor | None) -> dict[str, Tensor]:
+    """Of the tensors by role, those that are tracked."""
+    return {slot: t for slot, t in tensors.items() if t is not None and tracked(t)}
+
+
 def depends(tensor: Tensor) -> bool:
     """Whether a tensor met in a capture, and not followed as a parameter, depends on the examples."""
     return tensor.requires_grad or getattr(tensor, "_fastfisher_depends", False)
-
-
-def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among arguments, those in lists and tuples included."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from tensors_in(value)
 
 
 def chunks(examples: int, elements: int, limit: int | None = None) -> Iterator[slice]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastfisher import ops
-from fastfisher.engine.layers.base import Layer, Layout, computing
+from fastfisher.engine.layers.base import Layer, Layout, Tracked, computing, formula_for, functions, used
 from fastfisher.engine.layers.linear import gram_is_cheaper
 
 
@@ -123,3 +123,34 @@ class Conv(Layer):
         if slot == "bias":
             return super().total(slot, a, d)
         return self._weight_gradient(a.flatten(0, 1), d.flatten(0, 1), 1)
+
+
+@formula_for(*functions("conv1d conv2d conv3d", torch))
+def _conv(
+    tracked: Tracked, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
+    dilation: Any = 1, groups: int = 1,
+) -> Layer | None:  # fmt: skip
+    if tracked(input):
+        return None
+    return Conv(input, weight, bias, used(tracked, weight=weight, bias=bias), stride, padding, dilation, groups)
+
+
+@formula_for(*functions("conv_transpose1d conv_transpose2d conv_transpose3d", torch))
+def _conv_transpose(
+    tracked: Tracked, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
+    output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+) -> Layer | None:  # fmt: skip
+    if tracked(input):
+        return None
+    return Conv(
+        input,
+        weight,
+        bias,
+        used(tracked, weight=weight, bias=bias),
+        stride,
+        padding,
+        dilation,
+        groups,
+        True,
+        output_padding,
+    )

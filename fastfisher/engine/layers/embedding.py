@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfisher.engine.layers.base import Layer, Rows, computing, gram_of_positions, squares
+from fastfisher.engine.layers.base import Layer, Rows, Tracked, computing, formula_for, gram_of_positions, squares
 
 
 class Embedding(Layer):
@@ -154,3 +154,25 @@ class EmbeddingBag(Embedding):
         if not self.largest:
             return super().total(slot, *self._tokens(a, d))
         return d.new_zeros(self.weight.shape).scatter_add_(0, a.flatten(0, 1), d.flatten(0, 1))
+
+
+@formula_for(torch.embedding)
+def _embedding(
+    tracked: Tracked, weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Layer | None:  # fmt: skip
+    if scale_grad_by_freq:
+        return None  # not the true gradient: it is divided by how often the index occurs
+    return Embedding(weight, indices, {"weight": weight}, padding_idx)
+
+
+@formula_for(torch.embedding_bag)
+def _embedding_bag(
+    tracked: Tracked, weight: Tensor, indices: Tensor, offsets: Tensor, scale_grad_by_freq: bool = False,
+    mode: int = 0, sparse: bool = False, per_sample_weights: Tensor | None = None, include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Layer | None:  # fmt: skip
+    scales = per_sample_weights
+    if scale_grad_by_freq or (scales is not None and (tracked(scales) or scales.requires_grad)):
+        return None
+    return EmbeddingBag(weight, indices, offsets, mode, scales, include_last_offset, padding_idx)

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from fastfisher.engine.layers.base import Layer, Layout, computing
+from fastfisher.engine.calls import tensors_in
+from fastfisher.engine.layers.base import Layer, Layout, Tracked, computing, depends, functions
 
 COPIED_ELEMENTS = 1 << 26
 """How many elements the gradients of all copies may have."""
@@ -138,3 +140,39 @@ class Einsum(Expand):
             return examples, computing(grad)[None]
         d = replace(self.layout, dim=0).split(computing(grad))
         return examples, d.sum(1) if self.layout.repeat > 1 else d
+
+
+def bind_einsum(tracked: Tracked, equation: str, operands: Any, path: Any = None) -> Layer | None:
+    """The formula for an einsum of one parameter, or None."""
+    operands = list(operands)
+    parameters = [x for x in operands if tracked(x)]
+    others = [x for x in operands if not tracked(x) and depends(x)]
+    if len(parameters) != 1 or not others or "." in equation or "->" not in equation:
+        return None
+    return Einsum(equation, operands, parameters[0], max(others, key=Tensor.dim))
+
+
+def bind_expand(tracked: Tracked, args: Any, kwargs: Any, within: int = 0) -> Layer | None:
+    """The formula for a broadcasting function of one parameter, or for a product of matrices ``within`` it, or None."""
+    tensors = list(tensors_in((args, kwargs)))
+    parameters = [t for t in tensors if tracked(t)]
+    others = [t for t in tensors if not tracked(t) and depends(t)]
+    if len(parameters) != 1:
+        return None
+    return Expand(parameters[0], max(others, key=Tensor.dim), within)
+
+
+BROADCASTING = {
+    *functions(
+        "add sub subtract mul multiply div divide true_divide rsub pow maximum minimum where lerp addcmul cat concat "
+        "add_ sub_ mul_ div_ __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ "
+        "__rtruediv__ __itruediv__ __rdiv__ __pow__ __rpow__"
+    ),
+    F.scaled_dot_product_attention,  # of a bias of the scores
+}
+"""Functions that broadcast a parameter to the shape of what depends on the examples."""
+
+MATRICES = frozenset(functions("matmul bmm __matmul__ __rmatmul__ baddbmm"))
+"""Products of matrices in the last two dimensions, which broadcast in those before."""
+
+EINSUM = torch._C._VariableFunctions.einsum  # type: ignore[attr-defined]

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastfisher import ops
-from fastfisher.engine.layers.base import Layer, chunks, computing, gram_of_positions, squares
+from fastfisher.engine.layers.base import (
+    Layer,
+    Tracked,
+    chunks,
+    computing,
+    formula_for,
+    functions,
+    gram_of_positions,
+    squares,
+    used,
+)
 
 
 def gram_is_cheaper(positions: int, inputs: int, outputs: int, device: torch.device) -> bool:
@@ -91,3 +103,24 @@ class Linear(Layer):
             return d.sum((0, 1))
         a, d = a.flatten(0, 1), d.flatten(0, 1)
         return a.mT @ d if self.transposed else d.mT @ a
+
+
+@formula_for(torch._C._nn.linear)
+def _linear(tracked: Tracked, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Layer | None:
+    if tracked(input) or weight.dim() != 2 or input.dim() < 2:
+        return None
+    return Linear(input, weight, bias, used(tracked, weight=weight, bias=bias))
+
+
+@formula_for(*functions("matmul mm __matmul__"))
+def _matmul(tracked: Tracked, input: Tensor, other: Tensor) -> Layer | None:
+    if tracked(input) or other.dim() != 2 or input.dim() < 2:
+        return None
+    return Linear(input, other.mT, None, {"weight": other}, transposed=True)
+
+
+@formula_for(torch.addmm)
+def _addmm(tracked: Tracked, bias: Tensor, input: Tensor, other: Tensor, **scales: Any) -> Layer | None:
+    if scales or tracked(input) or bias.dim() != 1 or not tracked(other):
+        return None
+    return Linear(input, other.mT, bias, used(tracked, weight=other, bias=bias), transposed=True)

@@ -7,12 +7,13 @@ for the bias, over the positions that share an element of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastfisher import ops
-from fastfisher.engine.layers.base import Layer, Layout, chunks, computing, squares
+from fastfisher.engine.layers.base import Layer, Layout, Tracked, chunks, computing, formula_for, squares, used
 
 
 class _Affine(Layer):
@@ -111,3 +112,62 @@ class TrailingNorm(_Affine):
     def gradients(self, slot: str, a: Tensor, d: Tensor) -> Tensor:
         product = d if slot == "bias" else d * a
         return product.reshape(len(d), -1, *self.shape).sum(1)
+
+
+@formula_for(torch.batch_norm)
+def _batch_norm(
+    tracked: Tracked, input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None,
+    variance: Tensor | None, training: bool, momentum: float, eps: float, *_: Any,
+) -> Layer | None:  # fmt: skip
+    if training:
+        raise ValueError(
+            f"model: a batch norm of {input.shape[1]} channels normalises by the batch even in eval mode "
+            "(track_running_stats=False), which couples the examples: per-example gradients do not exist"
+        )
+    if tracked(input) or mean is None or variance is None:
+        return None
+    function = lambda x, w, b: torch.batch_norm(x, w, b, mean, variance, False, 0.0, eps, False)  # noqa: E731
+    return BatchNorm(input, function, used(tracked, weight=weight, bias=bias), weight, bias, mean, variance, eps)
+
+
+@formula_for(torch.group_norm)
+def _group_norm(
+    tracked: Tracked, input: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
+    eps: float = 1e-5, *_: Any,
+) -> Layer | None:  # fmt: skip
+    if tracked(input):
+        return None
+    function = lambda x, w, b: torch.group_norm(x, groups, w, b, eps, False)  # noqa: E731
+    return ChannelNorm(input, 1, function, used(tracked, weight=weight, bias=bias), weight, bias)
+
+
+@formula_for(torch.instance_norm)
+def _instance_norm(
+    tracked: Tracked, input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None,
+    variance: Tensor | None, use_input_stats: bool, momentum: float, eps: float, *_: Any,
+) -> Layer | None:  # fmt: skip
+    if tracked(input):
+        return None
+    function = lambda x, w, b: torch.instance_norm(x, w, b, mean, variance, use_input_stats, 0.0, eps, False)  # noqa: E731
+    return ChannelNorm(input, 1, function, used(tracked, weight=weight, bias=bias), weight, bias)
+
+
+@formula_for(torch.layer_norm)
+def _layer_norm(
+    tracked: Tracked, input: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None,
+    eps: float = 1e-5, *_: Any,
+) -> Layer | None:  # fmt: skip
+    if tracked(input):
+        return None
+    function = lambda x, w, b: torch.layer_norm(x, shape, w, b, eps, False)  # noqa: E731
+    return TrailingNorm(input, tuple(shape), function, used(tracked, weight=weight, bias=bias), weight, bias)
+
+
+@formula_for(torch.rms_norm)
+def _rms_norm(
+    tracked: Tracked, input: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Layer | None:
+    if tracked(input):
+        return None
+    function = lambda x, w, b: torch.rms_norm(x, shape, w, eps)  # noqa: E731
+    return TrailingNorm(input, tuple(shape), function, used(tracked, weight=weight), weight, None)

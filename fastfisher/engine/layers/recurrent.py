@@ -18,10 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastfisher.autocast import autocast_dtype
-from fastfisher.engine.layers.base import Layer, Layout
+from fastfisher.engine.layers.base import Layer, Layout, Tracked
 from fastfisher.engine.layers.linear import Linear
-
-Tracked = Callable[[Tensor], bool]
 
 
 class Recurrence:

@@ -19,6 +19,7 @@ A piecewise linear function (ReLU, max-pool) has the derivatives that autograd g
 from __future__ import annotations
 
 from fastfisher.engine.taylor import rules as rules  # registers them
-from fastfisher.engine.taylor.tape import NoRule, Tape
+from fastfisher.engine.taylor.registry import NoRule
+from fastfisher.engine.taylor.tape import Tape
 
 __all__ = ["NoRule", "Tape"]

@@ -11,29 +11,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastfisher import ops
 from fastfisher.engine import twice
+from fastfisher.engine.calls import name_of, outplace, split_inplace, tensors_in, writes_first
+from fastfisher.engine.piecewise.rules import Run, Sided, Written
+from fastfisher.engine.piecewise.selection import Selection
+from fastfisher.engine.piecewise.table import KNOWN, Known
 from fastfisher.engine.taylor.nodes import Elementwise, LogSumExp, Normalise, Softmax, Sum
-from fastfisher.engine.taylor.tape import RULES, NoRule, Tape, name_of, rule_for, tensors_in
-
-
-def _outplace(function: Any) -> Any:
-    """The function that returns what ``function`` would write into its first argument."""
-    name = getattr(function, "__name__", "")
-    if name.startswith("__i") and name.endswith("__") and hasattr(Tensor, f"__{name[3:]}"):
-        return getattr(Tensor, f"__{name[3:]}")
-    if name.endswith("_") and not name.endswith("__"):
-        for place in (torch, F, Tensor):
-            if hasattr(place, name[:-1]):
-                return getattr(place, name[:-1])
-    return function
+from fastfisher.engine.taylor.registry import RULES, NoRule, rule_for
+from fastfisher.engine.taylor.tape import Tape
 
 
 def _linear_in_first(picks: bool, tape: Tape, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """``picks``: whether each element of the output is one of the input, or 0."""
     if tape.slot(x) is None or any(tape.slot(y) is not None for y in tensors_in((args, kwargs))):
         raise NoRule(f"{name_of(func)} has no rule for these arguments")
-    function = _outplace(func)
+    function = outplace(func)
     value = function(x, *args, **kwargs)
     if not any(part.requires_grad for part in tensors_in(value)):
         return value  # of integers, or no tensor at all: x.type()
@@ -99,7 +91,7 @@ def _put_together(name: str, tape: Tape, func: Any, *args: Any, **kwargs: Any) -
     others = [x for place, x in enumerate(args) if place not in places]
     if kwargs.get("reduce") is not None or any(tape.slot(x) is not None for x in tensors_in((others, kwargs))):
         raise NoRule(f"{name_of(func)} has no rule for these arguments")
-    function = _set if name == "__setitem__" else _outplace(func)
+    function = _set if name == "__setitem__" else outplace(func)
     zeros = [_zero(x) for x in values]
 
     def with_values(*given: Any) -> Tensor:
@@ -175,12 +167,6 @@ def _add(tape: Tape, func: Any, a: Any, b: Any, *, alpha: Any = 1) -> Tensor:
     return tape.add(Sum(name, [slot for slot, _ in moving], [s for _, s in moving], value.shape), value)
 
 
-@rule_for("lerp")
-def _lerp(tape: Tape, func: Any, start: Tensor, end: Tensor, weight: Any) -> Tensor:
-    with tape:
-        return start + weight * (end - start)  # type: ignore[no-any-return]
-
-
 @rule_for("mul multiply __mul__ __rmul__")
 def _mul(tape: Tape, func: Any, a: Any, b: Any) -> Tensor:
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
@@ -201,18 +187,6 @@ def _div(tape: Tape, func: Any, a: Any, b: Any, *, rounding_mode: str | None = N
         return a * torch.reciprocal(b)  # type: ignore[no-any-return]
 
 
-@rule_for("__rtruediv__ __rdiv__")
-def _rdiv(tape: Tape, func: Any, a: Tensor, b: Any) -> Tensor:
-    with tape:
-        return torch.reciprocal(a) * b  # type: ignore[no-any-return]
-
-
-@rule_for("addcmul")
-def _addcmul(tape: Tape, func: Any, x: Tensor, a: Tensor, b: Tensor, *, value: Any = 1) -> Tensor:
-    with tape:
-        return x + value * (a * b)  # type: ignore[no-any-return]
-
-
 # ---- products ------------------------------------------------------------------------------------------------------
 
 
@@ -221,49 +195,15 @@ def _linear_layer(tape: Tape, func: Any, input: Tensor, weight: Tensor, bias: Te
     return tape.product("linear", F.linear, input, weight, bias)
 
 
-@rule_for("conv1d conv2d conv3d")
-def _conv(
-    tape: Tape,
-    func: Any,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor:
-    function = lambda a, b, c=None: func(a, b, c, stride, padding, dilation, groups)  # noqa: E731
-    return tape.product(func.__name__, function, input, weight, bias)
-
-
-@rule_for("conv_transpose1d conv_transpose2d conv_transpose3d")
-def _conv_transpose(
-    tape: Tape,
-    func: Any,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    output_padding: Any = 0,
-    groups: int = 1,
-    dilation: Any = 1,
-) -> Tensor:
-    rest = (stride, padding, output_padding, groups, dilation)
-    return tape.product(func.__name__, lambda a, b, c=None: func(a, b, c, *rest), input, weight, bias)
+@rule_for("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d")
+def _conv(tape: Tape, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *how: Any) -> Tensor:
+    return tape.product(func.__name__, lambda a, b, c=None: func(a, b, c, *how), input, weight, bias)
 
 
 @rule_for("matmul __matmul__ mm bmm mv dot inner outer")
 def _matmul(tape: Tape, func: Any, a: Tensor, b: Tensor) -> Tensor:
     function = torch.matmul if func.__name__ == "__matmul__" else func
     return tape.product(func.__name__, function, a, b)
-
-
-@rule_for("addmm baddbmm")
-def _addmm(tape: Tape, func: Any, x: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
-    with tape:
-        return beta * x + alpha * (a @ b)  # type: ignore[no-any-return]
 
 
 @rule_for("einsum")
@@ -287,16 +227,9 @@ def _einsum(tape: Tape, func: Any, equation: str, *operands: Any) -> Tensor:
 
 @rule_for("embedding")
 def _embedding(
-    tape: Tape,
-    func: Any,
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Tensor:
+    tape: Tape, func: Any, input: Tensor, weight: Tensor, padding_idx: int | None = None, max_norm: float | None = None,
+    norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False,
+) -> Tensor:  # fmt: skip
     if max_norm is not None or scale_grad_by_freq or func is torch.embedding:
         raise NoRule("embedding has no rule for max_norm or scale_grad_by_freq")
     kept = None if padding_idx is None else (input != padding_idx % len(weight)).unsqueeze(-1)
@@ -311,13 +244,11 @@ def _embedding(
 # ---- piecewise linear functions --------------------------------------------------------------------------------------
 
 
-def _split_inplace(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
-    """Arguments without ``inplace``, the only boolean that these functions take, and its value."""
-    kwargs = dict(kwargs)
-    inplace = bool(kwargs.pop("inplace", False))
-    if args and isinstance(args[-1], bool):
-        args, inplace = args[:-1], args[-1]
-    return args, kwargs, inplace
+def _stands_for(tape: Tape, x: Tensor, out: Tensor, inplace: bool) -> Tensor:
+    """``out``, for which ``x`` stands from here on where the call was made in place."""
+    if inplace:
+        tape.held.replace(x, out)
+    return out
 
 
 @rule_for("relu")
@@ -325,125 +256,52 @@ def _relu(tape: Tape, func: Any, input: Tensor, inplace: bool = False) -> Tensor
     value = torch.relu(input)
     kept = value.detach()
     derivative = lambda t: torch.ops.aten.threshold_backward(t, kept, 0)  # noqa: E731
-    out = tape.linear("relu", derivative, [input], value)
-    if inplace:
-        tape.replace(input, out)
-    return out
+    return _stands_for(tape, input, tape.linear("relu", derivative, [input], value), inplace)
 
 
-_SLOPES: dict[str, Callable[..., Tensor]] = {
-    "leaky_relu": lambda x, negative_slope=0.01: torch.where(x > 0, torch.ones_like(x), negative_slope),
-    "relu6": lambda x: (x > 0) & (x < 6),
-    "hardtanh": lambda x, min_val=-1.0, max_val=1.0: (x > min_val) & (x < max_val),
-    "hardsigmoid": lambda x: ((x > -3) & (x < 3)).to(x.dtype) / 6,
-    "threshold": lambda x, threshold, value: x > threshold,
-    "clamp": lambda x, min=None, max=None: _between(x, min, max),
-    "clip": lambda x, min=None, max=None: _between(x, min, max),
-    "clamp_min": lambda x, min: _between(x, min, None),
-    "clamp_max": lambda x, max: _between(x, None, max),
-    "abs": torch.sign,
-    "absolute": torch.sign,
-    "__abs__": torch.sign,
-}
-"""The slopes of piecewise linear functions, as autograd has them on and between the kinks."""
+_ALONE = Run()
+"""What the rules of kinks ask for beside the call: here there is no ReLU before a max-pool."""
 
 
-def _between(x: Tensor, low: Any, high: Any) -> Tensor:
-    inside = torch.ones_like(x, dtype=torch.bool)
-    if low is not None:
-        inside &= x >= low
-    if high is not None:
-        inside &= x <= high
-    return inside
-
-
-def _piecewise(name: str, tape: Tape, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    rest, named, inplace = _split_inplace(args, kwargs)
-    if any(tape.slot(y) is not None for y in tensors_in((rest, named))):
-        raise NoRule(f"{name} has no rule for bounds that move")
-    slope = _SLOPES[name](x.detach(), *rest, **named).to(x.dtype)
-    out = tape.linear(name, lambda t: t * slope, [x], _outplace(func)(x, *rest, **named))
-    if inplace:
-        tape.replace(x, out)
-    return out
-
-
-for _function in _SLOPES:
-    rule_for(_function)(functools.partial(_piecewise, _function))
-
-
-@rule_for("prelu")
-def _prelu(tape: Tape, func: Any, input: Tensor, weight: Tensor) -> Tensor:
-    with tape:
-        slope = weight.view(-1, *[1] * (input.dim() - 2)) if weight.numel() > 1 else weight
-        positive = input.relu()
-        return positive + slope * (input - positive)
-
-
-@rule_for("maximum minimum")
-def _maximum(tape: Tape, func: Any, a: Tensor, b: Tensor) -> Tensor:
-    value = func(a, b)
-    share = (0.5 * ((value == a).to(a.dtype) - (value == b).to(a.dtype)) + 0.5).detach()  # equal elements share
-    parts = [(x, s) for x, s in ((a, share), (b, 1 - share)) if tape.slot(x) is not None]
-    derivative = lambda *moving: sum(t * s for t, (_, s) in zip(moving, parts, strict=True))  # noqa: E731
-    return tape.linear(func.__name__, derivative, [x for x, _ in parts], value)
-
-
-@rule_for("max min")
-def _max(tape: Tape, func: Any, x: Tensor, dim: Any = None, keepdim: bool = False) -> Any:
-    name = func.__name__
-    if isinstance(dim, Tensor):
-        return _maximum(tape, torch.maximum if name == "max" else torch.minimum, x, dim)
-    if dim is None:
+def _with_kinks(known: Known, tape: Tape, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """A function of the table of kinks, with the derivative that its replay has on the recorded side."""
+    rule, function = known.rule, outplace(func)
+    args, kwargs, inplace = split_inplace(func, args, kwargs)
+    inplace = inplace and function is func  # else the tape itself puts the output in the place of the input
+    if known.smooth(func, *args, **kwargs):
+        raise NoRule(f"{name_of(func)} has no rule for these arguments")
+    if isinstance(rule, Written):
         with tape:
-            return x.amax() if name == "max" else x.amin()
-    value, indices = func(x, dim, keepdim)
-    full = indices if keepdim else indices.unsqueeze(dim)
-
-    def derivative(t: Tensor) -> Tensor:
-        taken = t.gather(dim, full)
-        return taken if keepdim else taken.squeeze(dim)
-
-    return getattr(torch.return_types, name)((tape.linear(name, derivative, [x], value), indices))
-
-
-@rule_for("amax amin")
-def _amax(tape: Tape, func: Any, x: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
-    value = func(x, dim, keepdim)
-    is_it = (x == func(x, dim, True)).to(x.dtype).detach()
-    dims = list(range(x.dim())) if dim == () else dim
-    share = is_it / is_it.sum(dims, keepdim=True)  # equal elements share
-    return tape.linear(func.__name__, lambda t: (t * share).sum(dims, keepdim=keepdim), [x], value)
+            return _stands_for(tape, args[0], rule.write(*args, **kwargs), inplace)
+    assert isinstance(rule, Sided | Selection)
+    others = [x for place, x in enumerate(args) if place not in rule.linear_in(args)]
+    if any(tape.slot(x) is not None for x in tensors_in((others, kwargs))):
+        raise NoRule(f"{known.name} has no rule for bounds that move")
+    if isinstance(rule, Sided):
+        slope = rule.slope(*args, **kwargs).to(args[0].dtype)
+        out = tape.linear(known.name, lambda t: t * slope, [args[0]], function(*args, **kwargs))
+        return _stands_for(tape, args[0], out, inplace)
+    return _selection(rule, known.name, tape, function, args, kwargs)
 
 
-def _pool(tape: Tape, dims: int, with_indices: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
-    wants_indices = kwargs.pop("return_indices", False) or func is with_indices
-    x, *rest = (kwargs.pop("input"), *args) if "input" in kwargs else args  # F.max_pool2d has no signature to ask for
-    value, indices = with_indices(x, *rest, **kwargs)
-    planes, shape = indices.flatten(-dims).flatten(0, -2).int().contiguous(), value.shape
+def _selection(rule: Selection, name: str, tape: Tape, function: Any, args: Any, kwargs: Any) -> Any:
+    """A function that selects elements: of the derivatives of its inputs, those of the recorded elements."""
+    places = rule.linear_in(args)
+    moving = [place for place in places if tape.slot(args[place]) is not None]
+    found, saved = rule.record(_ALONE, function, args, kwargs)
+    still = [_zero(x) if place in places else x for place, x in enumerate(args)]
 
-    def derivative(t: Tensor) -> Tensor:
-        return ops.gate_take(t.reshape(len(planes), -1).contiguous(), planes).view(shape)
+    def derivative(*given: Tensor) -> Tensor:
+        filled = list(still)
+        for place, x in zip(moving, given, strict=True):
+            filled[place] = x
+        out = rule.replay(_ALONE, saved, function, filled, kwargs)
+        return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
 
-    out = tape.linear(f"max_pool{dims}d", derivative, [x], value, derivative)
-    return (out, indices) if wants_indices else out
-
-
-def _register_pools() -> None:
-    for dims in (1, 2, 3):
-        for name in (f"max_pool{dims}d", f"adaptive_max_pool{dims}d"):
-            with_indices = getattr(F, f"{name}_with_indices")
-
-            def rule(
-                tape: Tape, func: Any, *args: Any, dims: int = dims, form: Any = with_indices, **kwargs: Any
-            ) -> Any:
-                return _pool(tape, dims, form, func, *args, **kwargs)
-
-            rule_for(name)(rule)
-            RULES[with_indices] = (rule, False)
-
-
-_register_pools()
+    value = found[0] if isinstance(found, tuple) else found
+    squares = derivative if rule.takes_single else None
+    out = tape.linear(name, derivative, [args[place] for place in moving], value, squares)
+    return type(found)((out, *found[1:])) if isinstance(found, tuple) else out
 
 
 @rule_for("dropout dropout1d dropout2d dropout3d feature_dropout")
@@ -451,22 +309,12 @@ def _dropout(tape: Tape, func: Any, input: Tensor, p: float = 0.5, training: boo
     if not training or p == 0:
         return input
     mask = func(torch.ones_like(input), p, True)  # the same for every direction
-    out = tape.linear("dropout", lambda t: t * mask, [input], input * mask)
-    if inplace:
-        tape.replace(input, out)
-    return out
+    return _stands_for(tape, input, tape.linear("dropout", lambda t: t * mask, [input], input * mask), inplace)
 
 
-@rule_for("round floor ceil trunc sign")
+@rule_for("round floor ceil trunc fix sign sgn")
 def _flat(tape: Tape, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return _outplace(func)(x.detach(), *args, **kwargs)  # type: ignore[no-any-return]
-
-
-@rule_for("glu")
-def _glu(tape: Tape, func: Any, input: Tensor, dim: int = -1) -> Tensor:
-    with tape:
-        a, b = input.chunk(2, dim)
-        return a * b.sigmoid()
+    return outplace(func)(x.detach(), *args, **kwargs)  # type: ignore[no-any-return]
 
 
 # ---- smooth functions of each element ------------------------------------------------------------------------------
@@ -519,10 +367,7 @@ _DERIVATIVES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "__pow__": _pow,
     "sin": lambda x, y: (torch.cos(x), -y),
     "cos": lambda x, y: (-torch.sin(x), -y),
-    "erf": lambda x, y: (
-        2 / math.sqrt(math.pi) * torch.exp(-x * x),
-        -4 / math.sqrt(math.pi) * x * torch.exp(-x * x),
-    ),
+    "erf": lambda x, y: (2 / math.sqrt(math.pi) * torch.exp(-x * x), -4 / math.sqrt(math.pi) * x * torch.exp(-x * x)),
     "softplus": _softplus,
     "gelu": _gelu,
     "silu": _silu,
@@ -536,13 +381,12 @@ _DERIVATIVES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 
 
 def _smooth(name: str, tape: Tape, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    rest, named, inplace = _split_inplace(args, kwargs)
+    function = outplace(func)
+    (_, *rest), named, inplace = split_inplace(func, (input, *args), kwargs)
     if tape.slot(input) is None or any(True for _ in tensors_in((rest, named))):
         raise NoRule(f"{name_of(func)} has no rule for these arguments")
-    out = _elementwise(name, tape, _outplace(func), input, *rest, **named)
-    if inplace:
-        tape.replace(input, out)
-    return out
+    out = _elementwise(name, tape, function, input, *rest, **named)
+    return _stands_for(tape, input, out, inplace and function is func)
 
 
 def _elementwise(name: str, tape: Tape, function: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -586,17 +430,9 @@ def _logsumexp(tape: Tape, func: Any, input: Tensor, dim: Any, keepdim: bool = F
 
 @rule_for("cross_entropy")
 def _cross_entropy(
-    tape: Tape,
-    func: Any,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: Any = None,
-    ignore_index: int = -100,
-    reduce: Any = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Tensor:
+    tape: Tape, func: Any, input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: Any = None,
+    ignore_index: int = -100, reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
+) -> Tensor:  # fmt: skip
     dim = 0 if input.dim() == 1 else 1
     soft = target.is_floating_point()
     if size_average is not None or reduce is not None:
@@ -637,17 +473,10 @@ def _affine(tape: Tape, name: str, n: Tensor, weight: Tensor | None, bias: Tenso
 
 @rule_for("batch_norm")
 def _batch_norm(
-    tape: Tape,
-    func: Any,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
+    tape: Tape, func: Any, input: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
+    weight: Tensor | None = None, bias: Tensor | None = None, training: bool = False, momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     if func is torch.batch_norm:
         raise NoRule("torch.batch_norm has no rule (torch.nn.functional.batch_norm has)")
     shape = (-1, *[1] * (input.dim() - 2))
@@ -669,15 +498,9 @@ def _batch_norm(
 
 @rule_for("layer_norm")
 def _layer_norm(
-    tape: Tape,
-    func: Any,
-    input: Tensor,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enable: bool = True,
-) -> Tensor:
+    tape: Tape, func: Any, input: Tensor, normalized_shape: Any, weight: Tensor | None = None,
+    bias: Tensor | None = None, eps: float = 1e-5, cudnn_enable: bool = True,
+) -> Tensor:  # fmt: skip
     dims = list(range(-len(normalized_shape), 0))
     n = _normalise(tape, "layer_norm", input, dims, eps)
     return _affine(tape, "layer_norm", n, weight, bias, tuple(normalized_shape))
@@ -694,15 +517,9 @@ def _rms_norm(
 
 @rule_for("group_norm")
 def _group_norm(
-    tape: Tape,
-    func: Any,
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enable: bool = True,
-) -> Tensor:
+    tape: Tape, func: Any, input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
+    eps: float = 1e-5, cudnn_enable: bool = True,
+) -> Tensor:  # fmt: skip
     with tape:
         grouped = input.reshape(len(input), num_groups, -1)
     n = _normalise(tape, "group_norm", grouped, [-1], eps)
@@ -713,60 +530,23 @@ def _group_norm(
 
 @rule_for("instance_norm")
 def _instance_norm(
-    tape: Tape,
-    func: Any,
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
+    tape: Tape, func: Any, input: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None,
+    weight: Tensor | None = None, bias: Tensor | None = None, use_input_stats: bool = True, momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     if not use_input_stats or running_mean is not None or func is torch.instance_norm:
         raise NoRule("instance_norm with running statistics has no rule")
     n = _normalise(tape, "instance_norm", input, list(range(2, input.dim())), eps)
     return _affine(tape, "instance_norm", n, weight, bias, (-1, *[1] * (input.dim() - 2)))
 
 
-@rule_for("scaled_dot_product_attention")
-def _attention(
-    tape: Tape,
-    func: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
+@rule_for("norm vector_norm")
+def _norm(tape: Tape, func: Any, x: Tensor, p: Any = 2, dim: Any = None, keepdim: bool = False, *rest: Any) -> Tensor:
+    if p not in (2, "fro", None) or any(option is not None for option in rest):  # out, dtype
+        raise NoRule(f"{name_of(func)} has a rule for the Euclidean norm only")
+    dim = list(range(x.dim())) if dim is None else dim
     with tape:
-        if enable_gqa:
-            key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-            value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-        scores = (query * (scale if scale is not None else query.shape[-1] ** -0.5)) @ key.transpose(-2, -1)
-        if is_causal:
-            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        blind = None  # rows that see nothing, whose output is 0
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            blind = ~attn_mask.any(-1, keepdim=True)
-            scores = scores.masked_fill(~attn_mask & ~blind, -math.inf)
-        elif attn_mask is not None:
-            blind = (attn_mask == -math.inf).all(-1, keepdim=True)
-            scores = scores + attn_mask.masked_fill(blind, 0.0)
-        p = torch.softmax(scores, -1)
-        if blind is not None and bool(blind.any()):
-            p = p.masked_fill(blind, 0.0)
-        return F.dropout(p, dropout_p) @ value
-
-
-@rule_for("_weight_norm")
-def _weight_norm(tape: Tape, func: Any, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    with tape:
-        return twice.weight_norm(v, g, dim)
+        return x.square().sum(dim, keepdim=keepdim).sqrt()
 
 
 @rule_for("embedding_bag")
@@ -780,16 +560,73 @@ def _embedding_bag(tape: Tape, func: Any, *args: Any, **kwargs: Any) -> Tensor:
         raise NoRule(str(error)) from None
 
 
-@rule_for("linear_cross_entropy")
-def _linear_cross_entropy(tape: Tape, func: Any, *args: Any, options: Any = None, **kwargs: Any) -> Tensor:
-    with tape:
-        return twice.linear_cross_entropy(*args, **kwargs)
+# ---- functions written by others that have a rule --------------------------------------------------------------------
 
 
-@rule_for("norm vector_norm")
-def _norm(tape: Tape, func: Any, x: Tensor, p: Any = 2, dim: Any = None, keepdim: bool = False, *rest: Any) -> Tensor:
-    if p not in (2, "fro", None) or any(option is not None for option in rest):  # out, dtype
-        raise NoRule(f"{name_of(func)} has a rule for the Euclidean norm only")
-    dim = list(range(x.dim())) if dim is None else dim
-    with tape:
-        return x.square().sum(dim, keepdim=keepdim).sqrt()
+def _prelu(input: Tensor, weight: Tensor) -> Tensor:
+    slope = weight.view(-1, *[1] * (input.dim() - 2)) if weight.numel() > 1 else weight
+    positive = input.relu()
+    return positive + slope * (input - positive)
+
+
+def _glu(input: Tensor, dim: int = -1) -> Tensor:
+    a, b = input.chunk(2, dim)
+    return a * b.sigmoid()
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    scores = (query * (scale if scale is not None else query.shape[-1] ** -0.5)) @ key.transpose(-2, -1)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    blind = None  # rows that see nothing, whose output is 0
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        blind = ~attn_mask.any(-1, keepdim=True)
+        scores = scores.masked_fill(~attn_mask & ~blind, -math.inf)
+    elif attn_mask is not None:
+        blind = (attn_mask == -math.inf).all(-1, keepdim=True)
+        scores = scores + attn_mask.masked_fill(blind, 0.0)
+    p = torch.softmax(scores, -1)
+    if blind is not None and bool(blind.any()):
+        p = p.masked_fill(blind, 0.0)
+    return F.dropout(p, dropout_p) @ value
+
+
+_WRITTEN: dict[str, Callable[..., Tensor]] = {
+    "lerp": lambda start, end, weight: start + weight * (end - start),
+    "addcmul": lambda x, a, b, *, value=1: x + value * (a * b),
+    "addmm baddbmm": lambda x, a, b, *, beta=1, alpha=1: beta * x + alpha * (a @ b),
+    "__rtruediv__ __rdiv__": lambda a, b: torch.reciprocal(a) * b,
+    "prelu": _prelu,
+    "glu": _glu,
+    "scaled_dot_product_attention": _attention,
+    "_weight_norm": twice.weight_norm,
+    "linear_cross_entropy": twice.linear_cross_entropy,
+}
+
+
+def _written(write: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(write)  # with its signature, which tells the keywords that it takes
+    def rule(tape: Tape, func: Any, *args: Any, **kwargs: Any) -> Tensor:
+        with tape:
+            return write(*args, **kwargs)
+
+    return rule
+
+
+for _names, _write in _WRITTEN.items():
+    rule_for(_names)(_written(_write))
+
+
+# ---- functions with kinks that have no rule above, which would be cheaper --------------------------------------------
+
+_rule_with_kinks = functools.cache(lambda known: functools.partial(_with_kinks, known))
+
+for _kinked, _known in KNOWN.items():
+    if isinstance(_known.rule, Sided | Selection | Written):
+        RULES.setdefault(_kinked, (_rule_with_kinks(_known), writes_first(_kinked)))

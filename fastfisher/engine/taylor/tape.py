@@ -4,53 +4,26 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import MethodWrapperType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode
 
-from fastfisher.engine.calls import opened, positional
+from fastfisher.engine.calls import map_tensors, name_of, opened, positional, tensors_in
 from fastfisher.engine.checkpointing import keep_saved_tensors
+from fastfisher.engine.taylor.held import Held, writes_to
 from fastfisher.engine.taylor.known import take_out_own
 from fastfisher.engine.taylor.nodes import Linear, Node, Product
-
-
-class NoRule(RuntimeError):
-    """An operation of the forward that has no rule here; the message names it."""
-
-
-RULES: dict[Any, tuple[Callable[..., Any], bool]] = {}
-"""By function: the rule, and whether the function works in place."""
-
-
-def rule_for(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers a rule for functions of these names in torch, Tensor and torch.nn.functional, and their x_ forms."""
-
-    def register(rule: Callable[..., Any]) -> Callable[..., Any]:
-        for name in " ".join(names).split():
-            dunder = name.startswith("__")
-            inplace_name = f"__i{name[2:]}" if dunder else f"{name}_"
-            for place in (torch, Tensor, F, torch._C._nn, torch.special, torch.linalg):
-                if hasattr(place, name):
-                    RULES[getattr(place, name)] = (rule, False)
-                if hasattr(place, inplace_name):
-                    RULES[getattr(place, inplace_name)] = (rule, True)
-        return rule
-
-    return register
+from fastfisher.engine.taylor.registry import RULES, NoRule
 
 
 class Tape(TorchFunctionMode):
     """The operations of one forward that depend on some parameters, each with a rule for its derivatives.
 
-    Rules compute what a call in place would write as a tensor of its own, and from then on the changed tensor stands
-    for that (:meth:`replace`): what the tape holds keeps the values that it was computed from. A write that no rule
-    follows is seen by its effect, PyTorch's count of the writes to a tensor, and refused where it concerns a tensor
-    that the tape holds or memory that such a tensor shares.
+    What happens in place to the tensors that it holds is the matter of :class:`Held`.
 
     Example:
         >>> tape = Tape(parameters)
@@ -73,29 +46,19 @@ class Tape(TorchFunctionMode):
         self.nodes: list[Node] = []
         self.slots: dict[int, int] = {}
         self._count = 0
-        self._kept: list[Tensor] = []  # alive, so that an id stands for one tensor
-        self._writes: dict[int, int] = {}  # of a tensor that is held: how often it had been written to
-        self._held: set[int] = set()  # the storages of the first self._looked_at of self._kept
-        self._looked_at = 0
+        self.held = Held()
         self._flaw: str | None = None
         self._outputs: list[Tensor] = []
-        self._current: dict[int, Tensor] = {}  # of a tensor changed in place: what it is now
-        self._changed: set[int] = set()  # the storages of those
         self._known: list[Tensor] = []  # what is the same for every direction
         self._parameters = list(parameters.values())
         for parameter in self._parameters:
             self._new_slot(parameter)
 
     def _new_slot(self, value: Tensor) -> int:
-        self._hold(value)
+        self.held.hold(value)
         self.slots[id(value)] = self._count
         self._count += 1
         return self._count - 1
-
-    def _hold(self, x: Tensor) -> None:
-        if id(x) not in self._writes:
-            self._kept.append(x)
-        self._writes[id(x)] = _writes_to(x)
 
     def slot(self, value: Any) -> int | None:
         """The slot of a tensor that moves; None for everything else."""
@@ -103,11 +66,11 @@ class Tape(TorchFunctionMode):
 
     def current(self, value: Tensor) -> Tensor:
         """What a tensor is after all that was done to it in place."""
-        return self._current.get(id(value), value)
+        return self.held.current(value)
 
     def add(self, node: Node, value: Tensor) -> Tensor:
         """Appends an operation whose output is ``value``, which must be a tensor of its own."""
-        if id(value) in self._writes:
+        if value in self.held:
             value = value.view_as(value)
         node.output, node.dtype = self._new_slot(value), value.dtype
         self.nodes.append(node)
@@ -144,7 +107,10 @@ class Tape(TorchFunctionMode):
         keep_saved_tensors()
         if type(func) is MethodWrapperType and func.__name__ == "__set__":
             return self._set(func, args)
-        args, kwargs = _map(self._now, tuple(args)), _map(self._now, kwargs) if kwargs else {}
+        args, kwargs = (
+            map_tensors(self.held.checked, tuple(args)),
+            map_tensors(self.held.checked, kwargs) if kwargs else {},
+        )
         tensors = list(tensors_in((args, kwargs)))
         if not (torch.is_grad_enabled() and any(id(x) in self.slots for x in tensors)):
             return self._unfollowed(func, args, kwargs, tensors)
@@ -171,20 +137,20 @@ class Tape(TorchFunctionMode):
             raise NoRule(f"{name_of(func)} writes into a parameter")
         out = rule(self, func, *args, **kwargs)
         for x in tensors:
-            self._hold(x)
+            self.held.hold(x)
         if inplace:
             if out.dtype != target.dtype:
                 with self:
                     out = out.to(target.dtype)
-            self.replace(target, out)
+            self.held.replace(target, out)
         return out
 
     def _unfollowed(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         """Makes a call that needs no rule, as long as it leaves alone what the tape holds."""
-        before = [_writes_to(x) for x in tensors]
+        before = [writes_to(x) for x in tensors]
         out = func(*args, **kwargs)
         for x, writes in zip(tensors, before, strict=True):
-            if _writes_to(x) != writes and (id(x) in self._writes or self._holds(x)):
+            if writes_to(x) != writes and self.held.shares(x):
                 raise NoRule(f"{name_of(func)} has no rule where it writes into a tensor that was used before")
             if id(x) in self.slots and not x.requires_grad:  # detach_()
                 del self.slots[id(x)]
@@ -192,38 +158,9 @@ class Tape(TorchFunctionMode):
 
     def _set(self, func: Any, args: Any) -> Any:
         """Sets an attribute: data, hooks. PyTorch does so from C++, too, where nothing may be raised."""
-        if any(id(x) in self._writes or self._holds(x) for x in tensors_in(args)):
+        if any(self.held.shares(x) for x in tensors_in(args)):
             self._flaw = "setting an attribute of a tensor has no rule"
         return func(*args)
-
-    def _holds(self, x: Tensor) -> bool:
-        """Whether the tape holds a tensor in the memory of ``x``."""
-        self._held.update(_storage(y) for y in self._kept[self._looked_at :])
-        self._looked_at = len(self._kept)
-        return _storage(x) in self._held
-
-    def replace(self, old: Tensor, new: Tensor) -> None:
-        """From here on, ``old`` (which the caller wanted changed in place) means ``new``."""
-        self._kept.append(old)
-        self._current[id(old)] = new
-        for known, replaced in list(self._current.items()):
-            if replaced is old:
-                self._current[known] = new
-        if _storage(new) != _storage(old):  # else only its shape was changed
-            self._changed.add(_storage(old))
-
-    def _now(self, x: Tensor) -> Tensor:
-        """What a tensor stands for, where that is known."""
-        x = self._current.get(id(x), x)
-        writes = self._writes.get(id(x))
-        if writes is None:
-            if x.requires_grad:
-                raise NoRule("a tensor came from an operation that cannot be seen (a custom autograd.Function?)")
-        elif writes != _writes_to(x):
-            raise NoRule("a tensor was changed in place by an operation that cannot be seen")
-        if self._changed and _storage(x) in self._changed:
-            raise NoRule("a view of a tensor that was changed in place is used afterwards")
-        return x
 
     def _check_complete(self) -> None:
         """Whether anything happened to what the tape holds that no call showed.
@@ -233,9 +170,7 @@ class Tape(TorchFunctionMode):
         """
         if self._flaw is not None:
             raise NoRule(self._flaw)
-        for x in self._kept:
-            if self._writes.get(id(x), _writes_to(x)) != _writes_to(x):
-                raise NoRule("a tensor was changed in place by an operation that cannot be seen")
+        self.held.check_unchanged()
         if any(x._backward_hooks for x in self._outputs):
             raise NoRule("a hook on the gradient of a tensor has no rule")
 
@@ -246,7 +181,7 @@ class Tape(TorchFunctionMode):
         parameter reaches both. By induction each value is then piecewise linear in each single parameter.
         """
         self._check_complete()
-        end = self.slot(self.current(logits))
+        end = self.slot(self.held.current(logits))
         if end is None:
             return "the logits do not come from recorded operations"
         reached = self._reached()
@@ -293,7 +228,7 @@ class Tape(TorchFunctionMode):
                 if isinstance(node, Product) and not _common(node, reached):
                     node.wants_weight = False
         if until is not None:
-            last = self.slot(self.current(until))
+            last = self.slot(self.held.current(until))
             if last is None:
                 raise NoRule("the logits do not come from recorded operations")
             for node in self.nodes:
@@ -317,10 +252,8 @@ class Tape(TorchFunctionMode):
         for slot, i in last_use.items():
             self._dead[i].append(slot)
         self._outputs.clear()
-        self._kept.clear()
-        self._writes.clear()
         self.slots.clear()
-        self._current.clear()
+        self.held = Held()
 
     def _keep_only_what_counts(self) -> None:
         """Lets go of the operations whose derivatives no source needs."""
@@ -364,41 +297,3 @@ def _keywords(rule: Callable[..., Any]) -> frozenset[str] | None:
     """The names of the arguments that a rule takes; None for one that takes any."""
     parameters = inspect.signature(rule).parameters
     return None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else frozenset(parameters)
-
-
-def _writes_to(x: Tensor) -> int:
-    """PyTorch's count of the writes to a tensor and its views; a tensor of inference mode has none and is never one."""
-    return 0 if x.is_inference() else x._version
-
-
-def _storage(x: Tensor) -> int:
-    """The memory of a tensor and its views; of an empty one and of one that has several, a number of its own."""
-    return (x.untyped_storage().data_ptr() if x.layout == torch.strided else 0) or -id(x)
-
-
-def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Applies a function to the tensors in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if type(value) in (tuple, list):
-        return type(value)(_map(function, x) for x in value)
-    if type(value) is dict:
-        return {name: _map(function, x) for name, x in value.items()}
-    return value
-
-
-def tensors_in(value: Any) -> Iterable[Tensor]:
-    """The tensors in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for x in value:
-            yield from tensors_in(x)
-    elif isinstance(value, dict):
-        for x in value.values():
-            yield from tensors_in(x)
-
-
-def name_of(function: Any) -> str:
-    """A function's name for a message."""
-    return str(resolve_name(function) or getattr(function, "__name__", repr(function)))
