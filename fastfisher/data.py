@@ -40,6 +40,7 @@ from fastfisher.model import (
     as_call,
     check_class_dim,
     count_examples,
+    differentiable,
     known_of,
     map_inputs,
     signature_of,
@@ -145,14 +146,14 @@ class Batches:
                 return
 
     def _take(self, inputs: Call, targets: Tensor | None, rows: Any) -> Pair:
-        """Some rows of a batch, or all of them (None), on the device."""
+        """Some rows of a batch, or all of them (None), on the device, as tensors that autograd may save."""
         if rows is not None:
             _check_lists(inputs, count_examples(inputs, "data"))
             inputs = take_rows(inputs, rows)
             if targets is not None:
                 targets = targets[rows.to(targets.device) if isinstance(rows, Tensor) else rows]
-        inputs = map_inputs(inputs, lambda x: x.to(self.device))
-        return inputs, None if targets is None else targets.to(self.device)
+        inputs = map_inputs(inputs, lambda x: differentiable(x.to(self.device)))
+        return inputs, None if targets is None else differentiable(targets.to(self.device))
 
 
 def is_batch(data: Any) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastfisher.checks import check_generator, is_count
-from fastfisher.measure.traces import trace_fisher
+from fastfisher.measure.fisher import trace_fisher
 
 
 class TraceAtSteps:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastfisher
 from fastfisher import SlowPathWarning, TraceEstimate, trace_hessian
-from fastfisher.measure.hessian import LogitsForm, _agreed, logits_form
+from fastfisher.measure.logits_form import LogitsForm, agreed_form, logits_form
 from fastfisher.model import as_call
 from tests.support.networks import Hostile, OnceDifferentiable, Shared
 
@@ -513,7 +513,7 @@ class Others:
 
 def test_processes_go_the_same_way_whatever_each_found() -> None:
     mine = LogitsForm(4, None, None, False)
-    agreed = _agreed(mine, Others(), torch.device("cpu"))  # type: ignore[arg-type]
+    agreed = agreed_form(mine, Others(), torch.device("cpu"))  # type: ignore[arg-type]
     assert agreed == LogitsForm(4, "another process found so", "another process found so", False)
 
 
