@@ -51,9 +51,6 @@ class Cotangents:
         logits: without their graph, the classes last.
         targets: as the caller gave them.
 
-    Attributes:
-        count: how many cotangents a draw has.
-
     Raises:
         ValueError: targets or labels do not fit the logits, or no label can be drawn of them.
     """
@@ -69,7 +66,6 @@ class Cotangents:
             likelihood.check_drawable(logits)
         self.labels = labels.fitted(likelihood, logits, class_dim=class_dim)
         self.labels.check_targets(targets, likelihood)
-        self.count = self.labels.cotangent_count(likelihood, logits)
         self._rows, self._keys, self._draws = Rows(likelihood, logits, targets), keys, 0
 
     def draw(self) -> Iterator[Tensor]:

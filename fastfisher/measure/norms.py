@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from fastfisher.measure.cotangents import Cotangents, Keys, check_draws, labels_
 from fastfisher.measure.per_example import Captured, Side
 from fastfisher.model import Call, Inputs, check_class_dim, chosen_names, eval_mode, trainable_parameters
 from fastfisher.placement import placement_of, whole
+
+T = TypeVar("T")
 
 
 @undoing
@@ -88,9 +90,9 @@ def draws_of(
     for draw in range(draws):
         total: dict[str, Tensor] = {}
         squared_mean = 0.0
-        for index, cotangent in enumerate(cotangents.draw()):
-            last = draw == draws - 1 and index == cotangents.count - 1
-            norms, mean = captured.squared_norms(cotangent, not last, means is not None and not exact)
+        for cotangent, last in with_last(cotangents.draw()):
+            retain_graph = not last or draw < draws - 1
+            norms, mean = captured.squared_norms(cotangent, retain_graph, means is not None and not exact)
             squared_mean += mean
             total = {name: total[name] + values if total else values for name, values in norms.items()}
         if means is not None:
@@ -98,6 +100,15 @@ def draws_of(
                 squared_mean = sum(float(values.sum()) for values in total.values()) / captured.examples**2
             means.append(squared_mean)
         yield total
+
+
+def with_last(items: Iterator[T]) -> Iterator[tuple[T, bool]]:
+    """The items, each with whether it is the last one."""
+    item = next(items)
+    for following in items:
+        yield item, False
+        item = following
+    yield item, True
 
 
 @dataclass(frozen=True)
