@@ -1,6 +1,6 @@
 """Penalise and measure curvature through the Fisher Information Matrix, close to the cost of a plain training step."""
 
-from fastfisher.distributed.ranks import RankFailure
+from fastfisher.distributed.messages import RankFailure
 from fastfisher.engine.gates import AccuracyWarning, Gates, record_gates
 from fastfisher.measure.covariance import GradientCovariance, gradient_covariance
 from fastfisher.measure.estimate import TraceEstimate
@@ -10,8 +10,9 @@ from fastfisher.measure.norms import GradInnerProducts, grad_inner_products, per
 from fastfisher.measure.spectrum import TopEigenvalues, top_eigenvalues
 from fastfisher.ops.head import linear_sample_cross_entropy
 from fastfisher.ops.sampled import sample_cross_entropy
-from fastfisher.penalise.function import AdaptiveStep, penalty
+from fastfisher.penalise.function import penalty
 from fastfisher.penalise.regularizer import FisherPenalty
+from fastfisher.penalise.rho import AdaptiveStep
 from fastfisher.slow_path import SlowPathWarning
 
 __all__ = [

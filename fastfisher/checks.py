@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
@@ -37,3 +38,27 @@ def check_generator(generator: Any) -> None:
     """Raises ValueError where ``generator`` is neither a generator nor None."""
     if not (generator is None or isinstance(generator, torch.Generator)):
         raise ValueError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
+
+
+def check_number(name: str, value: Any, expected: str = "a positive number", least: float | None = None) -> None:
+    """Raises ValueError where ``value`` is no finite number that is positive, or at least ``least`` where given."""
+    if not is_number(value) or (value < least if least is not None else value <= 0):
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+def check_count(name: str, value: Any, least: int = 1, *, optional: bool = False) -> None:
+    """Raises ValueError where ``value`` is no integer of at least ``least``, nor None where it is ``optional``."""
+    if not (is_count(value, least) or (optional and value is None)):
+        raise ValueError(f"{name}: expected an integer >= {least}{' or None' if optional else ''}, got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raises ValueError where ``value`` is none of the ``choices``."""
+    if not (isinstance(value, str) and value in choices):
+        raise ValueError(f"{name}: expected {' or '.join(f'{chr(34)}{c}{chr(34)}' for c in choices)}, got {value!r}")
+
+
+def check_callable(name: str, value: Any) -> None:
+    """Raises ValueError where ``value`` is neither a function nor None."""
+    if not (value is None or callable(value)):
+        raise ValueError(f"{name}: expected a function or None, got {type(value).__name__}")

@@ -178,7 +178,7 @@ def test_figures_quoted_are_those_of_the_last_measurement(page: Path) -> None:
 
 
 def test_the_steps_quoted_are_those_of_the_library() -> None:
-    from fastfisher.penalise.function import FROZEN_STEP
+    from fastfisher.penalise.rho import FROZEN_STEP
 
     table = (ROOT / "docs" / "choosing.md").read_text()
     rows = re.findall(r"^\| (float64|float32|float16|bfloat16)[^|]*\| (\S+) \| (\S+) \|", table, re.MULTILINE)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import fastfisher
 from fastfisher import FisherPenalty, ops
+from fastfisher.penalise.outcome import Captured
 from fastfisher.training.config import TrainConfig
 from fastfisher.training.loop import train
 from fastfisher.training.networks import build_network
@@ -178,7 +179,7 @@ def trained(
             torch.cuda.set_sync_debug_mode("default")
         optimizer.step()
     if graphs:
-        assert penalty._captured is not None and penalty._captured.captured
+        assert isinstance(penalty._runner, Captured) and penalty._runner.steps.captured
     return [*model.parameters(), *model.buffers()]
 
 

@@ -160,7 +160,7 @@ def test_a_step_that_overflows_is_skipped_and_leaves_the_penalty_as_it_was(optio
     step()
     assert scaler.get_scale() == 2.0**10, "it overflowed"
     assert torch.equal(flat(list(model.parameters())), before)
-    assert penalty.steps == 0 and penalty.value is None and penalty._reused is None
+    assert penalty.steps == 0 and penalty.value is None and penalty._memory.reused is None
     for _ in range(4):
         step()
     assert penalty.steps == 4 and penalty.value is not None and bool(penalty.value.isfinite())

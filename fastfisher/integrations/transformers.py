@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastfisher.alignment import Alignments, labels_in
 from fastfisher.integrations._tracing import TraceAtSteps
-from fastfisher.penalise.regularizer import FisherPenalty, WatchedForward
+from fastfisher.penalise.regularizer import FisherPenalty
+from fastfisher.penalise.watching import WatchedForward
 
 try:
     from transformers import Trainer, TrainerCallback

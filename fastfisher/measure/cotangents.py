@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastfisher.checks import is_count
+from fastfisher.distributed.single import Single
 from fastfisher.labels import KINDS, Labels, Rows, labels_of
 from fastfisher.likelihoods import CATEGORICAL, CallersLoss, EachLoss, Likelihood
-from fastfisher.measure.world import ALONE, World
 from fastfisher.model import differentiable
 from fastfisher.ops.sampled import new_key
 
@@ -24,8 +24,8 @@ class Keys:
     Of several processes the key is that of rank 0, and the rows of each batch are those of rank 0 first.
     """
 
-    def __init__(self, generator: torch.Generator | None, world: World = ALONE) -> None:
-        self.generator, self.world = generator, world
+    def __init__(self, generator: torch.Generator | None, world: Single | None = None) -> None:
+        self.generator, self.world = generator, world or Single()
         self.key: Tensor | None = None
         self.drawn = self.done = self.rows = 0
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from fastfisher.checks import check_flags, is_number
 from fastfisher.data import Batches, Pair
-from fastfisher.distributed.ranks import digest
+from fastfisher.distributed.messages import digest
+from fastfisher.distributed.sharing import shared_by
+from fastfisher.distributed.single import Single
 from fastfisher.engine.rollback import undoing
 from fastfisher.labels import LabelName, Labels, labels_of
 from fastfisher.likelihoods import CATEGORICAL
@@ -20,7 +22,6 @@ from fastfisher.measure.cotangents import Cotangents, Keys, check_draws
 from fastfisher.measure.estimate import TraceEstimate
 from fastfisher.measure.norms import draws_of, parameter_names
 from fastfisher.measure.per_example import Captured
-from fastfisher.measure.world import World, whole_model
 from fastfisher.memory import BATCH, held, may_double
 from fastfisher.model import check_class_dim, eval_mode, trainable_parameters
 
@@ -109,6 +110,18 @@ def trace_fisher(
         grows = batch_size is None and not minibatch and world.alone
         passes = _Passes(batches, names, kind, Keys(generator, world), minibatch, grows, verify)
         return passes.estimate(passes.until(tolerance, draws))
+
+
+def whole_model(model: nn.Module, process_group: ProcessGroup | None) -> tuple[Single, nn.Module]:
+    """The processes that share the data, and the module that each of them has.
+
+    Raises:
+        ValueError: a process has only a part of the parameters.
+    """
+    shared = shared_by(model, process_group)
+    if shared.world.sharded:
+        raise ValueError("model: expected all parameters in each process, got a model sharded by fully_shard")
+    return shared.world, shared.module
 
 
 def _checked(labels: Any, draws: int, tolerance: float | None, **flags: bool) -> Labels:
@@ -243,7 +256,7 @@ class _Sums:
         self.second.append(torch.zeros_like(like))
         return [self.first[-1], self.second[-1]]
 
-    def of_all(self, world: World, fraction: float, device: torch.device) -> _Sums:
+    def of_all(self, world: Single, fraction: float, device: torch.device) -> _Sums:
         """What all processes have added up, where this one used so much of its data."""
         found = _Sums(self.parameters)
         found.draws, found.fallbacks, found.means = self.draws, self.fallbacks, self.means

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher.checks import is_count, is_number
-from fastfisher.distributed.ranks import digest
+from fastfisher.distributed.messages import digest
+from fastfisher.distributed.single import Single
 from fastfisher.engine.rollback import undoing
 from fastfisher.labels import LabelName
 from fastfisher.measure.cotangents import Keys
 from fastfisher.measure.estimate import TraceEstimate
-from fastfisher.measure.fisher import trace_fisher
+from fastfisher.measure.fisher import trace_fisher, whole_model
 from fastfisher.measure.hutchinson import Distribution, Hutchinson
 from fastfisher.measure.logits_form import LogitsForm, agreed_form, logits_form
 from fastfisher.measure.mean_loss import Labelled, measuring
-from fastfisher.measure.world import World, whole_model
 from fastfisher.model import chosen_names, trainable_parameters
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _way(method: str, hvp: str, form: LogitsForm) -> str:
 
 
 def _fisher(
-    labelled: Labelled, classes: int, tolerance: float | None, generator: torch.Generator | None, world: World
+    labelled: Labelled, classes: int, tolerance: float | None, generator: torch.Generator | None, world: Single
 ) -> TraceEstimate:
     """Tr(F), over all labels where there are few; by two Rademacher cotangents, whose spread is the error bar, else."""
     labels: LabelName = "exact" if classes <= EXACT_CLASSES else "rademacher"
@@ -132,7 +132,7 @@ def _fisher(
         class_dim=labelled.batches.class_dim,
         tolerance=tolerance,
         generator=generator,
-        process_group=world.group,
+        process_group=getattr(world, "group", None),
     )
 
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from fastfisher import ops
+from fastfisher.distributed.single import Single
 from fastfisher.engine.checkpointing import graph_nodes, refuse_recomputed
 from fastfisher.engine.gates import record_gates
 from fastfisher.engine.taylor import NoRule, Tape
 from fastfisher.measure.estimate import TraceEstimate
 from fastfisher.measure.mean_loss import BatchLoss, Labelled, check_after, forward
-from fastfisher.measure.world import World
 from fastfisher.model import call_copy
 from fastfisher.slow_path import warn_slow_path
 
@@ -52,7 +52,7 @@ class Hutchinson:
 
     data: Labelled
     parameters: dict[str, Tensor]
-    world: World
+    world: Single
     key: Tensor
     probes: int
     distribution: Distribution

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastfisher.distributed.single import Single
 from fastfisher.engine.taylor import NoRule, Tape
 from fastfisher.measure.mean_loss import forward
-from fastfisher.measure.world import World
 from fastfisher.model import Call, call_copy, count_examples, take_rows
 
 
@@ -55,7 +55,7 @@ def logits_form(model: nn.Module, parameters: dict[str, Tensor], inputs: Call) -
     return LogitsForm(logits.shape[-1], curved, coupled, unknown)
 
 
-def agreed_form(form: LogitsForm, world: World, device: torch.device) -> LogitsForm:
+def agreed_form(form: LogitsForm, world: Single, device: torch.device) -> LogitsForm:
     """The form on which all processes go on: each looked at a batch of its own, and they must take the same way."""
     flags = [form.curved is not None, form.coupled is not None, form.unknown]
     everyone = world.gather(torch.tensor(flags, dtype=torch.float64, device=device)).view(world.size, -1)

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
 
-from fastfisher import FisherPenalty, SlowPathWarning, host, ops
-from fastfisher.model import known_of
-from fastfisher.penalise.function import AdaptiveStep
-from fastfisher.penalise.graphs import KINDS, WARM_UP, CapturedSteps, CudaCapture
+from fastfisher import AdaptiveStep, FisherPenalty, SlowPathWarning, host, ops
+from fastfisher.model import known_of, trainable_parameters
+from fastfisher.penalise.derivative import Differences
+from fastfisher.penalise.graphs import KINDS, WARM_UP, CudaCapture
+from fastfisher.penalise.outcome import Captured, Outcome
+from fastfisher.penalise.steps import Weights
 from fastfisher.training.networks import build_network
 from tests.support.cpu_graphs import capture
 from tests.support.launches import Launches
@@ -50,8 +52,18 @@ class Counted:
 def in_graphs(penalty: FisherPenalty) -> Counted:
     """Has the penalty capture its steps, by the stand-in."""
     counted = Counted()
-    penalty._captured = CapturedSteps(penalty.model, counted)
+    penalty._runner, penalty._steps.sampling.rewind = Captured(penalty.model, counted), False
     return counted
+
+
+def penalised(penalty: FisherPenalty, x: Tensor, y: Tensor) -> Outcome:
+    """The step that recomputes R, by itself."""
+    return penalty._steps.penalised(x, y, trainable_parameters(penalty.model), Weights(penalty.alpha))
+
+
+def plain(penalty: FisherPenalty, x: Tensor, y: Tensor) -> Outcome:
+    """The step that reuses it."""
+    return penalty._steps.plain(x, y, trainable_parameters(penalty.model), Weights(penalty.alpha))
 
 
 class Small(nn.Module):
@@ -212,20 +224,20 @@ def test_graphs_need_a_gpu() -> None:
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_no_step_waits_for_a_value(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors without values: a step that reads one raises."""
-    monkeypatch.setattr(FisherPenalty, "_judge", lambda *_: None)  # on a GPU it looks at the first penalty alone
+    monkeypatch.setattr(Differences, "_follow", lambda *_: None)  # on a GPU it looks at the first penalty alone
     with FakeTensorMode():
         model, x, y = Small(), torch.randn(8, 3, 8, 8), torch.randint(10, (8,))
         fp = FisherPenalty(model, 0.1, **options)
         in_graphs(fp)
-        for step in (fp._penalised, fp._plain):
-            outcome = step(x, y)
+        for step in (penalised, plain):
+            outcome = step(fp, x, y)
             assert {n for n, _ in model.named_parameters()} == set(outcome.total)
-            fp._reused = outcome.reused or fp._reused
+            fp._memory.reused = outcome.reused or fp._memory.reused
         if fp.settings.method == "finite_difference":  # whether the forward can be repeated is read a step later
             with pytest.raises(DataDependentOutputException):
-                fp._penalised(x, y)
+                penalised(fp, x, y)
         known_of(model).clear()
-        fp._penalised(x, y)
+        penalised(fp, x, y)
         with pytest.raises(DataDependentOutputException):
             float(outcome.loss)
 
@@ -295,7 +307,7 @@ def test_what_was_handed_out_stays_as_it_was() -> None:
     for targets in (Y, padded, Y):
         penalty.backward(X, targets)
         assert penalty.trace_estimate is not None
-        kept.append((penalty.trace_estimate, float(penalty.trace_estimate), penalty._rows, targets))
+        kept.append((penalty.trace_estimate, float(penalty.trace_estimate), penalty._memory.rows, targets))
     for estimate, before, rows, targets in kept:
         assert float(estimate) == before
         assert float(rows) == (targets != -100).sum()  # type: ignore[arg-type]
@@ -447,24 +459,24 @@ def scanned(model: nn.Module, x: Tensor, y: Tensor, monkeypatch: pytest.MonkeyPa
     """What a plain step, one that recomputes the penalty and one that reuses it launch, with a kernel for each of our
     operators."""
     monkeypatch.setattr(ops, "_compiled", lambda name, device: True)
-    monkeypatch.setattr(FisherPenalty, "_judge", lambda *_: None)  # on a GPU it looks at the first penalty alone
+    monkeypatch.setattr(Differences, "_follow", lambda *_: None)  # on a GPU it looks at the first penalty alone
     penalty = FisherPenalty(model, 0.1, every=10, verify=False)
-    penalty._penalised(x, y)  # the first one makes the key
+    penalised(penalty, x, y)  # the first one makes the key
 
-    def plain() -> None:
+    def ordinary() -> None:
         F.cross_entropy(model(x), y).backward()
 
     found = {}
     for name, step in (
-        ("plain", plain),
-        ("recomputing", lambda: penalty._penalised(x, y)),
-        ("reusing", lambda: penalty._plain(x, y)),
+        ("plain", ordinary),
+        ("recomputing", lambda: penalised(penalty, x, y)),
+        ("reusing", lambda: plain(penalty, x, y)),
     ):
         model.zero_grad()
         with Launches() as found[name]:
             outcome = step()
         if name == "recomputing":
-            penalty._reused = outcome.reused
+            penalty._memory.reused = outcome.reused
     return found
 
 

@@ -6,6 +6,7 @@ import copy
 import gc
 import threading
 import weakref
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 import fastfisher
 from fastfisher import FisherPenalty
 from fastfisher.engine.gates import fused_forward
-from fastfisher.penalise.function import FiniteDifference
+from fastfisher.penalise.difference import FiniteDifference
 from fastfisher.training.networks import build_network
 from tests.support.networks import Hostile, SmallResNet, flat, relative_error
 
@@ -203,14 +204,16 @@ def test_the_shifted_parameters_are_freed_with_the_step(
     """Not later, when the garbage collector happens to run: they are a copy of the model."""
     model = SimpleNetwork()
     seen: list[weakref.ref[Tensor]] = []
-    shifted_loss = FiniteDifference.shifted_loss
+    shifted = FiniteDifference.shifted
 
+    @contextmanager
     def watched(self: FiniteDifference, *arguments: Any) -> Any:
-        loss, leaves = shifted_loss(self, *arguments)
-        seen.extend(weakref.ref(leaf) for leaf in leaves.values())
-        return loss, leaves
+        with shifted(self, *arguments) as (loss, leaves):
+            seen.extend(weakref.ref(leaf) for leaf in leaves.values())
+            yield loss, leaves
+            del loss, leaves
 
-    monkeypatch.setattr(FiniteDifference, "shifted_loss", watched)
+    monkeypatch.setattr(FiniteDifference, "shifted", watched)
     penalty = FisherPenalty(model, 0.1, every=1, gates=gates, mixed=mixed, verify=False)
     gc.collect()
     gc.disable()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from fastfisher import FisherPenalty
-from fastfisher.distributed.ranks import placed_like
+from fastfisher.distributed.sharded import placed_like
 from tests.support.distributed_worker import X, Y, ddp, error, gradients, network, sharded
 
 OPTIONS: dict[str, Any] = {"every": 3, "gates": "free"}  # with a gradient that is reused, a key and an adaptive step

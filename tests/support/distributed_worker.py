@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastfisher
 from fastfisher import FisherPenalty, RankFailure
-from fastfisher.distributed import ranks as distributed
+from fastfisher.distributed import messages
 from tests.support.networks import SmallResNet
 
 RNG = torch.Generator().manual_seed(0)
@@ -154,7 +154,7 @@ def ddp_double_backprop() -> None:
 def a_plain_model_with_a_group() -> None:
     compare(lambda model: model, group=dist.group.WORLD, every=1)
     one = FisherPenalty(network(), ALPHA, every=1, **seeded())
-    assert one.ranks is None, "a plain model alone stays alone"
+    assert one._world.alone, "a plain model alone stays alone"
 
 
 def ddp_unequal_batches() -> None:
@@ -417,14 +417,14 @@ def counting() -> Iterator[list[tuple[str, int]]]:
             sent.append((name, x.numel() * x.element_size()))
             return whole(*args, **kwargs)
 
-        patch.setattr(distributed.dist, name, counted)
-    gather = distributed._Messages.gather
+        patch.setattr(messages.dist, name, counted)
+    gather = messages.Messages.gather
 
     def told(messages: Any, mine: Tensor) -> list[Tensor]:
         sent.append(("told", mine.numel() * mine.element_size()))
         return gather(messages, mine)
 
-    patch.setattr(distributed._Messages, "gather", told)
+    patch.setattr(messages.Messages, "gather", told)
     try:
         yield sent
     finally:

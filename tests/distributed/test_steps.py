@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fastfisher import FisherPenalty
-from fastfisher.distributed import ranks as distributed
+from fastfisher.distributed import messages
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch was built without gloo", allow_module_level=True)
@@ -100,8 +100,8 @@ def test_without_processes_nothing_is_asked_or_sent(monkeypatch: pytest.MonkeyPa
         raise AssertionError("a collective")
 
     for name in ("all_gather", "all_reduce", "broadcast", "new_group"):
-        monkeypatch.setattr(distributed.dist, name, never)
-    monkeypatch.setattr(distributed._Messages, "gather", never)
+        monkeypatch.setattr(messages.dist, name, never)
+    monkeypatch.setattr(messages.Messages, "gather", never)
     penalty = FisherPenalty(nn.Linear(3, 3), 0.1)
-    assert penalty.ranks is None
+    assert penalty._world.alone
     penalty.backward(torch.ones(2, 3), torch.tensor([0, 1]))

@@ -1,0 +1,41 @@
+"""Several processes, of which each penalises the gradient of its own part of the batch (``scope="local"``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from fastfisher.distributed.messages import Doing, Gradients
+from fastfisher.distributed.replicated import Replicated
+from fastfisher.distributed.single import Single
+
+
+class Local(Single):
+    """A step of one process alone, but for its end: the mean of the gradients of all."""
+
+    alone = False
+
+    def __init__(self, others: Replicated) -> None:
+        self.others = others
+        self.rank, self.size = others.rank, others.size
+
+    def failing_together(self, doing: Callable[[], Doing] | None = None) -> AbstractContextManager[None]:
+        """See :meth:`Single.failing_together`."""
+        return self.others.failing_together(doing)
+
+    def begin(self, model: nn.Module) -> None:
+        """See :meth:`Single.begin`."""
+        self.others.begin(model)
+
+    def finished(self, trainable: Gradients, total: Gradients) -> Gradients:
+        """See :meth:`Single.finished`: the mean over the processes, one weight each."""
+        (summed,) = self.others.sum_gradients(trainable, total)
+        torch._foreach_div_(list(summed.values()), float(self.size))
+        return summed
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """See :meth:`Single.share_buffers`."""
+        self.others.share_buffers(model)

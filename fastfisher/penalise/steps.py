@@ -1,0 +1,170 @@
+"""One step, composed of what the options choose: whose rows, which labels, how ∇R is taken, and what is kept of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastfisher.distributed.single import Share, Single
+from fastfisher.engine.gates import fused_forward
+from fastfisher.engine.gradients import scaled
+from fastfisher.labels import check_targets, counted_rows, fit
+from fastfisher.model import Inputs, call_model, chosen_names, class_last, input_tensors, requiring_grad
+from fastfisher.penalise.derivative import Differences, DoubleBackprop, Training, named_gradients
+from fastfisher.penalise.objective import Objective
+from fastfisher.penalise.options import Options
+from fastfisher.penalise.outcome import Noting, Outcome, add
+from fastfisher.penalise.point import Point, Sampling
+from fastfisher.penalise.rho import AdaptiveStep
+from fastfisher.penalise.shift import Gradients
+from fastfisher.penalise.state import Memory
+from fastfisher.penalise.watching import WatchedForward
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How much the parts of a step's gradient weigh.
+
+    Attributes:
+        alpha: the coefficient of R.
+        scale: what losses are multiplied by before their gradients are taken.
+        reuses: whether R's gradient is kept for the steps that follow.
+    """
+
+    alpha: float
+    scale: float | Tensor = 1.0
+    reuses: bool = True
+
+
+class Steps:
+    """The steps of a :class:`fastfisher.FisherPenalty`.
+
+    Args:
+        model, options, params, world, memory: what is trained, how, among which processes, and what is remembered.
+
+    Attributes:
+        objective: the training loss.
+        sampling: of which rows R is taken, and by which forward.
+        derivative: how ∇R is taken.
+    """
+
+    def __init__(
+        self, model: nn.Module, options: Options, params: Iterable[Tensor] | None, world: Single, memory: Memory
+    ) -> None:
+        self.model, self.settings, self.world, self.memory = model, options.settings, world, memory
+        self.params = None if params is None else list(params)
+        self.objective = Objective(model, options, world.shares)
+        few = 1 if self.settings.first_only else world.part_of(options.examples)
+        self.sampling = Sampling(model, self.settings, few, world, mixed=options.mixed, rewind=not options.graphs)
+        self.differentiate = Noting(world.differentiate)
+        # With parameters in shards, all processes would have to know when one of them looks.
+        verifies = options.verify and not world.sharded
+        self.derivative = (
+            Differences(model, self.settings, world, self.differentiate, options.mixed, verifies)
+            if self.settings.differs
+            else DoubleBackprop(self.settings, world, self.differentiate)
+        )
+        self._all_small: set[tuple[torch.Size, ...]] = set()  # inputs of which a forward makes no large tensor
+
+    def plain(self, inputs: Inputs, targets: Any, trainable: Gradients, weights: Weights) -> Outcome:
+        """The gradient of scale·(loss + α·(R as it was recomputed last))."""
+        shapes = tuple(x.shape for x in input_tensors(inputs))
+        with torch.enable_grad():
+            with nullcontext() if shapes in self._all_small else fused_forward(self.model) as fused:
+                logits = call_model(self.model, inputs)
+            if fused is not None and not fused.met_large:
+                self._all_small.add(shapes)
+            targets, _ = self.objective.fit(logits, targets)
+            loss = self.objective.at(logits, targets)
+        weight = self.world.loss_weight(lambda: self.objective.count(logits, targets))
+        total = named_gradients(self.differentiate, scaled(scaled(loss, weights.scale), weight), trainable)
+        (total,) = self.world.sum_gradients(trainable, total)
+        add(total, self.memory.of(trainable), weights.alpha * weights.scale)
+        return Outcome(loss.detach(), logits.detach(), self.differentiate.laid_out(total, trainable))
+
+    def penalised(self, inputs: Inputs, targets: Any, trainable: Gradients, weights: Weights) -> Outcome:
+        """The gradient of scale·(loss + α·R), with R, and its gradient where it is reused, without the scale."""
+        if not self.settings.of_parameters:
+            inputs = requiring_grad(inputs)
+        with torch.enable_grad():
+            logits, point = self.sampling.forward(inputs, trainable)
+            targets, of_rows = self.objective.fit(logits, targets)
+            loss = self.objective.at(logits, targets)
+            share = self._draw(point, logits, targets, of_rows)
+            training = self._training(loss, targets, share, point.rows is logits)
+        alpha = weights.alpha * share.fraction
+        adaptive = self.world.shares and isinstance(self.settings.step, AdaptiveStep)
+        apart = weights.reuses or adaptive
+        outcome = Outcome(loss.detach(), logits.detach(), {}, rows=share.rows)
+        del loss, logits
+        taken = self.derivative.take(
+            point, training, trainable, self.chosen(trainable),
+            alpha=None if apart else alpha, scale=weights.scale, first=self.memory.value is None,
+        )  # fmt: skip
+        total, *penalty = self.world.sum_gradients(
+            trainable, taken.total, *([] if taken.penalty is None else [taken.penalty])
+        )
+        for reused in penalty:
+            taken.follow(reused)
+            if isinstance(share.fraction, Tensor) or share.fraction != 1.0:
+                for g in reused.values():
+                    g.mul_(share.fraction)
+            add(total, reused, weights.alpha * weights.scale)
+            if weights.reuses:
+                outcome.reused = self.memory.keep(reused, not self.sampling.rewind)
+        outcome.total = self.differentiate.laid_out(total, trainable)
+        outcome.value = taken.value
+        return outcome
+
+    def _draw(self, point: Point, logits: Tensor, targets: Any, of_rows: Tensor | None) -> Share:
+        """Draws the labels of the point's rows, and weighs their loss by what this process has of the batch."""
+        true = None if of_rows is None else of_rows[: len(point.rows)]
+        check_targets(self.settings.labels, true)
+        key = self.memory.next_key(logits.device, self.world.rank)
+        share = self.world.share(self.objective.counts(logits, targets, point, of_rows, true), key)
+        point.draw(self.settings.labels, true, key, share.first)
+        point.weigh(share.penalised)
+        point.examples = share.examples
+        return share
+
+    def _training(self, loss: Tensor, targets: Any, share: Share, same_rows: bool) -> Training:
+        """The training loss, which with true labels of all rows is the loss that is penalised, too."""
+
+        def again(logits: Tensor) -> Tensor:
+            return scaled(self.objective.at(logits, targets), share.loss)
+
+        true = self.settings.labels == "true" and self.objective.loss is None
+        return Training(scaled(loss, share.loss), again, true and same_rows and share.loss == share.penalised)
+
+    def retake(self, forward: WatchedForward, targets: Tensor | None, trainable: Gradients) -> None:
+        """Takes ∇R and R from a forward whose graph is the caller's."""
+        assert forward.logits is not None and forward.inputs is not None
+        logits = class_last(forward.logits, self.objective.class_dim)
+        if targets is not None:
+            targets = fit(logits, targets, class_dim=self.objective.class_dim, model=self.model)
+        inputs, gates, first_only = forward.inputs, forward.gates, self.settings.first_only
+        if gates is not None and not self.sampling.learns_of_autocast(gates):
+            point = Point(logits, inputs, first_only, gates, kept=True)
+        else:
+            buffers = forward.buffers if gates is None else gates.buffers
+            point = self.sampling.apart(trainable, inputs, first_only, buffers)
+        true = targets[:1] if first_only and targets is not None else targets
+        check_targets(self.settings.labels, true)
+        with torch.enable_grad():
+            point.draw(self.settings.labels, true, self.memory.next_key(logits.device, self.world.rank))
+        rows = counted_rows(point.rows, true)
+        taken = self.derivative.take(
+            point, None, trainable, self.chosen(trainable), alpha=None, first=self.memory.value is None
+        )
+        taken.follow(taken.penalty or {})
+        self.memory.value, self.memory.rows, self.memory.reused = taken.value, rows, taken.penalty
+
+    def chosen(self, trainable: Gradients) -> frozenset[str]:
+        """The names of the parameters in ``params``; one that is frozen meanwhile drops out."""
+        kept = None if self.params is None else [p for p in self.params if p.requires_grad]
+        return frozenset() if kept == [] else chosen_names(trainable, kept, sharded=self.world.sharded)
