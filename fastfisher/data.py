@@ -33,7 +33,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset, IterableDataset
 
 from fastfisher.alignment import labels_in, targets_within
-from fastfisher.checks import is_count
+from fastfisher.checks import check_count
 from fastfisher.likelihoods import CATEGORICAL
 from fastfisher.model import (
     Call,
@@ -85,10 +85,8 @@ class Batches:
         generator: torch.Generator | None = None,
         keep: bool = False,
     ) -> None:
-        if samples is not None and not is_count(samples):
-            raise ValueError(f"samples: expected an integer >= 1 or None, got {samples!r}")
-        if batch_size is not None and not is_count(batch_size):
-            raise ValueError(f"batch_size: expected an integer >= 1 or None, got {batch_size!r}")
+        check_count("samples", samples, optional=True)
+        check_count("batch_size", batch_size, optional=True)
         check_class_dim(class_dim)
         self.model, self.class_dim = model, class_dim
         self.data, self.samples, self.batch_size, self.device = data, samples, batch_size, device

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfisher.checks import is_count
+from fastfisher.checks import check_callable
 from fastfisher.distributed.single import Single
 from fastfisher.labels import KINDS, Labels, Rows, labels_of
 from fastfisher.likelihoods import CATEGORICAL, CallersLoss, EachLoss, Likelihood
@@ -87,14 +87,7 @@ def labels_and_likelihood(
         ValueError: they mean nothing, or do not go together.
     """
     kind = labels_of(labels, names)
-    if not (loss is None or callable(loss)):
-        raise ValueError(f"loss: expected a function or None, got {type(loss).__name__}")
+    check_callable("loss", loss)
     if loss is not None and kind.name != "true":
         raise ValueError(f'loss: expected None with labels={labels!r}, which are drawn; a loss goes with labels="true"')
     return kind, CATEGORICAL if loss is None else CallersLoss(loss, class_dim)
-
-
-def check_draws(draws: int) -> None:
-    """Raises ValueError where ``draws`` is no number of draws."""
-    if not is_count(draws):
-        raise ValueError(f"draws: expected an integer >= 1, got {draws!r}")

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastfisher.checks import check_flags, is_count
+from fastfisher.checks import check_count, check_flags
 from fastfisher.data import Batches, Pair
 from fastfisher.engine.layers import chunks, computing, flat_rows
 from fastfisher.engine.rollback import undoing
@@ -109,8 +109,7 @@ def gradient_covariance(
         ValueError, TypeError, NotImplementedError: as there.
     """
     kind = labels_of(labels, ("true", "sampled"), given=False)
-    if not (batch_size is None or is_count(batch_size)):
-        raise ValueError(f"batch_size: expected an integer >= 1 or None, got {batch_size!r}")
+    check_count("batch_size", batch_size, optional=True)
     check_flags(verify=verify)
     model = whole(model, "the covariance of gradients")
     together = batch_size if batch_size is not None and batch_size != 1 else None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastfisher.checks import check_flags, is_number
+from fastfisher.checks import check_count, check_flags, check_number
 from fastfisher.data import Batches, Pair
 from fastfisher.distributed.messages import digest
 from fastfisher.distributed.sharing import shared_by
@@ -18,7 +18,7 @@ from fastfisher.distributed.single import Single
 from fastfisher.engine.rollback import undoing
 from fastfisher.labels import LabelName, Labels, labels_of
 from fastfisher.likelihoods import CATEGORICAL
-from fastfisher.measure.cotangents import Cotangents, Keys, check_draws
+from fastfisher.measure.cotangents import Cotangents, Keys
 from fastfisher.measure.estimate import TraceEstimate
 from fastfisher.measure.norms import draws_of, parameter_names
 from fastfisher.measure.per_example import Captured
@@ -96,8 +96,12 @@ def trace_fisher(
     Raises:
         ValueError, TypeError, NotImplementedError, RankFailure: as there.
     """
-    kind = _checked(labels, draws, tolerance, minibatch=minibatch, verify=verify)
+    kind = labels_of(labels, given=False)
+    check_count("draws", draws)
+    check_flags(minibatch=minibatch, verify=verify)
     check_class_dim(class_dim)
+    if tolerance is not None:
+        check_number("tolerance", tolerance)
     world, model = whole_model(model, process_group)
     if minibatch and not world.alone:
         raise ValueError("minibatch: expected False where several processes share the data, got True")
@@ -122,20 +126,6 @@ def whole_model(model: nn.Module, process_group: ProcessGroup | None) -> tuple[S
     if shared.world.sharded:
         raise ValueError("model: expected all parameters in each process, got a model sharded by fully_shard")
     return shared.world, shared.module
-
-
-def _checked(labels: Any, draws: int, tolerance: float | None, **flags: bool) -> Labels:
-    """The kind of labels.
-
-    Raises:
-        ValueError: an argument is out of range.
-    """
-    kind = labels_of(labels, given=False)
-    check_draws(draws)
-    check_flags(**flags)
-    if tolerance is not None and not (is_number(tolerance) and tolerance > 0):
-        raise ValueError(f"tolerance: expected a number > 0, got {tolerance!r}")
-    return kind
 
 
 @dataclass
@@ -185,7 +175,7 @@ class _Passes:
         captured = Captured(batches.model, inputs, self.names, self.verify)
         activations = held(device) - before
         cotangents = Cotangents(captured.logits, self.labels, CATEGORICAL, targets, self.keys, batches.class_dim)
-        sums.add(draws_of(captured, cotangents, draws, sums.means if self.minibatch else None))
+        sums.add(draws_of(captured, cotangents, draws, sums.means if self.minibatch else None), captured.zeros())
         sums.fallbacks.update(captured.capture.fallbacks)
         full = captured.examples == batches.batch_size
         if self.grows and full and not sums.fallbacks and may_double(activations, device):
@@ -212,57 +202,46 @@ class _Sums:
     """What :func:`trace_fisher` adds up: for each example the sum and the sum of squares over its draws.
 
     Attributes:
-        first, second: these, by batch; of the first pass over the data their order is that of all others.
+        batches: these, (n, 2) for each batch; examples come in the order of the first pass in each further one.
         parameters: the sum over all draws of all examples, by parameter.
         means: ‖mean gradient‖² of each batch and draw.
         fraction: how much of all data was used; 0 where one does not know how much there is.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
-        self.first: list[Tensor] = []
-        self.second: list[Tensor] = []
+        self.batches: list[Tensor] = []
         self.parameters = dict.fromkeys(names, 0.0)
         self.fallbacks: dict[str, str] = {}
         self.means: list[float] = []
         self.fraction = 1.0
-        self.draws = 0
+        self.draws = self.done = 0
         self.again = False
-        self.done = 0
 
     def begin(self, draws: int) -> None:
         """A pass over the data with so many draws is to come."""
         self.draws += draws
-        self.again, self.done = bool(self.first), 0
+        self.again, self.done = bool(self.batches), 0
         if self.again:  # batches may be others than those of the first pass
-            self.first, self.second = [torch.cat(self.first)], [torch.cat(self.second)]
+            self.batches = [torch.cat(self.batches)]
 
-    def add(self, draws: Iterable[dict[str, Tensor]]) -> None:
-        """The norms of one batch."""
-        rows: list[Tensor] = []
+    def add(self, draws: Iterable[dict[str, Tensor]], none: Tensor) -> None:
+        """The norms of one batch; ``none`` is a 0 for each of its examples."""
+        if not self.again:
+            self.batches.append(torch.stack([none, none], 1))
+        sums = self.batches[-1][self.done : self.done + len(none)] if self.again else self.batches[-1]
         for norms in draws:
             for name, values in norms.items():
                 self.parameters[name] += float(values.sum())
             total = torch.stack(list(norms.values())).sum(0)
-            rows = rows or self._rows(total)
-            rows[0].add_(total)
-            rows[1].add_(total.square())
-        self.done += len(rows[0])
-
-    def _rows(self, like: Tensor) -> list[Tensor]:
-        """Where the sums of the next examples are."""
-        if self.again:
-            return [part[0][self.done : self.done + len(like)] for part in (self.first, self.second)]
-        self.first.append(torch.zeros_like(like))
-        self.second.append(torch.zeros_like(like))
-        return [self.first[-1], self.second[-1]]
+            sums += torch.stack([total, total.square()], 1)
+        self.done += len(none)
 
     def of_all(self, world: Single, fraction: float, device: torch.device) -> _Sums:
         """What all processes have added up, where this one used so much of its data."""
         found = _Sums(self.parameters)
         found.draws, found.fallbacks, found.means = self.draws, self.fallbacks, self.means
-        none = torch.zeros(0, dtype=torch.float64, device=device)
-        found.first = [world.gather(torch.cat([none, *self.first]))]
-        found.second = [world.gather(torch.cat([none, *self.second]))]
+        none = torch.zeros(0, 2, dtype=torch.float64, device=device)
+        found.batches = [world.gather(torch.cat([none, *self.batches]).flatten()).view(-1, 2)]
         values = torch.tensor(list(self.parameters.values()), dtype=torch.float64, device=device)
         total = world.gather(values).view(-1, len(values)).sum(0)
         found.parameters = dict(zip(self.parameters, total.tolist(), strict=True))
@@ -272,12 +251,18 @@ class _Sums:
         return found
 
     @property
+    def columns(self) -> tuple[Tensor, Tensor]:
+        """Σ and Σ² over the draws, by example."""
+        first, second = torch.cat(self.batches).mT.contiguous()
+        return first, second
+
+    @property
     def examples(self) -> int:
-        return sum(len(x) for x in self.first)
+        return sum(map(len, self.batches))
 
     def value(self) -> float:
         """Tr(F)."""
-        return float(torch.cat(self.first).sum()) / (self.draws * self.examples)
+        return float(self.columns[0].sum()) / (self.draws * self.examples)
 
     def per_parameter(self) -> dict[str, float]:
         """Its parts."""
@@ -304,8 +289,9 @@ class _Sums:
 
     def _noise(self) -> Tensor:
         """The variance of the draws of each example."""
-        mean = torch.cat(self.first) / self.draws
-        return ((torch.cat(self.second) - self.draws * mean.square()) / (self.draws - 1)).clamp(min=0)
+        first, second = self.columns
+        mean = first / self.draws
+        return ((second - self.draws * mean.square()) / (self.draws - 1)).clamp(min=0)
 
     def standard_error(self, drawn: bool) -> float:
         """Of the mean over n examples, the fraction f of all: √(((1 − f) s² + f w)/n).
@@ -313,7 +299,7 @@ class _Sums:
         s² is the variance between the examples' means, label noise included; w the part of it that is label noise,
         known from two draws on; with one draw all of it may be.
         """
-        mean = torch.cat(self.first) / self.draws
+        mean = self.columns[0] / self.draws
         between = float(mean.var()) if len(mean) > 1 else math.nan
         if not drawn:
             within = 0.0

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fastfisher.checks import is_count, is_number
+from fastfisher.checks import check_choice, check_count, check_number
 from fastfisher.distributed.messages import digest
 from fastfisher.distributed.single import Single
 from fastfisher.engine.rollback import undoing
@@ -58,7 +58,7 @@ def trace_hessian(
 
     Args:
         data, targets: inputs and labels, or data with labels in them alone.
-        method: "fisher" computes Tr(F), which is Tr(H) where the network is piecewise linear in every single parameter;
+        method: "fisher" computes Tr(F), which is Tr(H) of networks piecewise linear in every single parameter;
             "hutchinson" averages zᵀHz over probes z; "reduced" leaves out its terms of mean 0; "split" takes Tr(F), and
             reduced probes for the rest; "auto" takes the best for this network.
         probes: how many probes; with ``tolerance``, how many at a time.
@@ -71,14 +71,16 @@ def trace_hessian(
     Raises:
         ValueError, TypeError, NotImplementedError, RankFailure: as there.
     """
+    _check_choices(method, distribution, hvp, mode)
+    check_count("probes", probes)
+    if tolerance is not None:
+        check_number("tolerance", tolerance)
     told: dict[str, Any] = {"method": method, "probes": probes, "distribution": distribution, "hvp": hvp}
-    told |= {"tolerance": tolerance, "mode": mode}
-    _check_options(**told, batch_size=batch_size)
     world, model = whole_model(model, process_group)
     trainable = trainable_parameters(model)
     chosen = sorted(chosen_names(trainable, params))  # read once: params may be an iterator
     with ExitStack() as stack:
-        told["params"] = digest(chosen)
+        told |= {"tolerance": tolerance, "mode": mode, "params": digest(chosen)}
         stack.enter_context(world.measuring_together("trace_hessian", model, trainable, **told))
         key, _ = Keys(generator, world).of(0, 0, torch.device("cpu"))
         labelled = Labelled.of(model, data, targets, batch_size, class_dim)
@@ -86,19 +88,25 @@ def trace_hessian(
         way: str = "reduced" if method == "reduced" else hvp
         fisher = None
         if method in ("auto", "fisher", "split"):
-            form = logits_form(model, parameters, labelled.first()[0])
-            form = agreed_form(form, world, labelled.batches.device)
+            form = agreed_form(logits_form(model, parameters, labelled.first()[0]), world, labelled.batches.device)
             way = _way(method, hvp, form)
-            if way in ("fisher", "split"):
-                share = tolerance / math.sqrt(2) if tolerance is not None and way == "split" else tolerance
-                fisher = _fisher(labelled, form.classes, share, generator, world)
+            fisher = _fisher(labelled, form.classes, way, tolerance, generator, world)
             if way == "fisher" and fisher is not None:
                 return fisher
         return Hutchinson(labelled, parameters, world, key, probes, distribution, way).estimate(tolerance, fisher)
 
 
+def _check_choices(method: str, distribution: str, hvp: str, mode: str) -> None:
+    check_choice("method", method, get_args(Method))
+    check_choice("distribution", distribution, get_args(Distribution))
+    check_choice("hvp", hvp, get_args(Product))
+    check_choice("mode", mode, ("eval", "keep"))
+    if method in ("split", "reduced") and hvp != "taylor":
+        raise ValueError(f'hvp: expected "taylor" with method="{method}", got {hvp!r}')
+
+
 def _way(method: str, hvp: str, form: LogitsForm) -> str:
-    """ "fisher", "split", "reduced", or the ``hvp`` by which all of zᵀHz is taken: what the method means for a network.
+    """What a method means for a network: "fisher", "split", "reduced", or the ``hvp`` by which all of zᵀHz is taken.
 
     Raises:
         ValueError: "split" does not serve there.
@@ -120,9 +128,17 @@ def _way(method: str, hvp: str, form: LogitsForm) -> str:
 
 
 def _fisher(
-    labelled: Labelled, classes: int, tolerance: float | None, generator: torch.Generator | None, world: Single
-) -> TraceEstimate:
-    """Tr(F), over all labels where there are few; by two Rademacher cotangents, whose spread is the error bar, else."""
+    labelled: Labelled,
+    classes: int,
+    way: str,
+    tolerance: float | None,
+    generator: torch.Generator | None,
+    world: Single,
+) -> TraceEstimate | None:
+    """Tr(F) where it is wanted; over all labels where there are few classes, else by two Rademacher cotangents, whose
+    spread is the error bar."""
+    if way not in ("fisher", "split"):
+        return None
     labels: LabelName = "exact" if classes <= EXACT_CLASSES else "rademacher"
     return trace_fisher(
         labelled.batches.model,
@@ -130,35 +146,7 @@ def _fisher(
         labels=labels,
         draws=1 if labels == "exact" else 2,
         class_dim=labelled.batches.class_dim,
-        tolerance=tolerance,
+        tolerance=tolerance / math.sqrt(2) if tolerance is not None and way == "split" else tolerance,
         generator=generator,
         process_group=getattr(world, "group", None),
     )
-
-
-def _check_options(
-    method: str,
-    probes: int,
-    distribution: str,
-    hvp: str,
-    tolerance: float | None,
-    batch_size: int | None,
-    mode: str,
-) -> None:
-    allowed: Sequence[tuple[str, str, tuple[str, ...]]] = (
-        ("method", method, ("auto", "fisher", "split", "reduced", "hutchinson")),
-        ("distribution", distribution, ("gaussian", "rademacher")),
-        ("hvp", hvp, ("taylor", "autograd", "finite_difference")),
-        ("mode", mode, ("eval", "keep")),
-    )
-    for name, value, values in allowed:
-        if not (isinstance(value, str) and value in values):
-            expected = " or ".join(f'"{v}"' for v in values)
-            raise ValueError(f"{name}: expected {expected}, got {value!r}")
-    if method in ("split", "reduced") and hvp != "taylor":
-        raise ValueError(f'hvp: expected "taylor" with method="{method}", got {hvp!r}')
-    for name, number in (("probes", probes), ("batch_size", batch_size)):
-        if not (is_count(number) or (name == "batch_size" and number is None)):
-            raise ValueError(f"{name}: expected a positive integer, got {number!r}")
-    if tolerance is not None and not (is_number(tolerance) and tolerance > 0):
-        raise ValueError(f"tolerance: expected a positive number, got {tolerance!r}")

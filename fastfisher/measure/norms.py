@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastfisher.checks import check_flags
+from fastfisher.checks import check_count, check_flags
 from fastfisher.data import paired, split
 from fastfisher.engine.layers import flat_rows
 from fastfisher.engine.rollback import undoing
 from fastfisher.labels import LabelName, Labels
 from fastfisher.likelihoods import EachLoss, Likelihood
-from fastfisher.measure.cotangents import Cotangents, Keys, check_draws, labels_and_likelihood
+from fastfisher.measure.cotangents import Cotangents, Keys, labels_and_likelihood
 from fastfisher.measure.per_example import Captured, Side
 from fastfisher.model import Call, Inputs, check_class_dim, chosen_names, eval_mode, trainable_parameters
 from fastfisher.placement import placement_of, whole
@@ -65,7 +65,7 @@ def per_example_grad_norms(
     """
     check_flags(squared=squared, verify=verify)
     check_class_dim(class_dim)
-    check_draws(draws)
+    check_count("draws", draws)
     kind, likelihood = labels_and_likelihood(labels, loss, class_dim)
     model = placement_of(model).module  # the norms of this process's examples are right in any case
     names = parameter_names(model, params)

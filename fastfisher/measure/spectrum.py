@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher import ops
-from fastfisher.checks import is_count, is_number
+from fastfisher.checks import check_choice, check_count, check_number
 from fastfisher.engine.gates import RandomState
 from fastfisher.engine.layers import chunks
 from fastfisher.engine.rollback import undoing
@@ -83,13 +83,10 @@ def top_eigenvalues(
     Raises:
         ValueError, TypeError, NotImplementedError: as there.
     """
-    for name, number in (("k", k), ("max_iterations", max_iterations), ("batch_size", batch_size)):
-        if not (is_count(number) or (name == "batch_size" and number is None)):
-            raise ValueError(f"{name}: expected a positive integer, got {number!r}")
-    if not (is_number(tolerance) and tolerance > 0):
-        raise ValueError(f"tolerance: expected a positive number, got {tolerance!r}")
-    if not (isinstance(mode, str) and mode in ("eval", "keep")):
-        raise ValueError(f'mode: expected "eval" or "keep", got {mode!r}')
+    check_count("k", k)
+    check_count("max_iterations", max_iterations)
+    check_number("tolerance", tolerance)
+    check_choice("mode", mode, ("eval", "keep"))
     model = whole(model, "the eigenvalues of the Hessian")
     key = new_key(generator, torch.device("cpu"))
     labelled = Labelled.of(model, data, targets, batch_size, class_dim)

@@ -510,9 +510,9 @@ def test_everything_is_put_back(error: BaseException | None, measure: Callable[.
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k": 0}, "k: expected a positive integer, got 0"),
-        ({"max_iterations": 1.5}, "max_iterations: expected a positive integer, got 1.5"),
-        ({"batch_size": 0}, "batch_size: expected a positive integer, got 0"),
+        ({"k": 0}, "k: expected an integer >= 1, got 0"),
+        ({"max_iterations": 1.5}, "max_iterations: expected an integer >= 1, got 1.5"),
+        ({"batch_size": 0}, "batch_size: expected an integer >= 1 or None, got 0"),
         ({"tolerance": 0.0}, "tolerance: expected a positive number, got 0.0"),
         ({"mode": "train"}, 'mode: expected "eval" or "keep", got \'train\''),
         ({"params": [torch.zeros(2)]}, "params: item 0"),
