@@ -1,6 +1,6 @@
 """Softmax, row by row: a draw with its loss and gradient, that gradient's derivative, and the Rademacher cotangent.
 
-The floor is to read the input once and to write the result once. Three forms come close to it:
+At the least, the input is read once and the result written once. Three forms come close to that:
 
 * Rows of up to 1,024 columns: one warp takes a row, or several narrower ones. It waits for no other.
 * Up to 16,384 columns: a row stays in registers, 32 elements to a thread, a warp to every 1,024 columns.
@@ -11,9 +11,10 @@ The floor is to read the input once and to write the result once. Three forms co
 The draw is an inverse CDF, in tiles of 1,024 columns: word 0 of the row's Philox call picks a tile by the tiles' sums,
 word 1 an element inside it. The tiles' running sum is in float64, so that all 32 bits of word 0 count; in a tile,
 float32 tells 1,024 elements apart. A tile that was picked out of several is read once more, from the cache: this costs
-less than a running sum of the whole row. Where it starts has to be a scalar: added to a tensor of one element, it makes
-a tensor of 1,024 pointers that Triton 3.6 turns through shared memory, in 4,600 instructions. In a row of one tile the
-running sum has two levels. Sums are trees of fixed shape: a row's result depends on nothing but the row.
+less than a running sum of the whole row. The start of that tile has to be a scalar: as a tensor of one element it would
+give a tensor of 1,024 pointers, which Triton 3.6 hands between threads through shared memory, in 4,600 instructions. In
+a row of one tile the running sum has two levels. Sums are trees of fixed shape: a row's result depends on nothing but
+the row.
 
 Rows of a multiple of 8 columns begin at multiples of 16 bytes and are read and written in such words. Other rows of two
 passes begin their blocks at the boundary before the row; only their first and last block need a mask.
