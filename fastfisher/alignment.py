@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastfisher.engine.random_state import RandomState
-from fastfisher.model import Call, call_copy, class_last, known_of, logits_of, map_inputs
+from fastfisher.inputs import Call, known_of, map_inputs
+from fastfisher.model import call_copy, class_last, logits_of
 from fastfisher.targets import IGNORED
 
 WAY_OUT = "state the targets of the logits yourself"

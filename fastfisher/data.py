@@ -12,9 +12,9 @@ A batch is
   ``[{"x": x, "w": w}, y]``. One item alone, ``[x]``, is inputs.
 
 Inputs are arguments by position (tuples, lists) or by name (mappings) where the model's ``forward`` has such
-parameters, and else its one argument as they are; see :func:`fastfisher.model.as_call`. They may hold tuples, lists and
-mappings at any depth, and anything that is no tensor. Each tensor has the examples along dimension 0, or is shared by
-all: a scalar, or of size 1 there.
+parameters, and else its one argument as they are; see :func:`fastfisher.inputs.as_call`. They may hold tuples, lists
+and mappings at any depth, and anything that is no tensor. Each tensor has the examples along dimension 0, or is shared
+by all: a scalar, or of size 1 there.
 
 Data are one such batch, or an iterable of batches: a ``DataLoader``, a list, a generator. A tuple is always one batch.
 A list is one where a tensor or None is among its items, as in ``next(iter(loader))``.
@@ -34,11 +34,9 @@ from torch.utils.data import Dataset, IterableDataset
 
 from fastfisher.alignment import labels_in, targets_within
 from fastfisher.checks import check_count
-from fastfisher.likelihoods import CATEGORICAL
-from fastfisher.model import (
+from fastfisher.inputs import (
     Call,
     as_call,
-    check_class_dim,
     count_examples,
     differentiable,
     known_of,
@@ -48,6 +46,8 @@ from fastfisher.model import (
     takes,
     takes_any_name,
 )
+from fastfisher.likelihoods import CATEGORICAL
+from fastfisher.model import check_class_dim
 
 Pair = tuple[Call, Tensor | None]
 """How the model is called with the inputs and, where there are any, the targets."""

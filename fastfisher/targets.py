@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher.host import looking_waits
-from fastfisher.model import as_given, class_last, known_of
+from fastfisher.inputs import known_of
+from fastfisher.model import as_given, class_last
 
 IGNORED = -100
 """The target of a row that does not count, as in ``F.cross_entropy``."""

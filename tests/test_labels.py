@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import fastfisher
 from fastfisher import FisherPenalty
+from fastfisher.inputs import known_of
 from fastfisher.labels import Signs, cross_entropy, fit, label_loss, looking_waits, new_key
-from fastfisher.model import known_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

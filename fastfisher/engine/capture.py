@@ -26,7 +26,8 @@ from fastfisher.engine.random_state import RandomState
 from fastfisher.engine.row_owners import RowOwners
 from fastfisher.engine.taps import Receive
 from fastfisher.engine.watching import Known, Watch
-from fastfisher.model import Inputs, call_within, count_examples, uncompiled
+from fastfisher.inputs import Inputs, count_examples
+from fastfisher.model import call_within, uncompiled
 
 
 @dataclass

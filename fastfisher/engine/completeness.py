@@ -20,7 +20,8 @@ from fastfisher.engine.layers import Layer, flat_rows
 from fastfisher.engine.one_by_one import gradients_of_each
 from fastfisher.engine.random_state import RandomState
 from fastfisher.engine.watching import Known
-from fastfisher.model import Inputs, call_model, call_within, input_tensors, known_of, uncompiled
+from fastfisher.inputs import Inputs, input_tensors, known_of
+from fastfisher.model import call_model, call_within, uncompiled
 
 SHAPES = 8
 """How many sizes of batches of the same kind are looked at: more would make batches of any length slow."""

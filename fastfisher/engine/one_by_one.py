@@ -8,16 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher.engine.layers import chunks
-from fastfisher.model import (
-    Inputs,
-    call_model,
-    call_within,
-    input_tensors,
-    is_shared,
-    map_inputs,
-    take_rows,
-    uncompiled,
-)
+from fastfisher.inputs import Inputs, input_tensors, is_shared, map_inputs, take_rows
+from fastfisher.model import call_model, call_within, uncompiled
 
 Gradients = dict[str, Tensor]
 """By parameter, [n, *shape]."""

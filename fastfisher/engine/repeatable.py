@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher.host import looking_waits
-from fastfisher.model import Inputs, input_tensors, known_of
+from fastfisher.inputs import Inputs, input_tensors, known_of
 
 ROUNDINGS = 64
 """Logits may differ by so many units of rounding of the largest: on a GPU, sums in another order."""

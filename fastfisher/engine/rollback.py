@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 from fastfisher.checks import check_generator, check_model
 from fastfisher.engine.calls import opened, written
 from fastfisher.engine.random_state import RandomState
-from fastfisher.model import known_of, taking_gradients
+from fastfisher.inputs import known_of
+from fastfisher.model import taking_gradients
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")

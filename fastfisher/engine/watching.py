@@ -14,7 +14,8 @@ from fastfisher.engine.checkpointing import graph_nodes, keep_saved_tensors
 from fastfisher.engine.layers import DECOMPOSED, Layer, Layout, Recurrence, Unrolled, bind, depends, unrolled
 from fastfisher.engine.random_state import RandomState
 from fastfisher.engine.taps import Own, Receiver, Tap, TapOfRecurrence
-from fastfisher.model import Inputs, call_model, count_examples, differentiable, input_tensors, map_inputs, take_rows
+from fastfisher.inputs import Inputs, count_examples, differentiable, input_tensors, map_inputs, take_rows
+from fastfisher.model import call_model
 
 
 @dataclass

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fastfisher.checks import check_callable
 from fastfisher.distributed.single import Single
+from fastfisher.inputs import differentiable
 from fastfisher.labels import KINDS, Labels, Rows, labels_of
 from fastfisher.likelihoods import CATEGORICAL, CallersLoss, EachLoss, Likelihood
-from fastfisher.model import differentiable
 from fastfisher.ops.sampled import new_key
 
 

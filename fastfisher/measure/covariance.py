@@ -19,11 +19,12 @@ from fastfisher.checks import check_count, check_flags
 from fastfisher.data import Batches, Pair
 from fastfisher.engine.layers import chunks, computing, flat_rows
 from fastfisher.engine.rollback import undoing
+from fastfisher.inputs import count_examples
 from fastfisher.labels import KINDS, Labels, Rows, labels_of
 from fastfisher.likelihoods import CATEGORICAL
 from fastfisher.measure.norms import one_backward, parameter_names
 from fastfisher.measure.per_example import Side
-from fastfisher.model import call_model, count_examples, eval_mode
+from fastfisher.model import call_model, eval_mode
 from fastfisher.ops.sampled import new_key
 from fastfisher.placement import whole
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from fastfisher.distributed.single import Single
 from fastfisher.engine.taylor import NoRule, Tape
+from fastfisher.inputs import Call, count_examples, take_rows
 from fastfisher.measure.mean_loss import forward
-from fastfisher.model import Call, call_copy, count_examples, take_rows
+from fastfisher.model import call_copy
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,9 @@ from fastfisher.data import Batches, Pair
 from fastfisher.engine.gates import RandomState
 from fastfisher.engine.taylor import Tape
 from fastfisher.engine.twice import differentiable_gradients, second_derivatives, twice_differentiable
+from fastfisher.inputs import Call, take_rows
 from fastfisher.likelihoods import CATEGORICAL, Likelihood
-from fastfisher.model import (
-    Call,
-    call_copy,
-    chosen_names,
-    eval_mode,
-    take_rows,
-    trainable_parameters,
-    uncompiled,
-    unhooked,
-)
+from fastfisher.model import call_copy, chosen_names, eval_mode, trainable_parameters, uncompiled, unhooked
 
 
 class Labelled:

@@ -14,11 +14,12 @@ from fastfisher.checks import check_count, check_flags
 from fastfisher.data import paired, split
 from fastfisher.engine.layers import flat_rows
 from fastfisher.engine.rollback import undoing
+from fastfisher.inputs import Call, Inputs
 from fastfisher.labels import LabelName, Labels
 from fastfisher.likelihoods import EachLoss, Likelihood
 from fastfisher.measure.cotangents import Cotangents, Keys, labels_and_likelihood
 from fastfisher.measure.per_example import Captured, Side
-from fastfisher.model import Call, Inputs, check_class_dim, chosen_names, eval_mode, trainable_parameters
+from fastfisher.model import check_class_dim, chosen_names, eval_mode, trainable_parameters
 from fastfisher.placement import placement_of, whole
 
 T = TypeVar("T")

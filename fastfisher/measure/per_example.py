@@ -18,7 +18,7 @@ from fastfisher.engine.completeness import verified_capture
 from fastfisher.engine.layers import GRAM_ELEMENTS, Layer, chunks, computing, dots, flat_rows, squares
 from fastfisher.engine.one_by_one import Gradients, Reduce, gradients_of_each
 from fastfisher.engine.taps import Receive
-from fastfisher.model import Call, check_examples, differentiable, map_inputs
+from fastfisher.inputs import Call, check_examples, differentiable, map_inputs
 from fastfisher.slow_path import warn_slow_path
 
 Seen = dict[int, tuple[Tensor, Tensor]]

@@ -20,13 +20,8 @@ from fastfisher.distributed.sharded import precision_below
 from fastfisher.distributed.sharing import shared_by
 from fastfisher.distributed.single import Single
 from fastfisher.engine.rollback import undone_on_error
-from fastfisher.model import (
-    Inputs,
-    as_given,
-    chosen_names,
-    taking_gradients,
-    trainable_parameters,
-)
+from fastfisher.inputs import Inputs
+from fastfisher.model import as_given, chosen_names, taking_gradients, trainable_parameters
 from fastfisher.penalise.graphs import CudaCapture, places
 from fastfisher.penalise.options import Method, Options, Settings
 from fastfisher.penalise.outcome import Captured, Eager, add_to_grads, settle

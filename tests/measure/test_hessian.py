@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastfisher
 from fastfisher import SlowPathWarning, TraceEstimate, trace_hessian
+from fastfisher.inputs import as_call
 from fastfisher.measure.logits_form import LogitsForm, agreed_form, logits_form
-from fastfisher.model import as_call
 from tests.support.networks import Hostile, OnceDifferentiable, Shared
 
 SIGNIFICANCE = 1e-4
