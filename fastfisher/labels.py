@@ -14,19 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from fastfisher.host import looking_waits as looking_waits
 from fastfisher.likelihoods import CATEGORICAL, Chosen, Likelihood
-from fastfisher.likelihoods import Signs as Signs
-from fastfisher.ops.sampled import new_key as new_key
-from fastfisher.ops.sampled import sample_cross_entropy as sample_cross_entropy
-from fastfisher.targets import IGNORED as IGNORED
-from fastfisher.targets import averaged_rows as averaged_rows
-from fastfisher.targets import check_certain as check_certain
-from fastfisher.targets import check_classes as check_classes
-from fastfisher.targets import check_counted as check_counted
-from fastfisher.targets import counted_rows as counted_rows
-from fastfisher.targets import fit as fit
-from fastfisher.targets import ignored as ignored
 
 NO_LABEL = ", which is an expectation over all labels; here a gradient is taken at one label of each row"
 
@@ -235,30 +223,3 @@ def labels_of(labels: Any, names: Sequence[str] = tuple(KINDS), *, given: bool =
     got = "a tensor" if isinstance(labels, Tensor) else repr(labels)
     reason = NO_LABEL if isinstance(labels, str) and labels == "exact" else ""
     raise ValueError(f"labels: expected {', '.join(others)} or {last}, got {got}{reason}")
-
-
-# ---- the functions that the penalty still calls ----------------------------------------------------------------------
-
-cross_entropy = CATEGORICAL.loss
-
-
-def check_labels(labels: Any) -> None:
-    """Raises ValueError where ``labels`` names nothing known."""
-    labels_of(labels, PENALISED)
-
-
-def check_targets(labels: str | Tensor, targets: Any) -> None:
-    """Raises ValueError where the labels are the targets and there are none."""
-    labels_of(labels).check_targets(targets)
-
-
-def are_drawn(labels: str | Tensor) -> bool:
-    """Whether it takes a key to have such labels."""
-    return labels_of(labels).drawn
-
-
-def label_loss(
-    logits: Tensor, labels: str | Tensor, targets: Tensor | None, key: Tensor | None, first: int = 0
-) -> tuple[Tensor, Chosen]:
-    """See :meth:`Labels.loss`."""
-    return labels_of(labels).loss(Rows(CATEGORICAL, logits, targets, key, first))

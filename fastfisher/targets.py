@@ -187,19 +187,6 @@ def ignored(logits: Tensor, targets: Any) -> Tensor | None:
     return found if looking_waits(found) or bool(found.any()) else None
 
 
-def counted_rows(logits: Tensor, targets: Any) -> int | Tensor:
-    """How many rows of the logits a mean is over; a float64 tensor where some may be :func:`ignored`."""
-    out = ignored(logits, targets)
-    return logits[..., 0].numel() if out is None else (~out).sum(dtype=torch.float64)
-
-
-def averaged_rows(targets: Any, rows: int) -> int:
-    """How many of the rows ``F.cross_entropy`` averages over at these targets; on a GPU the host waits."""
-    if isinstance(targets, Tensor) and targets.dtype == torch.int64:
-        return int((targets != IGNORED).sum())
-    return rows
-
-
 def count_targets(targets: Tensor, class_dim: int | None) -> int:
     """How many rows the mean loss at these targets, as :func:`fit` takes them, is over."""
     if targets.is_floating_point():
