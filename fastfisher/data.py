@@ -33,13 +33,14 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset, IterableDataset
 
 from fastfisher.alignment import labels_in, targets_within
-from fastfisher.checks import is_count
+from fastfisher.checks import check_count
 from fastfisher.likelihoods import CATEGORICAL
 from fastfisher.model import (
     Call,
     as_call,
     check_class_dim,
     count_examples,
+    differentiable,
     known_of,
     map_inputs,
     signature_of,
@@ -84,10 +85,8 @@ class Batches:
         generator: torch.Generator | None = None,
         keep: bool = False,
     ) -> None:
-        if samples is not None and not is_count(samples):
-            raise ValueError(f"samples: expected an integer >= 1 or None, got {samples!r}")
-        if batch_size is not None and not is_count(batch_size):
-            raise ValueError(f"batch_size: expected an integer >= 1 or None, got {batch_size!r}")
+        check_count("samples", samples, optional=True)
+        check_count("batch_size", batch_size, optional=True)
         check_class_dim(class_dim)
         self.model, self.class_dim = model, class_dim
         self.data, self.samples, self.batch_size, self.device = data, samples, batch_size, device
@@ -145,14 +144,14 @@ class Batches:
                 return
 
     def _take(self, inputs: Call, targets: Tensor | None, rows: Any) -> Pair:
-        """Some rows of a batch, or all of them (None), on the device."""
+        """Some rows of a batch, or all of them (None), on the device, as tensors that autograd may save."""
         if rows is not None:
             _check_lists(inputs, count_examples(inputs, "data"))
             inputs = take_rows(inputs, rows)
             if targets is not None:
                 targets = targets[rows.to(targets.device) if isinstance(rows, Tensor) else rows]
-        inputs = map_inputs(inputs, lambda x: x.to(self.device))
-        return inputs, None if targets is None else targets.to(self.device)
+        inputs = map_inputs(inputs, lambda x: differentiable(x.to(self.device)))
+        return inputs, None if targets is None else differentiable(targets.to(self.device))
 
 
 def is_batch(data: Any) -> bool:

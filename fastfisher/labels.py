@@ -65,7 +65,7 @@ class Rows:
 
     def labels(self, labels: Chosen) -> Chosen:
         """The labels without the rows that are left out."""
-        return self.likelihood.leave_out(labels, self.out)
+        return labels if self.out is None else self.likelihood.leave_out(labels, self.out)
 
     def cotangent(self, cotangent: Tensor) -> Tensor:
         """The cotangent with 0 in the rows that are left out."""
@@ -111,10 +111,6 @@ class Labels:
         """The gradient of the summed loss in the output; where there are several, their squared norms add up."""
         yield rows.likelihood.gradient(rows.output, self.choose(rows))
 
-    def cotangent_count(self, likelihood: Likelihood, output: Tensor) -> int:
-        """How many cotangents there are."""
-        return 1
-
 
 class Sampled(Labels):
     """ŷ ~ p(y | output): the expectation of ‖∇ℓ(ŷ)‖² is the trace of the Fisher matrix (eq. 2 of the paper)."""
@@ -122,11 +118,9 @@ class Sampled(Labels):
     name, drawn, of_model = "sampled", True, True
 
     def choose(self, rows: Rows) -> Chosen:
-        """Drawn from the likelihood."""
         return rows.labels(rows.likelihood.draw(*rows.draw))
 
     def loss(self, rows: Rows) -> tuple[Tensor, Chosen]:
-        """Labels and loss in one pass."""
         rows.likelihood.check(rows.output)
         losses, labels = rows.likelihood.drawn_loss(*rows.draw)
         if rows.out is None:
@@ -134,7 +128,6 @@ class Sampled(Labels):
         return losses.masked_fill(rows.out, 0).sum() / (~rows.out).sum(), rows.labels(labels)
 
     def cotangents(self, rows: Rows) -> Iterator[Tensor]:
-        """Labels and gradient in one pass."""
         yield rows.cotangent(rows.likelihood.drawn_gradient(*rows.draw))
 
 
@@ -144,13 +137,11 @@ class TrueLabels(Labels):
     name = "true"
 
     def check_targets(self, targets: Any, likelihood: Likelihood = CATEGORICAL) -> None:
-        """Raises ValueError where there are none."""
         if targets is None and likelihood.needs_targets:
             raise ValueError('targets: expected the true labels with labels="true", got None')
 
     def choose(self, rows: Rows) -> Chosen:
-        """The targets as they are: the loss itself leaves out what they leave out."""
-        chosen: Tensor = rows.targets
+        chosen: Tensor = rows.targets  # the loss itself leaves out what they leave out
         return chosen
 
 
@@ -160,7 +151,6 @@ class Uniform(Labels):
     name, drawn = "uniform", True
 
     def choose(self, rows: Rows) -> Chosen:
-        """Drawn uniformly."""
         return rows.labels(rows.likelihood.draw_uniform(*rows.draw))
 
 
@@ -174,11 +164,9 @@ class Rademacher(Labels):
     name, drawn, of_model = "rademacher", True, True
 
     def choose(self, rows: Rows) -> Chosen:
-        """The signs."""
         return rows.labels(rows.likelihood.draw_signs(*rows.draw))
 
     def cotangents(self, rows: Rows) -> Iterator[Tensor]:
-        """Signs and gradient in one pass."""
         yield rows.cotangent(rows.likelihood.signs_gradient(*rows.draw))
 
 
@@ -192,7 +180,6 @@ class Exact(Labels):
     name, of_model = "exact", True
 
     def cotangents(self, rows: Rows) -> Iterator[Tensor]:
-        """For each column of the root, one for each row of an example."""
         count = rows.likelihood.shape_of_labels(rows.output)[1:].numel()
         for column in map(rows.cotangent, rows.likelihood.root(rows.output)):
             if count == 1:
@@ -204,10 +191,6 @@ class Exact(Labels):
                 one[:, row] = flat[:, row]
                 yield one.view_as(column)
 
-    def cotangent_count(self, likelihood: Likelihood, output: Tensor) -> int:
-        """Columns times rows of an example."""
-        return likelihood.rank(output) * likelihood.shape_of_labels(output)[1:].numel()
-
 
 class Given(Labels):
     """Labels that the caller gives as a tensor, in place of the targets."""
@@ -218,19 +201,12 @@ class Given(Labels):
         self.given = given
 
     def fitted(self, likelihood: Likelihood, output: Tensor, **how: Any) -> Labels:
-        """With the labels as the loss takes them.
-
-        Raises:
-            ValueError: they do not fit the output.
-        """
         return Given(likelihood.fit(output, self.given, name="labels", **how))
 
     def of_first(self) -> Labels:
-        """With the label of the first example."""
         return Given(self.given[:1])
 
     def choose(self, rows: Rows) -> Chosen:
-        """The given ones."""
         return rows.labels(self.given)
 
 

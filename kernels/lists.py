@@ -45,7 +45,7 @@ from fastfisher.kernels.philox import philox
 SIGNS, NORMALS = tl.constexpr(2048), tl.constexpr(512)
 """Elements of a block, which a program works on at once: a group of signs, eight groups of normal numbers."""
 TILE = tl.constexpr(8192)
-"""Elements of a tile, the share of one program: enough that the search for the tensor and the partial sum are small."""
+"""Elements of a tile, the share of one program: so many that finding the tensor and storing the sum cost little."""
 
 
 @triton.jit
@@ -196,7 +196,7 @@ def _probe_dot(layout, addresses, tensors, key, partial, DTYPE: tl.constexpr, GA
     for block in range(begin, end):
         w0, w1, w2, w3 = _words(key, first // BLOCK + block, GAUSSIAN)
         origin, low, high = _extent(block, first, size, BLOCK)
-        for half in range(2):  # as above
+        for half in range(2):  # not unrolled, as in _perturb
             a, z, b, other_z = _probes(tl.where(half == 0, w0, w2), tl.where(half == 0, w1, w3), half, GAUSSIAN)
             sums += _products(x + origin, low, high, a, z)
             sums += _products(x + origin, low, high, b, other_z)

@@ -38,7 +38,7 @@ _SIZES = [
     "inputs", "outputs", "positions", "groups", "kernel", "kernel1", "kernel2", "input0", "input1", "input2",
     "output1", "output2", "stride0", "stride1", "stride2", "dilation0", "dilation1", "dilation2",
 ]  # fmt: skip
-"""A layer's sizes, arguments that Triton shall not compile anew for each value that is 1 or a multiple of 16."""
+"""A layer's sizes: arguments for whose values (1, multiples of 16) Triton would otherwise compile the kernel again."""
 
 LAST_DIMENSION_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7))
 """Along which dimension of a block neighbouring threads go where Triton sees contiguous addresses in none: the last one
@@ -186,7 +186,7 @@ def _channel_products(
     MULTIPLE: tl.constexpr,
 ):  # fmt: skip
     """Per row of a and d: Σ (a - center) d and Σ d, in float64."""
-    size = size // MULTIPLE * MULTIPLE  # what the compiler may count on: loads as wide as rows are aligned
+    size = size // MULTIPLE * MULTIPLE  # tells the compiler how rows are aligned: it loads as wide
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     middle = tl.load(center + row % channels, mask=row < rows, other=0.0).to(COMPUTE)
     product, total = tl.zeros((ROWS, SIZE), tl.float64), tl.zeros((ROWS, SIZE), tl.float64)

@@ -285,7 +285,7 @@ class FisherPenalty:
             ValueError: an option of the penalty needs a forward of its own: ``mixed``, ``examples``, ``graphs``,
                 ``loss``, ``wrt="inputs"``, ``scaler``, several processes.
         """
-        self._options.check_watched(self._world)
+        dataclasses.replace(self._options, loss=self.loss, scaler=self.scaler).check_watched(self._world)
         return watched(self.model, self._steps.sampling, self.class_dim, self._due())
 
     def term(self, forward: WatchedForward, targets: Tensor | None = None) -> Tensor:

@@ -107,7 +107,9 @@ class Constant(Rule):
         return out, out.detach().clone() if writes_first(function) else out.detach()
 
     def replay(self, run: Run, saved: Any, function: Function, args: Any, kwargs: Any) -> Any:
-        out = function(*args, **kwargs)  # for its place in the graph: what autograd follows here, it followed at θ
+        out = function(
+            *args, **kwargs
+        )  # only for its node in the graph: autograd must follow here what it followed at θ
         if saved is None or out.shape != saved.shape:
             return out
         if writes_first(function):
@@ -201,7 +203,7 @@ class Dropout(Rule):
         x, p, on, inplace = self._arguments(function, args, kwargs)
         if not on or p == 0.0:
             return function(*args, **kwargs), None
-        if self.channels not in (None, x.dim()):  # without a batch, its channels are elsewhere
+        if self.channels not in (None, x.dim()):  # an input without a batch dimension has its channels elsewhere
             raise unrepeatable(function)
         shape = x.shape if self.channels is None else torch.Size([*x.shape[:2], *[1] * (x.dim() - 2)])
         mask = torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - p)

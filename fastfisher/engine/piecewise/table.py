@@ -47,7 +47,7 @@ def _keep_sides(x: Tensor, low: Any = None, high: Any = None) -> Tensor:
     sides = torch.zeros_like(x, dtype=torch.int8)
     if low is not None:
         sides = sides - (x < low).to(torch.int8)
-    if high is not None:  # which wins where the lower bound is above it
+    if high is not None:  # as in clamp, it wins where the lower bound is above it
         sides = torch.where((x if low is None else x.clamp(min=low)) > high, 1, sides)
     return sides.to(torch.int8)
 
@@ -56,7 +56,7 @@ def _apply_sides(x: Tensor, sides: Tensor, low: Any = None, high: Any = None) ->
     for bound, beyond in ((low, sides < 0), (high, sides > 0)):
         if isinstance(bound, Tensor):
             x = torch.where(beyond, bound.to(x.dtype), x)
-        elif bound is not None:  # a number is an argument of the kernel; a tensor of it would be copied from the host
+        elif bound is not None:  # no torch.where, which would copy the number from the host
             x = x.masked_fill(beyond, bound)
     return x
 
@@ -81,7 +81,9 @@ def _prelu(x: Tensor, positive: Tensor, weight: Tensor) -> Tensor:
 
 def _exponential_unit(x: Tensor, alpha: float, scale: float = 1.0) -> Tensor:
     positive = x > 0
-    negative = torch.where(positive, 0.0, x)  # or the branch not taken overflows, and 0·∞ is its gradient
+    negative = torch.where(
+        positive, 0.0, x
+    )  # else expm1 overflows where it is not taken, and the gradient there is 0·∞
     return torch.where(positive, scale * x, (scale * alpha) * torch.expm1(negative))
 
 
@@ -315,13 +317,13 @@ def _table() -> dict[Function, Known]:
     for name in conditions | rules:
         known = Known(name.strip("_"), rules.get(name), name == "rrelu", conditions.get(name, never))
         table |= dict.fromkeys(_functions(name), known)
-    table[torch.autograd.grad] = smooth  # its backward passes the gates of what it differentiates
+    table[torch.autograd.grad] = smooth  # the gates are in the graph that it differentiates
     table |= dict.fromkeys((torch.sparse.mm, torch.sparse.addmm), smooth)
     table[torch._C._nn.l1_loss] = Known("l1_loss", Written(_l1_loss))
     table[torch.linalg.norm] = Known("linalg.norm", smooth=_general_norm_is_smooth)
-    for function in (torch._C._nn.elu, torch._C._nn.elu_):  # arguments other than F.elu's, which alone calls it
+    for function in (torch._C._nn.elu, torch._C._nn.elu_):  # F.elu alone calls them, with other arguments than its own
         table.pop(function, None)
-    table.pop(F.multi_head_attention_forward, None)  # opened, so that what it calls is seen
+    table.pop(F.multi_head_attention_forward, None)  # unknown functions are opened, and so its calls are seen
     return table
 
 
