@@ -14,9 +14,9 @@ from torch.nn import functional as F
 import fastfisher
 from fastfisher import FisherPenalty
 from fastfisher.host import looking_waits
+from fastfisher.inputs import known_of
 from fastfisher.labels import Rows, labels_of
 from fastfisher.likelihoods import CATEGORICAL, Signs
-from fastfisher.inputs import known_of
 from fastfisher.ops.sampled import new_key
 from fastfisher.targets import fit
 
