@@ -26,7 +26,7 @@ import fastfisher
 from bench import readme
 from fastfisher import cli, ops
 from fastfisher.ops import reference
-from fastfisher.paper.arguments import IDS
+from fastfisher.paper.experiments import IDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
