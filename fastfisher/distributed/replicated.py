@@ -24,6 +24,7 @@ class Replicated(Telling, Single):
     by its rows. docs/distributed.md has the algebra and what each step costs.
     """
 
+    group: dist.ProcessGroup
     alone, shares = False, True
 
     @contextmanager

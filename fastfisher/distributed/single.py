@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
 from fastfisher.distributed.messages import Doing, Gradients
 from fastfisher.engine.gradients import autograd_gradients
 from fastfisher.placement import check_not_within
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 
@@ -72,11 +75,13 @@ class Single:
     Attributes:
         rank, size: the number of this process, and how many there are.
         sharded: whether a process has only a part of each parameter.
+        group: the processes as torch.distributed knows them; None where there is no other.
         alone: whether there is no other process.
         shares: whether R is of the batch of all processes.
     """
 
     rank, size = 0, 1
+    group: ProcessGroup | None = None
     sharded, alone, shares = False, True, False
 
     # ---- a call of all ----------------------------------------------------------------------------------------------

@@ -148,5 +148,5 @@ def _fisher(
         class_dim=labelled.batches.class_dim,
         tolerance=tolerance / math.sqrt(2) if tolerance is not None and way == "split" else tolerance,
         generator=generator,
-        process_group=getattr(world, "group", None),
+        process_group=world.group,
     )
