@@ -26,7 +26,7 @@ import fastfisher
 from bench import readme
 from fastfisher import cli, ops
 from fastfisher.ops import reference
-from fastfisher.paper.experiments import IDS
+from fastfisher.paper.experiments import IDS, THEMES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -132,7 +132,7 @@ def test_every_command_exists(page: Path) -> None:
         else:
             given = parsed(words[1:]) or parsed([*words[1:], "1"])  # "1": an option named without its value
             assert given is not None, f"not a command: {shlex.join(words)}"
-            assert set(getattr(given, "ids", None) or ()) <= set(IDS), words
+            assert set(getattr(given, "ids", None) or ()) <= set(THEMES), words
 
 
 def test_commands_that_do_not_exist_are_found() -> None:
