@@ -23,7 +23,7 @@ from tqdm import tqdm
 from bench.conftest import RESULTS, machine
 from bench.test_hessian import by_curvlinops, by_hand, by_pyhessian, problem
 from fastfisher import trace_hessian
-from fastfisher.measure.hessian import logits_form
+from fastfisher.measure.logits_form import logits_form
 
 ERRORS = (0.1, 0.03, 0.01)
 

@@ -2,16 +2,12 @@
 
 from fastfisher.distributed.messages import RankFailure
 from fastfisher.engine.gates import AccuracyWarning, Gates, record_gates
+from fastfisher.measure.covariance import GradientCovariance, gradient_covariance
 from fastfisher.measure.estimate import TraceEstimate
+from fastfisher.measure.fisher import FisherTrace, trace_fisher
 from fastfisher.measure.hessian import trace_hessian
-from fastfisher.measure.spectrum import GradientCovariance, TopEigenvalues, gradient_covariance, top_eigenvalues
-from fastfisher.measure.traces import (
-    FisherTrace,
-    GradInnerProducts,
-    grad_inner_products,
-    per_example_grad_norms,
-    trace_fisher,
-)
+from fastfisher.measure.norms import GradInnerProducts, grad_inner_products, per_example_grad_norms
+from fastfisher.measure.spectrum import TopEigenvalues, top_eigenvalues
 from fastfisher.ops.head import linear_sample_cross_entropy
 from fastfisher.ops.sampled import sample_cross_entropy
 from fastfisher.penalise.function import penalty

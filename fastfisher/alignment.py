@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastfisher.engine.random_state import RandomState
-from fastfisher.model import Call, call_copy, class_last, known_of, logits_of, map_inputs
+from fastfisher.inputs import Call, known_of, map_inputs
+from fastfisher.model import call_copy, class_last, logits_of
 from fastfisher.targets import IGNORED
 
 WAY_OUT = "state the targets of the logits yourself"
@@ -40,7 +41,7 @@ class Alignment:
         Raises:
             ValueError: there are more labels than rows, or not as many dimensions.
         """
-        if labels.numel() == rows.numel():  # (N, 1) for (N,), (N·T,) for (N, T)
+        if labels.numel() == rows.numel():  # labels (N, 1) for rows (N,), or (N·T,) for (N, T)
             labels = labels.reshape(rows)
         if labels.dim() != len(rows) or labels.shape[:-1] != rows[:-1] or labels.shape[-1] > rows[-1]:
             raise ValueError(
@@ -89,7 +90,7 @@ def alignment_of(loss: Tensor, logits: Tensor, labels: Tensor | None, class_dim:
     if labels is not None and labels.is_floating_point():
         _check_probabilities(labels, logits)
         labels = None
-    # A row that is sure of its label may have a gradient of 0, by rounding.
+    # A row whose probability rounds to 1 at its label has a gradient of 0 although it counts.
     sure = logits.float().softmax(-1).amax(-1) == 1
     every = torch.ones_like(used)
     for alignment in (Alignment(0), Alignment(1)):
@@ -143,7 +144,7 @@ def targets_within(model: nn.Module, call: Call, labels: Tensor) -> Tensor:
     """
     kind = "labels", tuple(sorted(call.kwargs)), labels.dim()
     known = known_of(model)
-    if labels.dim() < 2 or not bool((labels != IGNORED).any()):  # one for each example; or of nothing
+    if labels.dim() < 2 or not bool((labels != IGNORED).any()):  # one label for each example, or none that counts
         return labels
     if kind not in known:
         device = next(model.parameters()).device
@@ -179,7 +180,7 @@ def _forward(model: nn.Module, call: Call) -> tuple[Tensor, Any]:
 
 def _gradient(loss: Tensor, logits: Tensor) -> Tensor:
     """∂loss/∂logits, times the number of rows: of a mean it is then about 1 at a label."""
-    rows = float(max(1, min(logits[..., 0].numel(), 1 << 15)))  # within float16
+    rows = float(max(1, min(logits[..., 0].numel(), 1 << 15)))  # no larger than float16 can hold
     at: Any = logits
     while True:
         (grad,) = torch.autograd.grad(loss, at, torch.full_like(loss, rows), retain_graph=True, allow_unused=True)

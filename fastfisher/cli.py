@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         if command == "reproduce":
-            # Only who reproduces needs what draws.
+            # Imported here, because it imports matplotlib, which no other command needs.
             from fastfisher.paper.reproduce import main as reproduce
 
             return reproduce(given)

@@ -12,9 +12,9 @@ A batch is
   ``[{"x": x, "w": w}, y]``. One item alone, ``[x]``, is inputs.
 
 Inputs are arguments by position (tuples, lists) or by name (mappings) where the model's ``forward`` has such
-parameters, and else its one argument as they are; see :func:`fastfisher.model.as_call`. They may hold tuples, lists and
-mappings at any depth, and anything that is no tensor. Each tensor has the examples along dimension 0, or is shared by
-all: a scalar, or of size 1 there.
+parameters, and else its one argument as they are; see :func:`fastfisher.inputs.as_call`. They may hold tuples, lists
+and mappings at any depth, and anything that is no tensor. Each tensor has the examples along dimension 0, or is shared
+by all: a scalar, or of size 1 there.
 
 Data are one such batch, or an iterable of batches: a ``DataLoader``, a list, a generator. A tuple is always one batch.
 A list is one where a tensor or None is among its items, as in ``next(iter(loader))``.
@@ -33,13 +33,12 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset, IterableDataset
 
 from fastfisher.alignment import labels_in, targets_within
-from fastfisher.checks import is_count
-from fastfisher.likelihoods import CATEGORICAL
-from fastfisher.model import (
+from fastfisher.checks import check_count
+from fastfisher.inputs import (
     Call,
     as_call,
-    check_class_dim,
     count_examples,
+    differentiable,
     known_of,
     map_inputs,
     signature_of,
@@ -47,6 +46,8 @@ from fastfisher.model import (
     takes,
     takes_any_name,
 )
+from fastfisher.likelihoods import CATEGORICAL
+from fastfisher.model import check_class_dim
 
 Pair = tuple[Call, Tensor | None]
 """How the model is called with the inputs and, where there are any, the targets."""
@@ -84,10 +85,8 @@ class Batches:
         generator: torch.Generator | None = None,
         keep: bool = False,
     ) -> None:
-        if samples is not None and not is_count(samples):
-            raise ValueError(f"samples: expected an integer >= 1 or None, got {samples!r}")
-        if batch_size is not None and not is_count(batch_size):
-            raise ValueError(f"batch_size: expected an integer >= 1 or None, got {batch_size!r}")
+        check_count("samples", samples, optional=True)
+        check_count("batch_size", batch_size, optional=True)
         check_class_dim(class_dim)
         self.model, self.class_dim = model, class_dim
         self.data, self.samples, self.batch_size, self.device = data, samples, batch_size, device
@@ -145,14 +144,14 @@ class Batches:
                 return
 
     def _take(self, inputs: Call, targets: Tensor | None, rows: Any) -> Pair:
-        """Some rows of a batch, or all of them (None), on the device."""
+        """Some rows of a batch, or all of them (None), on the device, as tensors that autograd may save."""
         if rows is not None:
             _check_lists(inputs, count_examples(inputs, "data"))
             inputs = take_rows(inputs, rows)
             if targets is not None:
                 targets = targets[rows.to(targets.device) if isinstance(rows, Tensor) else rows]
-        inputs = map_inputs(inputs, lambda x: x.to(self.device))
-        return inputs, None if targets is None else targets.to(self.device)
+        inputs = map_inputs(inputs, lambda x: differentiable(x.to(self.device)))
+        return inputs, None if targets is None else differentiable(targets.to(self.device))
 
 
 def is_batch(data: Any) -> bool:

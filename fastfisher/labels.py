@@ -14,19 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from fastfisher.host import looking_waits as looking_waits
 from fastfisher.likelihoods import CATEGORICAL, Chosen, Likelihood
-from fastfisher.likelihoods import Signs as Signs
-from fastfisher.ops.sampled import new_key as new_key
-from fastfisher.ops.sampled import sample_cross_entropy as sample_cross_entropy
-from fastfisher.targets import IGNORED as IGNORED
-from fastfisher.targets import averaged_rows as averaged_rows
-from fastfisher.targets import check_certain as check_certain
-from fastfisher.targets import check_classes as check_classes
-from fastfisher.targets import check_counted as check_counted
-from fastfisher.targets import counted_rows as counted_rows
-from fastfisher.targets import fit as fit
-from fastfisher.targets import ignored as ignored
 
 NO_LABEL = ", which is an expectation over all labels; here a gradient is taken at one label of each row"
 
@@ -65,7 +53,7 @@ class Rows:
 
     def labels(self, labels: Chosen) -> Chosen:
         """The labels without the rows that are left out."""
-        return self.likelihood.leave_out(labels, self.out)
+        return labels if self.out is None else self.likelihood.leave_out(labels, self.out)
 
     def cotangent(self, cotangent: Tensor) -> Tensor:
         """The cotangent with 0 in the rows that are left out."""
@@ -111,10 +99,6 @@ class Labels:
         """The gradient of the summed loss in the output; where there are several, their squared norms add up."""
         yield rows.likelihood.gradient(rows.output, self.choose(rows))
 
-    def cotangent_count(self, likelihood: Likelihood, output: Tensor) -> int:
-        """How many cotangents there are."""
-        return 1
-
 
 class Sampled(Labels):
     """ŷ ~ p(y | output): the expectation of ‖∇ℓ(ŷ)‖² is the trace of the Fisher matrix (eq. 2 of the paper)."""
@@ -122,11 +106,9 @@ class Sampled(Labels):
     name, drawn, of_model = "sampled", True, True
 
     def choose(self, rows: Rows) -> Chosen:
-        """Drawn from the likelihood."""
         return rows.labels(rows.likelihood.draw(*rows.draw))
 
     def loss(self, rows: Rows) -> tuple[Tensor, Chosen]:
-        """Labels and loss in one pass."""
         rows.likelihood.check(rows.output)
         losses, labels = rows.likelihood.drawn_loss(*rows.draw)
         if rows.out is None:
@@ -134,7 +116,6 @@ class Sampled(Labels):
         return losses.masked_fill(rows.out, 0).sum() / (~rows.out).sum(), rows.labels(labels)
 
     def cotangents(self, rows: Rows) -> Iterator[Tensor]:
-        """Labels and gradient in one pass."""
         yield rows.cotangent(rows.likelihood.drawn_gradient(*rows.draw))
 
 
@@ -144,13 +125,11 @@ class TrueLabels(Labels):
     name = "true"
 
     def check_targets(self, targets: Any, likelihood: Likelihood = CATEGORICAL) -> None:
-        """Raises ValueError where there are none."""
         if targets is None and likelihood.needs_targets:
             raise ValueError('targets: expected the true labels with labels="true", got None')
 
     def choose(self, rows: Rows) -> Chosen:
-        """The targets as they are: the loss itself leaves out what they leave out."""
-        chosen: Tensor = rows.targets
+        chosen: Tensor = rows.targets  # the loss itself leaves out what they leave out
         return chosen
 
 
@@ -160,7 +139,6 @@ class Uniform(Labels):
     name, drawn = "uniform", True
 
     def choose(self, rows: Rows) -> Chosen:
-        """Drawn uniformly."""
         return rows.labels(rows.likelihood.draw_uniform(*rows.draw))
 
 
@@ -174,11 +152,9 @@ class Rademacher(Labels):
     name, drawn, of_model = "rademacher", True, True
 
     def choose(self, rows: Rows) -> Chosen:
-        """The signs."""
         return rows.labels(rows.likelihood.draw_signs(*rows.draw))
 
     def cotangents(self, rows: Rows) -> Iterator[Tensor]:
-        """Signs and gradient in one pass."""
         yield rows.cotangent(rows.likelihood.signs_gradient(*rows.draw))
 
 
@@ -192,7 +168,6 @@ class Exact(Labels):
     name, of_model = "exact", True
 
     def cotangents(self, rows: Rows) -> Iterator[Tensor]:
-        """For each column of the root, one for each row of an example."""
         count = rows.likelihood.shape_of_labels(rows.output)[1:].numel()
         for column in map(rows.cotangent, rows.likelihood.root(rows.output)):
             if count == 1:
@@ -204,10 +179,6 @@ class Exact(Labels):
                 one[:, row] = flat[:, row]
                 yield one.view_as(column)
 
-    def cotangent_count(self, likelihood: Likelihood, output: Tensor) -> int:
-        """Columns times rows of an example."""
-        return likelihood.rank(output) * likelihood.shape_of_labels(output)[1:].numel()
-
 
 class Given(Labels):
     """Labels that the caller gives as a tensor, in place of the targets."""
@@ -218,19 +189,12 @@ class Given(Labels):
         self.given = given
 
     def fitted(self, likelihood: Likelihood, output: Tensor, **how: Any) -> Labels:
-        """With the labels as the loss takes them.
-
-        Raises:
-            ValueError: they do not fit the output.
-        """
         return Given(likelihood.fit(output, self.given, name="labels", **how))
 
     def of_first(self) -> Labels:
-        """With the label of the first example."""
         return Given(self.given[:1])
 
     def choose(self, rows: Rows) -> Chosen:
-        """The given ones."""
         return rows.labels(self.given)
 
 
@@ -259,30 +223,3 @@ def labels_of(labels: Any, names: Sequence[str] = tuple(KINDS), *, given: bool =
     got = "a tensor" if isinstance(labels, Tensor) else repr(labels)
     reason = NO_LABEL if isinstance(labels, str) and labels == "exact" else ""
     raise ValueError(f"labels: expected {', '.join(others)} or {last}, got {got}{reason}")
-
-
-# ---- the functions that the penalty still calls ----------------------------------------------------------------------
-
-cross_entropy = CATEGORICAL.loss
-
-
-def check_labels(labels: Any) -> None:
-    """Raises ValueError where ``labels`` names nothing known."""
-    labels_of(labels, PENALISED)
-
-
-def check_targets(labels: str | Tensor, targets: Any) -> None:
-    """Raises ValueError where the labels are the targets and there are none."""
-    labels_of(labels).check_targets(targets)
-
-
-def are_drawn(labels: str | Tensor) -> bool:
-    """Whether it takes a key to have such labels."""
-    return labels_of(labels).drawn
-
-
-def label_loss(
-    logits: Tensor, labels: str | Tensor, targets: Tensor | None, key: Tensor | None, first: int = 0
-) -> tuple[Tensor, Chosen]:
-    """See :meth:`Labels.loss`."""
-    return labels_of(labels).loss(Rows(CATEGORICAL, logits, targets, key, first))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fastfisher import ops
@@ -38,12 +38,12 @@ Chosen = Tensor | Signs
 class Likelihood(ABC):
     """p(y | output), the same in each row of an output of shape (N, …, *row).
 
-    A row is what one label depends on. The labels of different rows are independent, those of an example are seen
-    together. Rows are numbered through the output in its order; row i of an output that begins at row ``first`` of a
-    larger one draws what row ``first + i`` draws there.
+    A row is what one label depends on; the labels of different rows are independent. Rows are numbered through the
+    output in its order: an output that begins at row ``first`` of a larger one draws what those rows draw there.
 
-    A likelihood has to say ``fit`` and ``loss``. Each further kind of labels takes one function more; what comes after
-    them follows from these, and is to be overridden where there is a faster way or something to refuse.
+    A likelihood has to say ``fit`` and ``loss``; and, where it serves the labels "sampled", "uniform", "rademacher" and
+    "exact", ``draw``, ``draw_uniform``, ``draw_signs`` and ``root``. What comes after them follows from these, and is
+    to be overridden where there is a faster way or something to refuse.
     """
 
     row_dims: ClassVar[int] = 0
@@ -52,38 +52,24 @@ class Likelihood(ABC):
     needs_targets: ClassVar[bool] = True
     """Whether the labels "true" have to be given."""
 
-    # ---- what a likelihood has to say
-
     @abstractmethod
-    def fit(
-        self,
-        output: Tensor,
-        targets: Any,
-        *,
-        class_dim: int | None = None,
-        name: str = "targets",
-        model: nn.Module | None = None,
-        in_range: bool = True,
-    ) -> Tensor:
-        """The targets as ``loss`` takes them; the arguments are those of :func:`fastfisher.targets.fit`.
+    def fit(self, output: Tensor, targets: Any, **how: Any) -> Tensor:
+        """The targets as ``loss`` takes them; ``how``: as in :func:`fastfisher.targets.fit`.
 
         Raises:
-            ValueError: they do not fit the output; ``name`` is the argument that is named.
+            ValueError: they do not fit the output.
         """
 
     @abstractmethod
     def loss(self, output: Tensor, labels: Chosen, reduction: Reduction = "mean") -> Tensor:
         """−log p(labels | output) for each row, or its mean over the rows that count, or its sum.
 
-        At signs ε it is a function of the output whose gradient is Rε, R a square root of the Fisher information of
-        the output, F = RRᵀ: over random signs, that has the mean 0 and the covariance F of the gradient at a drawn
-        label.
+        At signs ε it is a function of the output whose gradient is Rε, F = RRᵀ the Fisher information of the output:
+        over random signs, that has the mean 0 and the covariance F of the gradient at a drawn label.
         """
 
-    # ---- what it may say, for labels other than the targets
-
     def draw(self, output: Tensor, key: Tensor, first: int = 0) -> Tensor:
-        """A label for each row, y ~ p(y | output); ``first`` is the number of the first row."""
+        """A label for each row, y ~ p(y | output)."""
         raise self._refusal("sampled")
 
     def draw_uniform(self, output: Tensor, key: Tensor, first: int = 0) -> Tensor:
@@ -96,10 +82,6 @@ class Likelihood(ABC):
 
     def root(self, output: Tensor) -> Iterator[Tensor]:
         """Columns r_k of the output's shape: in each row Σ_k r_k r_kᵀ is the Fisher information of that row."""
-        raise self._refusal("exact")
-
-    def rank(self, output: Tensor) -> int:
-        """How many columns ``root`` has."""
         raise self._refusal("exact")
 
     def _refusal(self, labels: str) -> ValueError:
@@ -121,13 +103,11 @@ class Likelihood(ABC):
         """Which rows the targets take out of every mean and sum; None where there are none."""
         return None
 
-    def leave_out(self, labels: Chosen, out: Tensor | None) -> Chosen:
+    def leave_out(self, labels: Chosen, out: Tensor) -> Chosen:
         """The labels, or signs, without the rows in ``out``."""
-        if out is None:
-            return labels
         if isinstance(labels, Signs):
             return Signs(labels.tensor.masked_fill(self.over_rows(out), 0))
-        raise ValueError(f"targets: {type(self).__name__} leaves out no rows")
+        raise ValueError(f"targets: expected all of them to count, since {type(self).__name__} leaves out no rows")
 
     def over_rows(self, mask: Tensor) -> Tensor:
         """A mask of rows, in a shape that broadcasts over the output."""
@@ -176,7 +156,6 @@ class Categorical(Likelihood):
     row_dims = 1
 
     def fit(self, output: Tensor, targets: Any, **how: Any) -> Tensor:
-        """See :func:`fastfisher.targets.fit`."""
         return fit(output, targets, **how)
 
     def loss(self, output: Tensor, labels: Chosen, reduction: Reduction = "mean") -> Tensor:
@@ -202,11 +181,12 @@ class Categorical(Likelihood):
         return found.view(shape) if reduction == "none" else found
 
     def draw(self, output: Tensor, key: Tensor, first: int = 0) -> Tensor:
-        """ŷ ~ softmax(logits)."""
         return self.drawn_loss(output, key, first)[1]
 
+    def draw_uniform(self, output: Tensor, key: Tensor, first: int = 0) -> Tensor:
+        return self.draw(torch.zeros_like(output), key, first)
+
     def draw_signs(self, output: Tensor, key: Tensor, first: int = 0) -> Signs:
-        """One for each class of each row."""
         signs = reference.rademacher_signs(output[..., 0].numel(), output.shape[-1], key, first)
         return Signs(signs.view(output.shape).to(output.device))
 
@@ -220,56 +200,42 @@ class Categorical(Likelihood):
         shifted = u.clone()
         shifted[..., -1] += 1
         factor = u * shifted / shifted[..., -1:]
-        for k in range(self.rank(output)):
+        for k in range(u.shape[-1] - 1):
             column = -factor * u[..., k : k + 1]
             column[..., k] += u[..., k]
             yield column
 
-    def rank(self, output: Tensor) -> int:
-        """C − 1."""
-        return output.shape[-1] - 1
-
     def check(self, output: Tensor) -> None:
-        """Raises ValueError where there are fewer than two classes."""
         super().check(output)
         check_classes(output)
 
     def check_drawable(self, output: Tensor) -> None:
-        """Raises ValueError for NaN and +inf; −inf is a class that is ruled out."""
-        if bool((output.isnan() | (output == torch.inf)).any()):
+        if bool((output.isnan() | (output == torch.inf)).any()):  # −inf is a class that is ruled out
             raise ValueError("model: expected logits of which labels can be drawn, got NaN or +inf among them")
 
-    def draw_uniform(self, output: Tensor, key: Tensor, first: int = 0) -> Tensor:
-        """Each class with probability 1/C."""
-        return self.draw(torch.zeros_like(output), key, first)
-
     def ignored(self, output: Tensor, targets: Any) -> Tensor | None:
-        """The rows whose target is −100."""
         return ignored(output, targets)
 
-    def leave_out(self, labels: Chosen, out: Tensor | None) -> Chosen:
-        """The labels with −100 there, the signs with 0."""
-        if out is None or isinstance(labels, Signs):
+    def leave_out(self, labels: Chosen, out: Tensor) -> Chosen:
+        if isinstance(labels, Signs):
             return super().leave_out(labels, out)
         if labels.is_floating_point():
             raise ValueError("targets: expected none of -100 beside labels that are probabilities")
         return labels.masked_fill(out, IGNORED)
 
     def counted_targets(self, targets: Tensor, class_dim: int | None) -> int:
-        """See :func:`fastfisher.targets.count_targets`."""
         return count_targets(targets, class_dim)
 
     def drawn_loss(self, output: Tensor, key: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
-        """By the fused operator."""
         return sample_cross_entropy(output, key=key, first=first, reduction="none", class_dim=-1)
 
     def drawn_gradient(self, output: Tensor, key: Tensor, first: int = 0) -> Tensor:
-        """softmax(logits) − onehot(ŷ), by the fused operator."""
+        """softmax(logits) − onehot(ŷ)."""
         rows = output.reshape(-1, output.shape[-1])
         return ops.sample_cross_entropy(rows, key, 1.0, first)[2].view(output.shape)
 
     def signs_gradient(self, output: Tensor, key: Tensor, first: int = 0) -> Tensor:
-        """√p⊙ε − p⟨√p, ε⟩, by the fused operator."""
+        """√p⊙ε − p⟨√p, ε⟩."""
         rows = output.reshape(-1, output.shape[-1])
         return ops.rademacher_cotangent(rows, key, 1.0, first).view(output.shape)
 
@@ -281,7 +247,7 @@ EachLoss = Callable[[Tensor, Any], Tensor]
 
 
 class CallersLoss(Likelihood):
-    """A loss of the caller's, which says nothing of a distribution: it goes with the labels "true" alone."""
+    """A loss of the caller's, with targets of any kind or none. It says nothing of a distribution."""
 
     needs_targets = False
 
@@ -289,15 +255,9 @@ class CallersLoss(Likelihood):
         self.each, self.class_dim = each, class_dim
 
     def fit(self, output: Tensor, targets: Any, **how: Any) -> Any:
-        """The targets may be anything."""
         return targets
 
     def loss(self, output: Tensor, labels: Any, reduction: Reduction = "sum") -> Tensor:
-        """The caller's for each example, or their sum.
-
-        Raises:
-            ValueError: it is no tensor with a value for each example that depends on the logits.
-        """
         each = self.each(as_given(output, self.class_dim), labels)
         if not isinstance(each, Tensor) or not each.requires_grad:
             raise ValueError("loss: expected a tensor that depends on the logits, one value per example")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher.host import looking_waits
-from fastfisher.model import as_given, class_last, known_of
+from fastfisher.inputs import known_of
+from fastfisher.model import as_given, class_last
 
 IGNORED = -100
 """The target of a row that does not count, as in ``F.cross_entropy``."""
@@ -184,19 +185,6 @@ def ignored(logits: Tensor, targets: Any) -> Tensor | None:
         return None
     found = targets == IGNORED
     return found if looking_waits(found) or bool(found.any()) else None
-
-
-def counted_rows(logits: Tensor, targets: Any) -> int | Tensor:
-    """How many rows of the logits a mean is over; a float64 tensor where some may be :func:`ignored`."""
-    out = ignored(logits, targets)
-    return logits[..., 0].numel() if out is None else (~out).sum(dtype=torch.float64)
-
-
-def averaged_rows(targets: Any, rows: int) -> int:
-    """How many of the rows ``F.cross_entropy`` averages over at these targets; on a GPU the host waits."""
-    if isinstance(targets, Tensor) and targets.dtype == torch.int64:
-        return int((targets != IGNORED).sum())
-    return rows
 
 
 def count_targets(targets: Tensor, class_dim: int | None) -> int:

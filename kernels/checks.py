@@ -6,10 +6,16 @@ Values are not looked at: reading them back would stall the stream.
 from __future__ import annotations
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """The dtypes that the kernels take, and Triton's names for them."""
+
+
+def compute_type(dtype: torch.dtype) -> tl.dtype:
+    """What arithmetic is done in: float64 for float64, and float32 for the others."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def check(condition: bool, message: str) -> None:

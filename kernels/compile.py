@@ -1,8 +1,8 @@
 """Compiles every kernel configuration for given GPUs, with no GPU at hand, and says what each takes of a processor.
 
-A spilled register is a trip to memory in the middle of arithmetic: no shipped configuration may spill. Nor may one turn
-many pointers through shared memory, or read element by element what is aligned to 16 bytes: Triton does both without a
-word. A test holds every configuration to all three.
+A spilled register is a trip to memory in the middle of arithmetic: no shipped configuration may spill. Nor may one hand
+many pointers between threads through shared memory, or read element by element what is aligned to 16 bytes: Triton
+does both without a warning. A test holds every configuration to all three.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """ReLU and max-pool with what their backward and replay need: gates, a bit per element, and choices, 32 bits each.
 
-All of it moves bytes: each kernel reads its input once and writes its output once. In two places it takes care.
+They are bound by memory: each kernel reads its input once and writes its output once. Two things need care.
 
 * Places in planes: a program finds its first plane in 64 bits, once; the rest is arithmetic in 32 bits.
 * The transpose of a max-pool adds up where windows overlap. Which do is not known here; float atomics would give other
@@ -46,7 +46,7 @@ def relu(x, out, bits, numel: tl.int64, BLOCK: tl.constexpr):
     value = load_block(x + place, place < numel, whole, 0.0, "")
     passes = (value > 0) | (value != value)
     store_block(out + place, tl.where(passes, value, 0.0), place < numel, whole, "")
-    packed = tl.sum(passes.to(tl.int32) << bit, 1)  # of distinct powers of two: their union
+    packed = tl.sum(passes.to(tl.int32) << bit, 1)  # distinct powers of two: their sum has all their bits
     tl.store(bits + word, packed, mask=word * 32 < numel)
 
 
@@ -137,7 +137,7 @@ def put(y, indices, out, elements: tl.int64, outputs: tl.int64, BLOCK: tl.conste
         earlier = (index[:, None] == index[None, :]) & (each[:, None] > each[None, :])
         count = tl.where(inside, tl.sum(earlier.to(tl.int32), 1), -1)
         for turn in tl.range(tl.max(count) + 1):
-            tl.debug_barrier()  # what other threads wrote in the turn before is to be seen
+            tl.debug_barrier()  # this turn reads what other threads wrote in the one before
             now = count == turn
             sum = tl.load(target + index, mask=now, other=0.0) + value
             tl.store(target + index, sum, mask=now)

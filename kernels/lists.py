@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,14 +38,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfisher.kernels.checks import TYPES, check, check_dtype, check_key
+from fastfisher.kernels.checks import TYPES, check, check_dtype, check_key, compute_type
 from fastfisher.kernels.compile import Configuration
 from fastfisher.kernels.philox import philox
 
 SIGNS, NORMALS = tl.constexpr(2048), tl.constexpr(512)
 """Elements of a block, which a program works on at once: a group of signs, eight groups of normal numbers."""
 TILE = tl.constexpr(8192)
-"""Elements of a tile, the share of one program: enough that the search for the tensor and the partial sum are small."""
+"""Elements of a tile, the share of one program: so many that finding the tensor and storing the sum cost little."""
 
 
 @triton.jit
@@ -196,7 +196,7 @@ def _probe_dot(layout, addresses, tensors, key, partial, DTYPE: tl.constexpr, GA
     for block in range(begin, end):
         w0, w1, w2, w3 = _words(key, first // BLOCK + block, GAUSSIAN)
         origin, low, high = _extent(block, first, size, BLOCK)
-        for half in range(2):  # as above
+        for half in range(2):  # not unrolled, as in _perturb
             a, z, b, other_z = _probes(tl.where(half == 0, w0, w2), tl.where(half == 0, w1, w3), half, GAUSSIAN)
             sums += _products(x + origin, low, high, a, z)
             sums += _products(x + origin, low, high, b, other_z)
@@ -357,11 +357,17 @@ def _launches(lists: Sequence[Sequence[Tensor]], block: int, first: int | None =
     return launches
 
 
-def _partials(launches: list[_Launch], device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """A place for the sum of every tile, and the places of each launch."""
-    counts = [launch.tiles for launch in launches]
-    partial = torch.empty(sum(counts), dtype=torch.float64, device=device)
-    return partial, partial.split(counts)
+def _summed(
+    lists: Sequence[Sequence[Tensor]], block: int, run: Callable[[_Launch, Tensor], Any], first: int | None = None
+) -> Tensor:
+    """The sum over all tiles: ``run`` makes a launch, whose programs write theirs to the tensor that it gets."""
+    with torch.cuda.device_of(lists[0][0]):
+        launches = _launches(lists, block, first)
+        counts = [launch.tiles for launch in launches]
+        partial = torch.empty(sum(counts), dtype=torch.float64, device=lists[0][0].device)
+        for launch, part in zip(launches, partial.split(counts), strict=True):
+            run(launch, part)
+    return partial.sum()
 
 
 # ---- the operators ---------------------------------------------------------------------------------------------------
@@ -369,10 +375,6 @@ def _partials(launches: list[_Launch], device: torch.device) -> tuple[Tensor, tu
 
 def _stored(dtype: torch.dtype) -> tl.dtype:
     return tl.dtype(TYPES[dtype])
-
-
-def _compute(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def _block(distribution: str) -> int:
@@ -429,7 +431,7 @@ def perturb(
         for launch in _launches([out, tensors or out], _block(distribution), first):
             _perturb[(launch.tiles,)](
                 *launch.arguments, key, eps, int(bool(tensors)), DTYPE=_stored(launch.dtype),
-                COMPUTE=_compute(launch.dtype), GAUSSIAN=distribution == "gaussian", num_warps=2,
+                COMPUTE=compute_type(launch.dtype), GAUSSIAN=distribution == "gaussian", num_warps=2,
             )  # fmt: skip
 
 
@@ -441,16 +443,12 @@ def probe_dot(tensors: list[Tensor], key: Tensor, distribution: str, first: int 
     """
     _check_list(tensors, "tensors")
     _check_probe(key, distribution, first, tensors[0].device)
-    dense = [x.contiguous() for x in tensors]
-    with torch.cuda.device_of(key):
-        launches = _launches([dense], _block(distribution), first)
-        partial, parts = _partials(launches, key.device)
-        for launch, part in zip(launches, parts, strict=True):
-            _probe_dot[(launch.tiles,)](
-                *launch.arguments, key, part, DTYPE=_stored(launch.dtype),
-                GAUSSIAN=distribution == "gaussian", num_warps=2,
-            )  # fmt: skip
-    return partial.sum()
+
+    def run(launch: _Launch, part: Tensor) -> None:
+        constants = {"DTYPE": _stored(launch.dtype), "GAUSSIAN": distribution == "gaussian"}
+        _probe_dot[(launch.tiles,)](*launch.arguments, key, part, **constants, num_warps=2)
+
+    return _summed([[x.contiguous() for x in tensors]], _block(distribution), run, first)
 
 
 def axpy_diff(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: Tensor) -> Tensor:
@@ -464,15 +462,12 @@ def axpy_diff(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: Tensor
     _check_pairs(out, b, "out and b")
     if scale.numel() != 1 or scale.dtype != torch.float64:
         raise ValueError(f"scale: expected a float64 scalar, got {scale.dtype} of shape {tuple(scale.shape)}")
-    with torch.cuda.device_of(out[0]):
-        launches = _launches([out, a, b], SIGNS.value)
-        partial, parts = _partials(launches, out[0].device)
-        for launch, part in zip(launches, parts, strict=True):
-            _axpy_diff[(launch.tiles,)](
-                *launch.arguments, scale, part, DTYPE=_stored(launch.dtype), COMPUTE=_compute(launch.dtype),
-                num_warps=4,
-            )  # fmt: skip
-    return partial.sum()
+
+    def run(launch: _Launch, part: Tensor) -> None:
+        constants = {"DTYPE": _stored(launch.dtype), "COMPUTE": compute_type(launch.dtype)}
+        _axpy_diff[(launch.tiles,)](*launch.arguments, scale, part, **constants, num_warps=4)
+
+    return _summed([out, a, b], SIGNS.value, run)
 
 
 def sum_squares(tensors: list[Tensor]) -> Tensor:
@@ -482,13 +477,11 @@ def sum_squares(tensors: list[Tensor]) -> Tensor:
         ValueError: no tensors, or a dtype without kernels.
     """
     _check_list(tensors, "tensors")
-    dense = [x.contiguous() for x in tensors]
-    with torch.cuda.device_of(dense[0]):
-        launches = _launches([dense], SIGNS.value)
-        partial, parts = _partials(launches, dense[0].device)
-        for launch, part in zip(launches, parts, strict=True):
-            _sum_squares[(launch.tiles,)](*launch.arguments, part, DTYPE=_stored(launch.dtype), num_warps=4)
-    return partial.sum()
+
+    def run(launch: _Launch, part: Tensor) -> None:
+        _sum_squares[(launch.tiles,)](*launch.arguments, part, DTYPE=_stored(launch.dtype), num_warps=4)
+
+    return _summed([[x.contiguous() for x in tensors]], SIGNS.value, run)
 
 
 def _configurations() -> list[Configuration]:
@@ -496,7 +489,7 @@ def _configurations() -> list[Configuration]:
     tables = {"layout": "*i64", "addresses": "*i64", "tensors": "i32"}
     for dtype in TYPES:
         kind = _stored(dtype)
-        compute = {"DTYPE": kind, "COMPUTE": _compute(dtype)}
+        compute = {"DTYPE": kind, "COMPUTE": compute_type(dtype)}
         for gaussian in (False, True):
             signature = {**tables, "key": "*i64", "eps": "fp64", "reads": "i32"}
             found.append(Configuration(_perturb, signature, {**compute, "GAUSSIAN": gaussian}, num_warps=2))

@@ -9,7 +9,8 @@ input beforehand: it costs a copy of the input, and saves each load six comparis
 Direct form: a program makes one tile of one example's G in registers, and squares and sums it there. Gram form: with
 ‖G‖² = Σ_{t,s} (X_t·X_s) (D_t·D_s), a program makes the same block of both matrices of inner products and multiplies
 them; it wins where positions are few. That sum may cancel: an example whose sum is so far below its diagonal that
-rounding shows is done again by the direct form, whose programs look at a flag and mostly leave; the host need not know.
+rounding shows is done again by the direct form. That one is always launched, so that the host need not wait for the
+answer; its programs read a flag of their example, and mostly leave at once.
 
 Each program stores a partial sum in float64, and PyTorch adds those of an example in a fixed order: no atomics, the
 same bits every time. Products of float32 are TF32's where PyTorch's are: in convolutions unless
@@ -27,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfisher.kernels.checks import TYPES, check, check_dtype
+from fastfisher.kernels.checks import TYPES, check, check_dtype, compute_type
 from fastfisher.kernels.compile import Configuration
 
 CANCELLATION = 16
@@ -37,7 +38,7 @@ _SIZES = [
     "inputs", "outputs", "positions", "groups", "kernel", "kernel1", "kernel2", "input0", "input1", "input2",
     "output1", "output2", "stride0", "stride1", "stride2", "dilation0", "dilation1", "dilation2",
 ]  # fmt: skip
-"""A layer's sizes, arguments that Triton shall not compile anew for each value that is 1 or a multiple of 16."""
+"""A layer's sizes: arguments for whose values (1, multiples of 16) Triton would otherwise compile the kernel again."""
 
 LAST_DIMENSION_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7))
 """Along which dimension of a block neighbouring threads go where Triton sees contiguous addresses in none: the last one
@@ -154,9 +155,9 @@ def _gram(
         a, d = _operands(a, d, part, inputs, outputs, positions, kernel, input0, input1, input2, CONVOLUTION)
         t = (row * POSITIONS + tl.arange(0, POSITIONS))[None, :]
         s = (column * POSITIONS + tl.arange(0, POSITIONS))[None, :]
-        position, other_position = (
-            _of_position(t, inputs, input1, input2, output1, output2, stride0, stride1, stride2, CONVOLUTION),
-            _of_position(s, inputs, input1, input2, output1, output2, stride0, stride1, stride2, CONVOLUTION),
+        position = _of_position(t, inputs, input1, input2, output1, output2, stride0, stride1, stride2, CONVOLUTION)
+        other_position = _of_position(
+            s, inputs, input1, input2, output1, output2, stride0, stride1, stride2, CONVOLUTION
         )
         of_inputs = tl.zeros((POSITIONS, POSITIONS), ACCUMULATE)
         for begin in range(0, inputs, DEPTH):
@@ -185,7 +186,7 @@ def _channel_products(
     MULTIPLE: tl.constexpr,
 ):  # fmt: skip
     """Per row of a and d: Σ (a - center) d and Σ d, in float64."""
-    size = size // MULTIPLE * MULTIPLE  # what the compiler may count on: loads as wide as rows are aligned
+    size = size // MULTIPLE * MULTIPLE  # tells the compiler how rows are aligned: it loads as wide
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     middle = tl.load(center + row % channels, mask=row < rows, other=0.0).to(COMPUTE)
     product, total = tl.zeros((ROWS, SIZE), tl.float64), tl.zeros((ROWS, SIZE), tl.float64)
@@ -201,10 +202,6 @@ def _channel_products(
 
 
 # ---- which configuration ---------------------------------------------------------------------------------------------
-
-
-def _accumulate(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def _precision(dtype: torch.dtype, convolution: bool) -> str:
@@ -295,7 +292,7 @@ def _direct_norms(a: Tensor, d: Tensor, layer: _Layer, convolution: bool, chosen
     partial = torch.empty(len(a), tiles, dtype=torch.float64, device=a.device)
     _direct[(partial.numel(),)](
         a, d, chosen, partial, *layer.arguments(), CONVOLUTION=convolution, PRECISION=precision,
-        ACCUMULATE=_accumulate(a.dtype), OUTPUTS=tile.rows, INPUTS=tile.columns, POSITIONS=tile.depth,
+        ACCUMULATE=compute_type(a.dtype), OUTPUTS=tile.rows, INPUTS=tile.columns, POSITIONS=tile.depth,
         num_warps=tile.warps,
     )  # fmt: skip
     return partial.sum(1)
@@ -311,7 +308,7 @@ def _norms(a: Tensor, d: Tensor, layer: _Layer, convolution: bool, gram: bool) -
     partial, diagonal = torch.zeros(2, len(a), blocks, dtype=torch.float64, device=a.device)
     _gram[(partial.numel(),)](
         a, d, partial, diagonal, *layer.arguments(), CONVOLUTION=convolution, PRECISION=precision,
-        ACCUMULATE=_accumulate(a.dtype), POSITIONS=tile.rows, DEPTH=tile.depth, num_warps=tile.warps,
+        ACCUMULATE=compute_type(a.dtype), POSITIONS=tile.rows, DEPTH=tile.depth, num_warps=tile.warps,
     )  # fmt: skip
     total = partial.sum(1)
     cancelled = total * CANCELLATION < diagonal.sum(1)
@@ -362,17 +359,10 @@ def grad_sqnorm_conv(
     _check(a, d, dimensions + 2, "examples")
     divides = groups >= 1 and a.shape[1] % groups == d.shape[1] % groups == 0
     check(divides, f"groups: expected a divisor of the channels, got {groups}")
-    size, kernel3, stride3, padding3, dilation3, output = (
-        (*[default] * (3 - dimensions), *values)
-        for default, values in (
-            (1, a.shape[2:]),
-            (1, kernel),
-            (1, stride),
-            (0, padding),
-            (1, dilation),
-            (1, d.shape[2:]),
-        )
+    size, kernel3, stride3, dilation3, output = (
+        (*[1] * (3 - dimensions), *values) for values in (a.shape[2:], kernel, stride, dilation, d.shape[2:])
     )
+    padding3 = (*[0] * (3 - dimensions), *padding)
     for n, k, s, p, m, out in zip(size, kernel3, stride3, padding3, dilation3, output, strict=True):
         fits = min(k, s, m, out) >= 1 and p >= 0 and (out - 1) * s + (k - 1) * m + 1 <= n + 2 * p
         check(fits, "d: its size does not fit the input, kernel, stride, padding and dilation")
@@ -386,7 +376,7 @@ def grad_sqnorm_conv(
     if 0 in (len(a), layer.inputs, layer.outputs):
         return torch.zeros_like(bias), bias
     with torch.cuda.device_of(a):
-        # The padding is written once, so that no load has to ask whether it is inside.
+        # The padding is written once, so that no load has to check whether it is inside.
         around = [p for p in reversed(padding) for _ in range(2)]
         a = torch.nn.functional.pad(a, around) if any(padding) else a
         return _norms(a.contiguous(), d.contiguous(), layer, True, gram), bias
@@ -408,7 +398,7 @@ def channel_products(a: Tensor, d: Tensor, center: Tensor) -> tuple[Tensor, Tens
         with torch.cuda.device_of(a):
             _channel_products[(triton.cdiv(products.numel(), tile.rows),)](
                 a.contiguous(), d.contiguous(), center.contiguous(), products, sums, products.numel(), a.shape[1],
-                a.shape[2], COMPUTE=_accumulate(a.dtype), ROWS=tile.rows, SIZE=tile.size, MULTIPLE=tile.multiple,
+                a.shape[2], COMPUTE=compute_type(a.dtype), ROWS=tile.rows, SIZE=tile.size, MULTIPLE=tile.multiple,
                 num_warps=4,
             )  # fmt: skip
     return products, sums
@@ -420,7 +410,7 @@ def _configurations() -> list[Configuration]:
     for dtype, precision in [(torch.float32, "tf32"), *((dtype, "ieee") for dtype in TYPES)]:
         kind = f"*{TYPES[dtype]}"
         for convolution in (False, True):
-            constants = {"CONVOLUTION": convolution, "PRECISION": precision, "ACCUMULATE": _accumulate(dtype)}
+            constants = {"CONVOLUTION": convolution, "PRECISION": precision, "ACCUMULATE": compute_type(dtype)}
             for tile in sorted({direct_tile(dtype, precision, n, m) for n in (32, 64) for m in (16, 32, 64)}):
                 signature = {"a": kind, "d": kind, "chosen": "*i1", "partial": "*fp64", **sizes}
                 shape = {"OUTPUTS": tile.rows, "INPUTS": tile.columns, "POSITIONS": tile.depth}
@@ -433,7 +423,12 @@ def _configurations() -> list[Configuration]:
         for part in sorted({channel_tile(n) for n in (31, 32, 255, 256)}):
             signature = dict.fromkeys(["a", "d", "center"], f"*{name}")
             signature |= {"products": "*fp64", "sums": "*fp64", "rows": "i32", "channels": "i32", "size": "i32"}
-            constants = {"COMPUTE": _accumulate(dtype), "ROWS": part.rows, "SIZE": part.size, "MULTIPLE": part.multiple}
+            constants = {
+                "COMPUTE": compute_type(dtype),
+                "ROWS": part.rows,
+                "SIZE": part.size,
+                "MULTIPLE": part.multiple,
+            }
             found.append(Configuration(_channel_products, signature, constants, num_warps=4))
     return found
 

@@ -1,6 +1,6 @@
 """Softmax, row by row: a draw with its loss and gradient, that gradient's derivative, and the Rademacher cotangent.
 
-The floor is to read the input once and to write the result once. Three forms come close to it:
+At the least, the input is read once and the result written once. Three forms come close to that:
 
 * Rows of up to 1,024 columns: one warp takes a row, or several narrower ones. It waits for no other.
 * Up to 16,384 columns: a row stays in registers, 32 elements to a thread, a warp to every 1,024 columns.
@@ -11,9 +11,10 @@ The floor is to read the input once and to write the result once. Three forms co
 The draw is an inverse CDF, in tiles of 1,024 columns: word 0 of the row's Philox call picks a tile by the tiles' sums,
 word 1 an element inside it. The tiles' running sum is in float64, so that all 32 bits of word 0 count; in a tile,
 float32 tells 1,024 elements apart. A tile that was picked out of several is read once more, from the cache: this costs
-less than a running sum of the whole row. Where it starts has to be a scalar: added to a tensor of one element, it makes
-a tensor of 1,024 pointers that Triton 3.6 turns through shared memory, in 4,600 instructions. In a row of one tile the
-running sum has two levels. Sums are trees of fixed shape: a row's result depends on nothing but the row.
+less than a running sum of the whole row. The start of that tile has to be a scalar: as a tensor of one element it would
+give a tensor of 1,024 pointers, which Triton 3.6 hands between threads through shared memory, in 4,600 instructions. In
+a row of one tile the running sum has two levels. Sums are trees of fixed shape: a row's result depends on nothing but
+the row.
 
 Rows of a multiple of 8 columns begin at multiples of 16 bytes and are read and written in such words. Other rows of two
 passes begin their blocks at the boundary before the row; only their first and last block need a mask.
@@ -82,7 +83,8 @@ def exponential(x):
     if x.dtype == tl.float64:
         return tl.exp(x)
     else:
-        x = tl.maximum(x, -200.0, propagate_nan=tl.PropagateNan.ALL)  # 0 from there on; the remainder of -inf is NaN
+        # From -200 down exp is 0; the remainder of -inf would be NaN.
+        x = tl.maximum(x, -200.0, propagate_nan=tl.PropagateNan.ALL)
         power = x * 1.4426950408889634
         weight = tl.exp2(power)
         return tl.fma(weight, tl.fma(power, -0.6931471805599453, x), weight)
@@ -128,7 +130,8 @@ def first_above_in_groups(weights, sums, target):
     group_index = tl.arange(0, weights.shape[0])
     group = first_above(sums, target)
     before = tl.sum(tl.where(group_index < group, sums, 0.0))
-    chosen = tl.sum(tl.where((group_index == group)[:, None], weights, 0.0), 0)  # a sum of one: a choice
+    # The group's weights, as the sum of them and zeros.
+    chosen = tl.sum(tl.where((group_index == group)[:, None], weights, 0.0), 0)
     return group * weights.shape[1] + first_above(chosen, target - before)
 
 
@@ -206,14 +209,14 @@ def sample_resident(
     ROWS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr, MULTIPLE: tl.constexpr,
 ):  # fmt: skip
     """Draw, loss and gradient of one row that stays in registers, of TILES tiles of WIDTH columns."""
-    columns = columns // MULTIPLE * MULTIPLE  # what the compiler may count on: loads as wide as rows are aligned
+    columns = columns // MULTIPLE * MULTIPLE  # tells the compiler how rows are aligned: it loads as wide
     PARTS: tl.constexpr = TILES if TILES > 1 else WIDTH // GROUP
     SIZE: tl.constexpr = TILES * WIDTH // PARTS
     row = tl.program_id(0).to(tl.int64)
     source = logits + row * columns
     column = tl.arange(0, PARTS)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     x = to_compute(tl.load(source + column, mask=column < columns, other=float("-inf")))
-    tile_word, element_word, _, _ = philox(key, first_row + row)  # while the row is on its way
+    tile_word, element_word, _, _ = philox(key, first_row + row)  # computed while the row is loaded
     subtracted = finite(tl.max(x))
     weights = exponential(x - subtracted)
     sums = tl.sum(weights, 1)
@@ -248,10 +251,10 @@ def sample_looped(
     tile_sums = tl.zeros([STEPS, TILES], step_max.dtype)
     following = tl.load(source + column, mask=column < columns, other=float("-inf"))
     for step in tl.range(steps):
-        x = to_compute(following)  # the next step's logits are on their way while this one's are summed
+        x = to_compute(following)  # the next step's logits are loaded while this one's are summed
         at = (step + 1) * TILES * WIDTH + column
         following = tl.load(source + at, mask=at < columns, other=float("-inf"))
-        largest = tl.max(x)  # each step's own: rescaled once, at the end
+        largest = tl.max(x)  # of this step alone; the sums are rescaled once, after the loop
         sums = tl.sum(exponential(x - finite(largest)), 1)
         step_max = tl.where(step_index == step, largest, step_max)
         tile_sums = tl.where((step_index == step)[:, None], sums[None, :], tile_sums)
@@ -265,7 +268,7 @@ def sample_looped(
     good = store_outcome(source, nll, labels, row, columns, total, subtracted, label)
     amount = tl.full([1], scale, tl.float64).to(total.dtype)
     factor = tl.where(good, quotient(amount, total), float("nan"))
-    # Neither what is read for the last time nor what is written shall push other rows out of the cache.
+    # Read for the last time, or written: evict these first, so that other rows stay in the cache.
     before, shift = boundary(row, columns)
     place = tl.arange(0, TILES * WIDTH)
     end = shift + columns
@@ -325,7 +328,7 @@ def product_looped(
     amount = tl.full([1], scale, tl.float64)
     sums = to_compute(tl.zeros([TILES * WIDTH], dlogits.dtype.element_ty))
     inverse = (1.0 / amount).to(sums.dtype)
-    for step in tl.range(steps):  # nothing here waits for other threads: loads run ahead by themselves
+    for step in tl.range(steps):  # no reduction inside the loop, so the compiler can start loads ahead
         begin = step * TILES * WIDTH
         at = begin + place
         whole, inside = (begin >= shift) & (begin + TILES * WIDTH <= end), (at >= shift) & (at < end)
@@ -423,7 +426,7 @@ def rademacher_looped(
     subtracted = finite(tl.max(step_max))
     total = tl.sum(step_sums * exponential(step_max - subtracted))
     factor = tl.where(total > 0, quotient(1.0, total), float("nan"))
-    # The root of an exponential scales by half the exponent.
+    # sqrt(exp(x - a)) = sqrt(exp(x - b)) exp((b - a) / 2)
     mean = tl.sum(step_roots * exponential((step_max - subtracted) / 2)) * tl.sqrt(factor)
     amount = tl.full([1], scale, tl.float64).to(total.dtype)
     for step in tl.range(steps):

@@ -230,7 +230,7 @@ def test_the_readme_has_what_was_promised_or_says_that_nothing_is_measured(tmp_p
     report.add(Figure("SimpleCNN, sampled labels", "ms", 7, section="Tr(F)"))
     assert readme.gpu(tmp_path).splitlines() == [
         "Measured on NVIDIA H200 by `make gpu`: torch 2.11.0+cu130, on 2026-01-02. "
-        "All figures: [bench/results/nvidia-h200.md](bench/results/nvidia-h200.md).",
+        "All figures: [bench/results/nvidia-h200.md](../bench/results/nvidia-h200.md).",
         "",
         "| section | what | figure | quartiles | unit | bar | met |",
         "|---|---|---|---|---|---|---|",

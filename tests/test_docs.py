@@ -26,7 +26,7 @@ import fastfisher
 from bench import readme
 from fastfisher import cli, ops
 from fastfisher.ops import reference
-from fastfisher.paper.arguments import IDS
+from fastfisher.paper.experiments import IDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -173,6 +173,25 @@ def test_every_id_of_the_paper_has_its_command() -> None:
 @pytest.mark.parametrize("page", readme.PAGES, ids=name_of)
 def test_figures_quoted_are_those_of_the_last_measurement(page: Path) -> None:
     assert readme.filled(page.read_text()) == page.read_text(), "run python -m bench.readme"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 1500
+
+
+def test_the_table_of_costs_has_every_figure() -> None:
+    """A benchmark that is renamed would leave "not measured" in the table."""
+    sources, form = readme.PARTS["costs"]
+    table = form(*(source.read_text() for source in sources))
+    assert "not measured |" not in table and len(table.split("\n\n")[0].splitlines()) == len(readme.CALLS) + 4
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_files_that_are_named_exist(page: Path) -> None:
+    named = re.findall(
+        r"`((?:bench|csrc|docs|examples|fastfisher|kernels|results|tests)/[\w./]*)[`:]", page.read_text()
+    )
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_the_steps_quoted_are_those_of_the_library() -> None:

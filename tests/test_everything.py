@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastfisher import AccuracyWarning, FisherPenalty, ops, per_example_grad_norms, trace_hessian
-from fastfisher.labels import new_key
+from fastfisher.ops.sampled import new_key
 from tests.conftest import is_nightly
 
 pytestmark = pytest.mark.usefixtures("one_thread")

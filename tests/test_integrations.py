@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastfisher import FisherPenalty, trace_fisher
-from fastfisher.labels import new_key
+from fastfisher.ops.sampled import new_key
 from tests.support.networks import flat, relative_error
 from tests.support.transformer_models import KINDS, batch_of, data_of, model_of, penalised, targets_of
 from tests.test_package import python

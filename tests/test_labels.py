@@ -13,8 +13,12 @@ from torch.nn import functional as F
 
 import fastfisher
 from fastfisher import FisherPenalty
-from fastfisher.labels import Signs, cross_entropy, fit, label_loss, looking_waits, new_key
-from fastfisher.model import known_of
+from fastfisher.host import looking_waits
+from fastfisher.inputs import known_of
+from fastfisher.labels import Rows, labels_of
+from fastfisher.likelihoods import CATEGORICAL, Signs
+from fastfisher.ops.sampled import new_key
+from fastfisher.targets import fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -189,7 +193,7 @@ def test_given_labels_leave_out_what_targets_leave_out() -> None:
 def test_drawn_labels_of_a_covariance_leave_out_what_targets_leave_out() -> None:
     model, targets = linear(), Y.masked_fill(Y == 1, -100)
     found = fastfisher.gradient_covariance(model, (X, targets), labels="sampled", generator=seeded())
-    _, drawn = label_loss(model(X), "sampled", targets, new_key(seeded(), X.device))
+    _, drawn = labels_of("sampled").loss(Rows(CATEGORICAL, model(X), targets, new_key(seeded(), X.device)))
     assert isinstance(drawn, Tensor) and torch.equal(drawn == -100, targets == -100)
     expected = fastfisher.gradient_covariance(model, (X, drawn))
     assert found == expected
@@ -256,11 +260,11 @@ def test_norms_of_a_loss_of_the_callers_have_no_classes() -> None:
 def test_int8_is_no_sign() -> None:
     logits = torch.randn(6, 3, generator=seeded(), dtype=torch.float64)
     signs = torch.tensor([[1, -1, 1]] * 5 + [[0, 0, 0]], dtype=torch.int8)
-    found = cross_entropy(logits, Signs(signs))
+    found = CATEGORICAL.loss(logits, Signs(signs))
     torch.testing.assert_close(found, (2 * logits.softmax(1).sqrt() * signs).sum() / 5)
     with pytest.raises(ValueError, match="int8"):
         fit(logits, signs)
-    _, chosen = label_loss(logits, "rademacher", None, new_key(seeded(), logits.device))
+    _, chosen = labels_of("rademacher").loss(Rows(CATEGORICAL, logits, None, new_key(seeded(), logits.device)))
     assert isinstance(chosen, Signs) and chosen.tensor.dtype == torch.int8
 
 

@@ -13,7 +13,9 @@ import fastfisher
 from fastfisher import FisherPenalty
 from fastfisher.alignment import Alignments
 from fastfisher.data import split
-from fastfisher.labels import Signs, cross_entropy, label_loss, new_key
+from fastfisher.labels import Rows, labels_of
+from fastfisher.likelihoods import CATEGORICAL, Signs
+from fastfisher.ops.sampled import new_key
 from tests.support.networks import flat, relative_error
 from tests.support.transformer_models import KINDS, batch_of, model_of, penalised, targets_of
 
@@ -97,9 +99,9 @@ def test_padding_has_no_part_in_the_penalty(labels: Any) -> None:
     value = fastfisher.penalty(model, tokens, targets, **seeded(labels=labels))
     logits = model(tokens)
     key = None if labels == "true" else new_key(torch.Generator().manual_seed(9), torch.device("cpu"))
-    _, drawn = label_loss(logits, labels, targets.clamp(min=0), key)
+    _, drawn = labels_of(labels).loss(Rows(CATEGORICAL, logits, targets.clamp(min=0), key))
     counted = Signs(drawn.tensor[kept]) if isinstance(drawn, Signs) else drawn[kept]
-    loss = cross_entropy(logits[kept], counted)
+    loss = CATEGORICAL.loss(logits[kept], counted)
     exact = sum(g.square().sum() for g in torch.autograd.grad(loss, list(model.parameters())))
     torch.testing.assert_close(value, exact)
 

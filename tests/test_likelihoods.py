@@ -43,9 +43,6 @@ class Bernoulli(Likelihood):
         p = output.sigmoid()
         yield (p * (1 - p)).sqrt()
 
-    def rank(self, output: Tensor) -> int:
-        return 1
-
 
 def fisher(likelihood: Likelihood, output: Tensor) -> Tensor:
     """Of each row as (rows, row, row), by the sum over all labels."""
@@ -73,7 +70,7 @@ def rows_of(likelihood: Likelihood, gradient: Tensor) -> Tensor:
 def test_the_columns_of_the_root_make_up_the_fisher_information(name: str, shape: tuple[int, ...]) -> None:
     likelihood, output = LIKELIHOODS[name], output_of(*shape)
     columns = [rows_of(likelihood, column) for column in likelihood.root(output)]
-    assert len(columns) == likelihood.rank(output)
+    assert len(columns) == (3 if likelihood.row_dims else 1)
     total = sum((r[:, :, None] * r[:, None] for r in columns), torch.zeros((), dtype=torch.float64))
     torch.testing.assert_close(total, fisher(likelihood, output))
 

@@ -14,19 +14,8 @@ from torch.nn import functional as F
 
 import fastfisher
 from fastfisher import FisherPenalty
-from fastfisher.model import (
-    Call,
-    as_call,
-    as_given,
-    check_heads,
-    class_last,
-    heads_beside,
-    input_tensors,
-    map_inputs,
-    signature_of,
-    take_rows,
-    unhooked,
-)
+from fastfisher.inputs import Call, as_call, input_tensors, map_inputs, signature_of, take_rows
+from fastfisher.model import as_given, check_heads, class_last, heads_beside, unhooked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

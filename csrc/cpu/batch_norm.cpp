@@ -1,6 +1,6 @@
 // Batch normalisation in train mode, of x[examples, channels, size], a range of channels at a time: what one channel
 // holds (512 KiB of 128 images of 32 x 32) stays in the cache between the passes over it, so memory is read once and
-// written once. Sums run in float64 beyond the four vectors that a lane adds up first.
+// written once. Four vectors at a time are added in the compute type, and those sums in float64.
 #include "simd.h"
 
 namespace fastfisher::FASTFISHER_SIMD {

@@ -170,7 +170,7 @@ struct Unsigned<8> {
   using Type = uint64_t;
 };
 
-// x where index >= 0, else 0. In bits, so that no compiler makes a branch of it: the gates are as good as random.
+// x where index >= 0, else 0. By arithmetic on bits, since a branch would be mispredicted half of the time.
 template <class Storage>
 inline Storage where_open(Storage x, int32_t index) {
   using Bits = typename Unsigned<sizeof(Storage)>::Type;

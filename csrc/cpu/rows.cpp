@@ -1,6 +1,6 @@
 // Cross-entropy against labels drawn from the softmax itself, with its gradient, in one visit to each row.
 //
-// The floor is to read the logits once from memory and write the gradient once. A row of up to one tile
+// At the least, the logits are read once from memory and the gradient is written once. A row of up to one tile
 // (1,024 columns) lives in an L1 buffer: maximum, exponentials and their sum, the draw; its gradient is written
 // while the next row's exponentials are computed, so that memory and arithmetic overlap. A longer row is read tile by
 // tile, keeping each tile's maximum and sum, then read again (from L2, where it still lies) to write the gradient. The
@@ -175,7 +175,8 @@ struct Row {
     return e[drawn] > 0 ? drawn : last_positive(drawn);
   }
 
-  // The last element of positive weight before `end`: rounding alone leads here.
+  // The last element of positive weight before `end`. Needed only where rounding leaves no running sum above the
+  // target.
   int64_t last_positive(int64_t end) const {
     int64_t j = end - 1;
     while (j > 0 && !(e[j] > 0)) --j;

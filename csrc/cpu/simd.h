@@ -3,7 +3,7 @@
 // Included only by files that are compiled once per SIMD level (FASTFISHER_SIMD names it), so everything here
 // is static inline in that level's namespace, and nothing of the standard library is used: a shared inline
 // function would be kept once, in whichever level the linker met first, and could then run on a processor
-// without it.
+// that lacks the level.
 #pragma once
 
 #include <cstdint>
@@ -48,7 +48,7 @@ using Doubles = Vector<double>::Value;
 
 template <class Value>
 static inline Value maximum(Value a, Value b) {
-  return a > b ? a : b;  // NaN in a is dropped: it is found through the sum
+  return a > b ? a : b;  // drops a NaN in a, which callers find in the sum of the exponentials
 }
 
 // The sum of the lanes in float64, halving the vector each time: short chains, so that it costs a dozen cycles.
@@ -330,7 +330,7 @@ struct ChannelSums {
   double products, sums;
 };
 
-// The sums of (x - center) g and of g, in float64 beyond the four vectors that a lane adds up first.
+// The sums of (x - center) g and of g: four vectors at a time in the compute type, and those sums in float64.
 template <class T, class Gates>
 static inline ChannelSums channel_sums(const typename T::Storage* x, const typename T::Storage* g,
                                        typename T::Compute center, int64_t size, Gates gates) {

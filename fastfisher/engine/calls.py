@@ -222,11 +222,12 @@ def opened(func: Function, methods: bool = False) -> Function | None:
     tensors are opened too.
     """
     places = (*_FUNCTIONS, "torch._tensor") if methods else _FUNCTIONS
-    # By where it was written: F.max_pool2d only chooses one of two functions, which ask for overrides of F.max_pool2d.
+    # By the module it was written in: F.max_pool2d, made by another, only chooses between two functions that ask for
+    # overrides of F.max_pool2d themselves.
     if not (isinstance(func, types.FunctionType) and func.__globals__.get("__name__") in places):
         return None
     scope = {**func.__globals__, **{check: lambda *_: False for check in _CHECKS}}
-    for name in func.__code__.co_names:  # a private part of it may ask for overrides of the whole: _meshgrid
+    for name in func.__code__.co_names:  # a private function may ask for overrides on its behalf, as _meshgrid does
         if name.startswith("_") and scope.get(name, func) is not func:
             scope[name] = opened(scope[name], methods) or scope[name]
     copy = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)

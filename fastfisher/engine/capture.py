@@ -26,7 +26,8 @@ from fastfisher.engine.random_state import RandomState
 from fastfisher.engine.row_owners import RowOwners
 from fastfisher.engine.taps import Receive
 from fastfisher.engine.watching import Known, Watch
-from fastfisher.model import Inputs, call_within, count_examples, uncompiled
+from fastfisher.inputs import Inputs, count_examples
+from fastfisher.model import call_within, uncompiled
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Capture:
         joint: by name, the uses of a parameter through functions of parameters or with several formulas, in lists like
             those of ``apart``: their per-example gradients must be added before they are squared.
         fallbacks: by name, why nothing here can follow a parameter. The first backward may add to it.
-        told: whether the caller has said so.
+        told: whether the caller has already told the user of the fallbacks.
         random: whether the forward drew random numbers from torch's generators.
 
     Args:
@@ -101,7 +102,9 @@ class Capture:
         where further ones are to come; it may add to ``fallbacks``.
         """
         waiting, self._unplaced = self._unplaced, []
-        if waiting and retain_graph:  # a gradient may be 0 in this backward and not in the next
+        if (
+            waiting and retain_graph
+        ):  # with a cotangent without zeros: in this one a row's gradient may be 0 that is not in the next
             self._place(waiting, random_cotangent(self.logits), lambda layer, grad: None)
         elif waiting:
             self._place(waiting, cotangent, receive)
@@ -113,7 +116,7 @@ class Capture:
             return  # no parameter that could be followed takes part
         self._receiver.function, self._receiver.retain = receive, retain_graph
         try:
-            with torch.enable_grad():  # a scalar: with grad_outputs= the first call imports sympy, 30 MB and a second
+            with torch.enable_grad():  # differentiate a scalar: grad_outputs= would import sympy (30 MB, a second)
                 total = (self.logits * cotangent).sum()
             torch.autograd.grad(total, self._anchor, retain_graph=retain_graph, allow_unused=True)
         finally:

@@ -45,7 +45,7 @@ def in_checkpoint() -> bool:
     if hooks is None:
         return False
     pack = hooks[0]
-    # Not the hooks of a recomputation, which come from the same module: a gradient taken in the forward needs them.
+    # The hooks of a recomputation, from the same module, stay: a gradient taken within the forward needs them.
     return getattr(pack, "__module__", "") == _MODULE and pack.__qualname__.startswith("_checkpoint_hook.")
 
 

@@ -20,7 +20,8 @@ from fastfisher.engine.layers import Layer, flat_rows
 from fastfisher.engine.one_by_one import gradients_of_each
 from fastfisher.engine.random_state import RandomState
 from fastfisher.engine.watching import Known
-from fastfisher.model import Inputs, call_model, call_within, input_tensors, known_of, uncompiled
+from fastfisher.inputs import Inputs, input_tensors, known_of
+from fastfisher.model import call_model, call_within, uncompiled
 
 SHAPES = 8
 """How many sizes of batches of the same kind are looked at: more would make batches of any length slow."""
@@ -86,7 +87,7 @@ class _Verification:
                 )
         else:
             self._check_logits(seen, logits, tolerance)
-        del seen  # a graph, and gradients
+        del seen  # its graph and gradients are freed before the capture that is returned
         return self._capture(), True
 
     def _capture(self) -> Capture:
@@ -113,10 +114,10 @@ class _Verification:
                     seen,
                     logits,
                     False,
-                )  # the caller says what logits should be; NaN is said there too, or given back
+                )  # the caller refuses such logits, and refuses or returns NaN
             seen.look(self._capture)
-            if seen.misplaced and not self.known.scattered:  # such as those of a batch that the forward sorts
-                self.known = Known(frozenset(seen.misplaced))  # now their rows are looked for
+            if seen.misplaced and not self.known.scattered:  # the forward may have sorted the batch
+                self.known = Known(frozenset(seen.misplaced))  # the next captures find the owner of each row
             elif seen.misplaced:
                 raise ValueError(
                     "model: expected examples that do not influence each other's logits, got a forward in which they "
@@ -179,7 +180,7 @@ class _Seen:
         remaining: the ordinary gradients, without what the layers have shown.
         sizes: the norms of the ordinary gradients.
         taken: the names of which something was taken off; never those that are ``left_out``.
-        error: what a layer raised, for after it is known whether the examples are where they should be.
+        error: what a layer's formula raised; it is raised in the end, as examples in other places may be its cause.
     """
 
     def __init__(self, capture: Capture, ordinary: dict[str, Tensor], left_out: frozenset[str]) -> None:
@@ -197,7 +198,7 @@ class _Seen:
         halves = order.tensor_split(2) if examples > 1 else (order[:0],)
         for number, out in enumerate(halves):
             if number > 0:
-                del self.capture  # one graph at a time
+                del self.capture  # so that its graph is freed before the next one is built
                 self.capture = capture()
             cotangent = random_cotangent(self.capture.logits)
             cotangent[out] = 0

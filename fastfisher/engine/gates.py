@@ -149,7 +149,7 @@ def record_gates(
         with fused_forward(model) if model is not None else nullcontext(), nullcontext() if rewind else _NoRandom():
             yield gates
     gates.changed = frozenset(name for name, p in parameters.items() if p._version != versions[name])
-    # Another thread may have drawn meanwhile. Its numbers are its own: they do not come twice because of us.
+    # Another thread may have drawn meanwhile: only a forward that may have drawn itself is a reason to rewind.
     gates.drew = random is not None and (record is None or record.may_have_drawn) and random.has_moved()
 
 

@@ -8,16 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher.engine.layers import chunks
-from fastfisher.model import (
-    Inputs,
-    call_model,
-    call_within,
-    input_tensors,
-    is_shared,
-    map_inputs,
-    take_rows,
-    uncompiled,
-)
+from fastfisher.inputs import Inputs, input_tensors, is_shared, map_inputs, take_rows
+from fastfisher.model import call_model, call_within, uncompiled
 
 Gradients = dict[str, Tensor]
 """By parameter, [n, *shape]."""
@@ -86,7 +78,7 @@ def _backwards(
     for rows in chunks(len(cotangent), elements, limit):
         state = {name: buffer.clone() for name, buffer in model.named_buffers()} | _stand_ins(model, wanted)
         with torch.enable_grad(), uncompiled(model, "the measurement"):
-            # Within one call: to swap the parameters in and out takes longer than a small forward.
+            # All examples within one call_within: swapping the parameters in and out takes longer than a small forward.
             each = call_within(model, state, lambda rows=rows: [of_one(i) for i in range(rows.start, rows.stop)])  # type: ignore[misc]
         yield {name: torch.cat([gradients[name] for gradients in each]) for name in each[0]}
 

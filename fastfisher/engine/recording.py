@@ -110,7 +110,7 @@ class _Repeatable(Run, TorchFunctionMode):
     def __init__(self, recording: Recording, *, keep_random: bool) -> None:
         super().__init__()
         self.recording, self.entries, self.keep_random = recording, recording.entries, keep_random
-        self.shared: dict[int, list[_Held]] = {}  # by storage: the held values whose memory the model has, too
+        self.shared: dict[int, list[_Held]] = {}  # by storage: held values that share it with a tensor of the model
 
     def within(self) -> AbstractContextManager[Any]:
         return self
@@ -171,7 +171,7 @@ class _Repeatable(Run, TorchFunctionMode):
         smooth = known is None or known.smooth(func, *placed, **named)
         if smooth and torch.is_grad_enabled() and func not in _HOLDS | _READS:
             out = func(*args, **kwargs)
-            made = list(tensors_in(out))  # none by what asks for a shape or a dtype
+            made = list(tensors_in(out))  # empty for a call that asks for a shape or a dtype
             if not made or (known is not None and all(x.is_floating_point() or x.is_complex() for x in made)):
                 self.noted(out)
                 return out
@@ -264,7 +264,9 @@ class Record(_Repeatable):
         place = len(self.entries)
         self.may_have_drawn |= known.draws
         out, saved = rule.record(self, func, args, kwargs)
-        self.entries.insert(place, Entry(known.name, _shape(out), saved))  # before those of the calls within
+        self.entries.insert(
+            place, Entry(known.name, _shape(out), saved)
+        )  # before the entries of calls that the rule made
         self._note(out[0] if isinstance(out, tuple) else out)
         return out
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher.host import looking_waits
-from fastfisher.model import Inputs, input_tensors, known_of
+from fastfisher.inputs import Inputs, input_tensors, known_of
 
 ROUNDINGS = 64
 """Logits may differ by so many units of rounding of the largest: on a GPU, sums in another order."""
@@ -25,7 +25,7 @@ ROUNDINGS = 64
 
 @dataclass
 class _Seen:
-    """What is known of a model: the kinds of batches seen, and what nobody has looked at yet, with what to do then."""
+    """Of a model: the kinds of batches seen, and values not read yet (on a GPU reading waits), each with its check."""
 
     kinds: set[Any] = field(default_factory=set)
     pending: list[tuple[Tensor, Callable[[float], None]]] = field(default_factory=list)
@@ -84,7 +84,7 @@ def check_repeatable(model: nn.Module, again: Callable[[], Tensor], expected: Te
         same_shape = found.shape == expected.shape
         difference = _distance(found, expected) if same_shape else torch.full((), torch.inf)
         path = None
-    except ValueError as error:  # the gates came in another order: the forward took another path
+    except ValueError as error:  # the replay met other gates: the second forward took another path
         if not str(error).startswith("gates:"):
             raise
         difference, path = torch.full((), torch.inf), error
@@ -126,7 +126,10 @@ def _first_to_differ(model: nn.Module, again: Callable[[], Tensor]) -> str | Non
     first: list[_Output] = []
     second: list[_Output] = []
     for found in (first, second):
-        with _watched(model, found), suppress(ValueError):  # where it takes another path, that is noted by then
+        with (
+            _watched(model, found),
+            suppress(ValueError),
+        ):  # raised where it takes another path; the outputs before that are noted
             again()
     for (name, kind, x), (other_name, _, y) in zip(first, second, strict=False):
         if name != other_name:

@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 from fastfisher.checks import check_generator, check_model
 from fastfisher.engine.calls import opened, written
 from fastfisher.engine.random_state import RandomState
-from fastfisher.model import known_of, taking_gradients
+from fastfisher.inputs import known_of
+from fastfisher.model import taking_gradients
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -27,7 +28,7 @@ def undone_on_error(model: nn.Module, generator: torch.Generator | None = None) 
 
     Costs a copy of the buffers and of the generators' states; nothing is put back where nothing is raised.
     """
-    modules = list(model.modules())  # once: to go through them takes longer than the copies
+    modules = list(model.modules())  # gone through once: that takes longer than the copies
     parameters = [p for module in modules for p in module._parameters.values() if p is not None]
     placed = [(module._buffers, dict(module._buffers)) for module in modules if module._buffers]
     buffers = list({id(b): b for _, own in placed for b in own.values() if b is not None}.values())
@@ -43,7 +44,7 @@ def undone_on_error(model: nn.Module, generator: torch.Generator | None = None) 
         random.restore()
         if generator is not None and drawn is not None:
             generator.set_state(drawn)
-        for places, own in placed:  # a forward may have put others there
+        for places, own in placed:  # a forward may have put other tensors there
             places.clear()
             places.update(own)
         with torch.no_grad():
@@ -87,7 +88,7 @@ class _Watching(TorchFunctionMode):
                     f"{getattr(func, '__name__', func)} (as embeddings with max_norm do); change it before, outside "
                     "of the forward"
                 )
-        inner = opened(func)  # F.embedding writes by a function that it calls
+        inner = opened(func)  # F.embedding renormalises its weight by a function that it calls
         if inner is None:
             return func(*args, **kwargs)
         with self:
@@ -95,7 +96,7 @@ class _Watching(TorchFunctionMode):
 
 
 def _has_memory(x: Tensor) -> bool:
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):  # within vmap or grad: nobody's parameter itself
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):  # a wrapper of vmap or grad, which has no memory of its own
         return False
     return x.layout == torch.strided and type(x) in (Tensor, nn.Parameter) and x.numel() > 0
 

@@ -14,7 +14,8 @@ from fastfisher.engine.checkpointing import graph_nodes, keep_saved_tensors
 from fastfisher.engine.layers import DECOMPOSED, Layer, Layout, Recurrence, Unrolled, bind, depends, unrolled
 from fastfisher.engine.random_state import RandomState
 from fastfisher.engine.taps import Own, Receiver, Tap, TapOfRecurrence
-from fastfisher.model import Inputs, call_model, count_examples, differentiable, input_tensors, map_inputs, take_rows
+from fastfisher.inputs import Inputs, count_examples, differentiable, input_tensors, map_inputs, take_rows
+from fastfisher.model import call_model
 
 
 @dataclass
@@ -117,8 +118,8 @@ class Watch(TorchFunctionMode):
             with self:
                 return inner(*args, **kwargs)
         elif (written := _written(func, args)) and id(written[0]) in self.followed:
-            # Examples are written into a function of parameters: from here on it depends on them, with all that shares
-            # its memory, and the parameters keep their place in its graph.
+            # Examples are written into something computed from parameters alone. From here on it, and every view of its
+            # memory, depends on the examples and is no longer treated as a parameter.
             self._forget(written[0])
             out = func(*args, **kwargs)
         else:
@@ -147,7 +148,7 @@ class Watch(TorchFunctionMode):
         layer = bind(func, args, kwargs, lambda t: id(t) in self.followed)
         others = [t for t in tensors_in((args, kwargs)) if id(t) not in self.followed and depends(t)]
         if layer is not None and not (layer.replaces or layer.several) and len(others) != 1:
-            layer = None  # the formulas know of one argument that depends on the examples
+            layer = None  # the formulas are for one argument that depends on the examples
         if layer is None and func in DECOMPOSED:
             with self:
                 return DECOMPOSED[func](*args, **kwargs)
@@ -272,7 +273,7 @@ class Watch(TorchFunctionMode):
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:
-                return None  # a model for this one batch size
+                return None  # the model runs with this one batch size only
             finally:
                 random.restore()
         seen = self.probed[index] if index < len(self.probed) else None

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastfisher.checks import check_generator, is_count
-from fastfisher.measure.traces import trace_fisher
+from fastfisher.checks import check_count, check_generator
+from fastfisher.measure.fisher import trace_fisher
 
 
 class TraceAtSteps:
@@ -25,8 +25,7 @@ class TraceAtSteps:
     """
 
     def __init__(self, every_n_steps: int, options: dict[str, Any]) -> None:
-        if not is_count(every_n_steps):
-            raise ValueError(f"every_n_steps: expected an integer >= 1, got {every_n_steps!r}")
+        check_count("every_n_steps", every_n_steps)
         inspect.signature(trace_fisher).bind(None, None, **options)
         generator = options.pop("generator", None)
         check_generator(generator)

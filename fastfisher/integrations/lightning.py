@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastfisher.alignment import Alignments, labels_in
+from fastfisher.inputs import Call
 from fastfisher.integrations._tracing import TraceAtSteps
-from fastfisher.model import Call, logits_of
+from fastfisher.model import logits_of
 from fastfisher.penalise.regularizer import FisherPenalty
 
 

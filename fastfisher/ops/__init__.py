@@ -15,6 +15,7 @@ from fastfisher.ops.served import operator
 from fastfisher.slow_path import warn_slow_path
 
 UNAVAILABLE, GPU_UNAVAILABLE = served.UNAVAILABLE, served.GPU_UNAVAILABLE
+"""Why the compiled kernels, and Triton's, do not serve; None where they do."""
 
 
 def _contiguous(x: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ def sample_cross_entropy(logits: Tensor, key: Tensor, scale: float, first: int =
     differentiated = logits.requires_grad and torch.is_grad_enabled()
     if differentiated or not served.compiled("sample_cross_entropy", logits.device):
         return _sample_cross_entropy(logits, key, scale, first)
-    with torch._C._AutoDispatchBelowAutograd():  # without the microseconds that an operator's autograd takes in Python
+    with torch._C._AutoDispatchBelowAutograd():  # skips the operator's autograd, which costs microseconds in Python
         return torch.ops.fastfisher.sample_cross_entropy.default(logits, key, scale, first)  # type: ignore[no-any-return]
 
 
@@ -106,7 +107,7 @@ def axpy_diff(out: list[Tensor], a: list[Tensor], b: list[Tensor], scale: Tensor
 
 def sum_squares(tensors: list[Tensor]) -> Tensor:
     """See :func:`fastfisher.ops.reference.sum_squares`."""
-    # In the order of memory, which saves a copy: a sum may have any.
+    # The elements may be added in any order: in that of memory, no copy is needed.
     return _sum_squares([x if x.is_contiguous() else _as_stored(x, x) for x in tensors])
 
 
@@ -131,7 +132,7 @@ def grad_sqnorm_linear(a: Tensor, d: Tensor, gram: bool) -> Tensor:
     """See :func:`fastfisher.ops.reference.grad_sqnorm_linear`."""
     if served.compiled("grad_sqnorm_linear", a.device):
         return _grad_sqnorm_linear(a, d, gram)
-    few = max(1, 2**22 // max(1, a.shape[2] * d.shape[2]))  # the reference makes the gradients themselves
+    few = max(1, 2**22 // max(1, a.shape[2] * d.shape[2]))  # examples at a time: the reference holds their gradients
     parts = zip(torch.split(a, few), torch.split(d, few), strict=True)
     return torch.cat([reference.grad_sqnorm_linear(x, y, gram) for x, y in parts])
 

@@ -183,7 +183,7 @@ class _Head:
             rows = slice(start, start + self.rows)
             inputs = hidden[rows]
             counts = None if kept is None else kept[rows]
-            if counts is not None:  # whatever an ignored row holds
+            if counts is not None:  # a NaN in an ignored row must not reach the gradient of the weight
                 inputs = inputs.masked_fill(~counts[:, None], 0)
             x = F.linear(inputs, weight, bias).to(compute)
             losses[rows], labels[rows], inverse = self._softmax(x, counts, start)

@@ -40,8 +40,7 @@ def sample_cross_entropy(
         generator: where the key comes from; torch's default generator otherwise, so ``torch.manual_seed`` governs it.
         key: int64[2] (seed, offset) instead. The same key and logits give the same labels.
         reduction: "mean" over all rows, "sum", or "none".
-        first: the number of the first row. Two halves of a batch, drawn with one key, the second one with ``first`` the
-            rows of the other, get the labels of the whole.
+        first: the number of the first row: parts of a batch, drawn with one key, get the labels of the whole.
         class_dim: which dimension of the logits holds the classes; the last by default, but of four or more it has to
             be said.
 

@@ -56,7 +56,7 @@ GPU_UNAVAILABLE: str | None = _load_gpu()
 FAMILIES: dict[str, str] = {}
 """The family of each operator."""
 
-# What is registered lasts as long as this object.
+# The registrations last as long as this object.
 _gpu_library = torch.library.Library("fastfisher", "IMPL")  # type: ignore[no-untyped-call]
 
 

@@ -1,4 +1,4 @@
-"""The options of ``fastfisher reproduce``; apart, so that showing them needs none of what draws."""
+"""The options of ``fastfisher reproduce``; apart from reproduce.py, so that ``--help`` does not import matplotlib."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ SHAPES = {
     "imagenet": (1_281_167, 50_000, 3, 1_000),
 }
 
-# What it costs beside a plain step on the same examples; bench/results/ has the measured figures behind these.
+# Costs in units of a plain step on the same examples; bench/results/ has the measurements that they are taken from.
 PENALISED_STEP = 1.7
 DOUBLE_BACKPROP = 2.1
 INPUT_PENALISED_STEP = 1.0

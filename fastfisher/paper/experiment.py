@@ -101,7 +101,7 @@ def _early_trace(run: Metrics) -> float | None:
 
 
 EARLY_TRACE = Quantity("Tr(F_i)", _early_trace)
-# The first measurement is after an epoch, as in table 4.
+# Not of the initial weights: the first measurement is after an epoch, as in table 4.
 MAX_TRACE = maximum("trace_fisher", "maximum of Tr(F)")
 SECONDS_PER_EPOCH = mean("train_seconds", "training seconds per epoch")
 
@@ -182,7 +182,7 @@ class Outcome:
             a, b = self.value(seed, first, quantity), self.value(seed, second, quantity)
             if a is not None and b is not None and (compared := compare(a, b)) is not None:
                 found.append(compared)
-        # A seed that lacks a pair would be another mean.
+        # Means over different pairs cannot be compared: a seed that lacks a pair gives none.
         return statistics.mean(found) if found and len(found) == len(pairs) else None
 
 

@@ -17,12 +17,12 @@ from fastfisher.training.pool import Task
 from fastfisher.training.summary import Metrics
 
 TUNING_SEED = 1000
-"""Tuning sees this seed, reports never do."""
+"""The seed of the runs that tune an option; no report is about it."""
 
 REPEAT = 10_000
 """How far apart the seeds of two repeats are."""
 
-# They change how a run is computed, not what; or only where it is.
+# Options that decide how and where a run is computed, not what it computes.
 NOT_IN_NAME = ("out", "resume", "data_dir", "device", "threads", "graphs", "start_from")
 
 DRY_BATCH = 4
@@ -209,7 +209,7 @@ class Plan:
                 return None
             accuracies = [self._accuracy(run, tuned) for run in done]
             best = tuned.values[accuracies.index(max(accuracies))]
-            # Ten times 0.1 and the like would have long names.
+            # Four digits: the rounding errors of the product would be printed, and be a part of names of runs.
             self._values[tuned] = float(f"{tuned.factor * best:.4g}")
         return self._values[tuned]
 

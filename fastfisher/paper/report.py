@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -114,41 +114,43 @@ def _verdicts(checks: Sequence[Check]) -> list[str]:
             lines.append(f"- Claim {claim}: {CLAIMS[claim]} **{verdict.capitalize()}** here.")
     lines += [
         *([""] if lines else []),
-        "| statement | number | claimed | mean [95 % interval] | verdict |",
-        "|---|---|---|---|---|",
-        *(f"| {c.statement} | {c.number} | {c.claimed} | {c} | **{c.verdict}** |" for c in checks),
-        "",
+        *_table(
+            ("statement", "number", "claimed", "mean [95 % interval]", "verdict"),
+            ((c.statement, c.number, c.claimed, str(c), f"**{c.verdict}**") for c in checks),
+        ),
         HOW_TESTED,
         "",
     ]
     return lines
 
 
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
 def _tables(experiment: Experiment, outcome: Outcome) -> list[str]:
-    if all(len(key) == 2 for key in outcome.runs):
-        return [line for quantity in experiment.quantities for line in _pivot(experiment, outcome, quantity)]
-    header = "| " + " | ".join(["", *(quantity.name for quantity in experiment.quantities)]) + " |"
-    lines = [header, "|---" * (1 + len(experiment.quantities)) + "|"]
-    for key in outcome.runs:
-        cells = (_cell(experiment, outcome, key, quantity) for quantity in experiment.quantities)
-        lines.append("| " + " | ".join([", ".join(key), *cells]) + " |")
-    return [*lines, ""]
-
-
-def _pivot(experiment: Experiment, outcome: Outcome, quantity: Quantity) -> list[str]:
-    rows = list(dict.fromkeys(key[0] for key in outcome.runs))
+    """Return a table for each quantity where cases are rows and columns of one, else one table of all quantities."""
+    quantities = experiment.quantities
+    if not all(len(key) == 2 for key in outcome.runs):
+        header = ["", *(quantity.name for quantity in quantities)]
+        return _table(
+            header,
+            ([", ".join(key), *(_cell(experiment, outcome, key, each) for each in quantities)] for key in outcome.runs),
+        )
     columns = list(dict.fromkeys(key[1] for key in outcome.runs))
-    lines = [f"| {quantity.name} | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
-    for row in rows:
-        cells = [
-            _cell(experiment, outcome, (row, column), quantity) if (row, column) in outcome.runs else ""
-            for column in columns
-        ]
-        lines.append("| " + " | ".join([row, *cells]) + " |")
-    return [*lines, ""]
+    lines = []
+    for quantity in quantities:
+        rows = (
+            [row, *(_cell(experiment, outcome, (row, column), quantity) for column in columns)]
+            for row in outcome.rows()
+        )
+        lines += _table([quantity.name, *columns], rows)
+    return lines
 
 
 def _cell(experiment: Experiment, outcome: Outcome, key: Key, quantity: Quantity) -> str:
+    if key not in outcome.runs:
+        return ""
     found = outcome.summary(key, quantity)
     text = "–" if found is None else _number(found)
     paper = experiment.paper.get((key, quantity.name))

@@ -61,7 +61,7 @@ def main(given: Mapping[str, Any]) -> int:
             _list(request)
             return 0
         plan = request.plan()
-        # Every option is checked before the first run starts; those of tuned runs are of the same kinds.
+        # Every option is checked before the first run starts; runs that wait for tuning have the same options.
         for run in plan.ready():
             resolve(dataclasses.replace(run.config, start_from=None))
         workers = _workers(given, request.scale)

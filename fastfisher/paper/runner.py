@@ -59,7 +59,7 @@ def train_run(values: dict[str, Any]) -> None:
 
     A run that diverges is finished: it would do so again.
     """
-    # Slow, and not needed by who only plans.
+    # Here, because it takes seconds and planning does without it.
     from fastfisher.training.loop import train
 
     config = from_values(values)
@@ -70,7 +70,7 @@ def train_run(values: dict[str, Any]) -> None:
         if folder.checkpoint.exists():
             config = _as_started(config, folder.read_config())
         else:
-            # Cut off before there was anything to continue from.
+            # It was cut off before its first checkpoint: there is nothing to continue from.
             shutil.rmtree(folder.path, ignore_errors=True)
         try:
             outcome = train(config)

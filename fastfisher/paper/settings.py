@@ -167,7 +167,7 @@ def digits_notes(scale: Scale) -> list[str]:
 
 # ---- sections 3 and 5: ResNets without batch normalisation -----------------------------------------------------------
 
-# By the name of a panel: the options of I.1, those at digits, the values of the paper and those at digits.
+# The options of I.1.
 IMAGENET = {
     "network": "fixup_resnet18",
     "data": "imagenet",

@@ -17,8 +17,9 @@ from fastfisher.engine.fused.convolution import saving_memory
 from fastfisher.engine.gradients import Differentiate, real, scaled
 from fastfisher.engine.twice import differentiable_gradients, second_derivatives
 from fastfisher.host import looking_waits
+from fastfisher.inputs import input_tensors
 from fastfisher.lists import zeros
-from fastfisher.model import input_tensors, unhooked
+from fastfisher.model import unhooked
 from fastfisher.penalise.difference import FiniteDifference, gradient_at
 from fastfisher.penalise.options import Settings
 from fastfisher.penalise.point import Point

@@ -23,8 +23,8 @@ from fastfisher.distributed.single import Single
 from fastfisher.engine.gates import AccuracyWarning, fused_forward
 from fastfisher.engine.gradients import Differentiate, dense, real, real_dtype, scaled, sum_squares
 from fastfisher.host import looking_waits
+from fastfisher.inputs import input_tensors
 from fastfisher.lists import add_
-from fastfisher.model import input_tensors
 from fastfisher.penalise.options import Settings
 from fastfisher.penalise.point import Point
 from fastfisher.penalise.rho import FROZEN_STEP, INPUTS_STEP, REACH, AdaptiveStep, coarsest, lower_precision

@@ -17,21 +17,9 @@ from fastfisher.engine.gates import Gates
 from fastfisher.engine.gradients import autograd_gradients, real_dtype
 from fastfisher.engine.rollback import undoing
 from fastfisher.engine.twice import second_derivatives
+from fastfisher.inputs import Call, Inputs, check_examples, differentiable, map_inputs, requiring_grad, take_rows
 from fastfisher.labels import Given, Labels, labels_of
-from fastfisher.model import (
-    Call,
-    Inputs,
-    check_class_dim,
-    check_examples,
-    chosen_names,
-    class_last,
-    couples_examples,
-    differentiable,
-    map_inputs,
-    requiring_grad,
-    take_rows,
-    trainable_parameters,
-)
+from fastfisher.model import check_class_dim, chosen_names, class_last, couples_examples, trainable_parameters
 from fastfisher.ops.sampled import new_key
 from fastfisher.penalise.derivative import squared_norm_of, squared_parts
 from fastfisher.penalise.difference import FiniteDifference, gradient_at

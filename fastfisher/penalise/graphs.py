@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher.autocast import autocast_dtype
-from fastfisher.model import Inputs, input_tensors, map_inputs
+from fastfisher.inputs import Inputs, input_tensors, map_inputs
 from fastfisher.slow_path import warn_slow_path
 
 Result = TypeVar("Result")

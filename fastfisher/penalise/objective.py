@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from fastfisher.data import check_own_loss, paired
 from fastfisher.distributed.single import Counts
+from fastfisher.inputs import Call, Inputs, check_examples, differentiable, map_inputs
 from fastfisher.labels import KINDS
-from fastfisher.model import Call, Inputs, as_given, check_examples, check_heads, differentiable, map_inputs
+from fastfisher.model import as_given, check_heads
 from fastfisher.penalise.options import Options
 from fastfisher.penalise.point import Point
 from fastfisher.targets import check_certain, check_counted

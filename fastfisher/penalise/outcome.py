@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher.engine.gradients import Differentiate, dense, sum_squares
+from fastfisher.inputs import Inputs
 from fastfisher.lists import add_
-from fastfisher.model import Inputs
 from fastfisher.penalise.graphs import Capture, CapturedSteps
 from fastfisher.penalise.shift import Gradients
 

@@ -15,18 +15,10 @@ from fastfisher.distributed.single import Single
 from fastfisher.engine.gates import Gates, fused_forward, record_gates
 from fastfisher.engine.twice import twice_differentiable
 from fastfisher.host import looking_waits
+from fastfisher.inputs import Inputs, count_examples, take_rows
 from fastfisher.labels import Labels, Rows
 from fastfisher.likelihoods import CATEGORICAL, Chosen, Likelihood
-from fastfisher.model import (
-    Inputs,
-    call_copy,
-    call_model,
-    copy_buffers,
-    count_examples,
-    couples_examples,
-    take_rows,
-    uncompiled,
-)
+from fastfisher.model import call_copy, call_model, copy_buffers, couples_examples, uncompiled
 from fastfisher.penalise.options import Settings
 from fastfisher.slow_path import warn_slow_path
 

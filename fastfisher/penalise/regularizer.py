@@ -20,13 +20,8 @@ from fastfisher.distributed.sharded import precision_below
 from fastfisher.distributed.sharing import shared_by
 from fastfisher.distributed.single import Single
 from fastfisher.engine.rollback import undone_on_error
-from fastfisher.model import (
-    Inputs,
-    as_given,
-    chosen_names,
-    taking_gradients,
-    trainable_parameters,
-)
+from fastfisher.inputs import Inputs
+from fastfisher.model import as_given, chosen_names, taking_gradients, trainable_parameters
 from fastfisher.penalise.graphs import CudaCapture, places
 from fastfisher.penalise.options import Method, Options, Settings
 from fastfisher.penalise.outcome import Captured, Eager, add_to_grads, settle
@@ -285,7 +280,7 @@ class FisherPenalty:
             ValueError: an option of the penalty needs a forward of its own: ``mixed``, ``examples``, ``graphs``,
                 ``loss``, ``wrt="inputs"``, ``scaler``, several processes.
         """
-        self._options.check_watched(self._world)
+        dataclasses.replace(self._options, loss=self.loss, scaler=self.scaler).check_watched(self._world)
         return watched(self.model, self._steps.sampling, self.class_dim, self._due())
 
     def term(self, forward: WatchedForward, targets: Tensor | None = None) -> Tensor:

@@ -13,8 +13,9 @@ from fastfisher.distributed.sharded import backward, local_part, reshard
 from fastfisher.distributed.single import Single
 from fastfisher.engine.gates import Gates
 from fastfisher.engine.gradients import dense
+from fastfisher.inputs import Inputs, input_tensors, map_inputs
 from fastfisher.lists import add_, plus
-from fastfisher.model import Inputs, call_copy, call_model, input_tensors, map_inputs
+from fastfisher.model import call_copy, call_model
 
 Gradients = dict[str, Tensor]
 Receive = Callable[[Gradients], None]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fastfisher.distributed.single import Share, Single
 from fastfisher.engine.gates import fused_forward
 from fastfisher.engine.gradients import scaled
-from fastfisher.model import Inputs, call_model, chosen_names, class_last, input_tensors, requiring_grad
+from fastfisher.inputs import Inputs, input_tensors, requiring_grad
+from fastfisher.model import call_model, chosen_names, class_last
 from fastfisher.penalise.derivative import Differences, DoubleBackprop, Training, named_gradients
 from fastfisher.penalise.objective import Objective
 from fastfisher.penalise.options import Options

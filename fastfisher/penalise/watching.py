@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher.engine.gates import Gates
-from fastfisher.model import Call, copy_buffers, logits_of
+from fastfisher.inputs import Call
+from fastfisher.model import copy_buffers, logits_of
 from fastfisher.penalise.point import Sampling
 from fastfisher.targets import IGNORED
 

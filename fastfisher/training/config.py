@@ -316,7 +316,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         image_size=config.image_size or IMAGE_SIZES.get(config.data, OTHER_IMAGE_SIZE),
         noise_seed=config.seed if config.noise_seed is None else config.noise_seed,
         device=device,
-        # One spelling for each meaning, for --resume compares them.
+        # --resume compares these as they are written: give each meaning one spelling.
         start_from=None if config.start_from is None else str(Path(config.start_from)),
         measure=",".join(name for name in MEASUREMENTS if name in measurements(config.measure)) or "none",
         measure_every=re.sub("s$", "", config.measure_every),
@@ -341,7 +341,7 @@ PENALTY_ONLY = (
 
 def _check_combinations(config: TrainConfig) -> None:
     none, first = config.measure == "none", config.penalty_reduction == "first"
-    # Whether it applies; which options then have to be left out; why.
+    # If the first holds, the options have to be left out, for this reason.
     unused: tuple[tuple[bool, Sequence[str], str], ...] = (
         (none, ("measure_every", "save_predictions"), "--measure none measures nothing"),
         (none and not config.trace_thresholds, ("trace_samples",), "--measure none measures nothing"),

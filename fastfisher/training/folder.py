@@ -87,8 +87,7 @@ class RunFolder:
     def create(self, config: TrainConfig) -> None:
         """Create the folder and write ``config.json``."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with replacing(self.config) as file:
-            file.write((json.dumps(to_values(config), indent=2) + "\n").encode())
+        write_json(self.config, to_values(config))
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl`` and wait until it is on disk."""
@@ -267,6 +266,12 @@ def refuse_other_options(config: TrainConfig, stored: TrainConfig, where: str) -
     if differing:
         details = ", ".join(f"{flag(name)} {getattr(config, name)} (was {getattr(stored, name)})" for name in differing)
         raise ConfigError(f"--resume: {where} has other options: {details}")
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file that holds an object, whole or not at all."""
+    with replacing(path) as file:
+        file.write((json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
 
 
 @contextmanager

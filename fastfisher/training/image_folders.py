@@ -115,7 +115,7 @@ def read_image(path: Path, size: int) -> NDArray[np.uint8]:
     Raises:
         ConfigError: naming the file that is missing or no image.
     """
-    # Here, for the other data sets do without it. Pillow alone reads all of ImageNet, of which some are CMYK or PNG.
+    # Imported here: other data sets do not need Pillow. It reads all of ImageNet, of which some files are CMYK or PNG.
     from PIL import Image
 
     try:
@@ -158,7 +158,7 @@ def load_images(folder: ImageFolder, size: int, cache: Path, device: torch.devic
             tqdm.write(f"{cache} cannot be used and is made anew: {error}")
     images = np.empty(shape, np.uint8)
     with ThreadPoolExecutor() as pool, tqdm(total=len(images), unit="image", disable=None) as bar:
-        # A part at a time: after a bad file the others of its part are all that is still read.
+        # In parts, so that after a bad file no more than the rest of its part is still read.
         for start in range(0, len(images), READ_TOGETHER):
             paths = folder.paths[start : start + READ_TOGETHER]
             for index, image in enumerate(pool.map(lambda path: read_image(folder.root / path, size), paths), start):

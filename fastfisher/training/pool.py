@@ -28,8 +28,7 @@ from fastfisher.training.endings import TrainingDivergedError, catch_interrupt, 
 SECONDS_BETWEEN_LOOKS = 0.02
 INTERRUPTED = 130
 
-# What a process would import before it trains: the server that it is forked from has it already. An optimiser imports
-# torch._dynamo when it is made.
+# Imported once, by the server from which the processes are forked. (Making an optimiser imports torch._dynamo.)
 PRELOADED = ["fastfisher.training.loop", "sklearn.datasets", "sklearn.model_selection", "torch._dynamo"]
 
 Train = Callable[[dict[str, Any]], None]
@@ -194,7 +193,7 @@ def _process(train: Train, values: dict[str, Any]) -> None:
     with log.open("a", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-        # What it says last is its reason, should it fail.
+        # Line by line: if the run fails, the last line of the log is given as the reason.
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         # A session of its own: Ctrl-C in the terminal reaches the run once, through stop().
         os.setsid()

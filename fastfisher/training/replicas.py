@@ -9,7 +9,6 @@ neither has been measured on a GPU.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 
 from fastfisher.training.config import AT_LEAST_ONE, ConfigError, TrainConfig, flag, from_values, resolve, to_values
 from fastfisher.training.endings import how_to_continue
-from fastfisher.training.folder import REMEDY, RunFolder, read_json_object, refuse_other_options, replacing
+from fastfisher.training.folder import REMEDY, RunFolder, read_json_object, refuse_other_options, write_json
 from fastfisher.training.loop import Run, train
 from fastfisher.training.measurements import describe
 from fastfisher.training.pool import Failure, LocalWorkers, Task, train_all
@@ -68,7 +67,7 @@ class Replicas:
         config = resolve(self.config)
         resolve(dataclasses.replace(config, seed=config.seed + self.seeds - 1))
         threads = config.threads or max(1, torch.get_num_threads() // min(self.together, self.seeds))
-        # Resolved, the seed of the noise would be that of the first run in all of them.
+        # As it was given: resolve() would give every run the noise of the first.
         config = dataclasses.replace(config, noise_seed=self.config.noise_seed, threads=threads)
         return dataclasses.replace(self, config=config)
 
@@ -113,17 +112,12 @@ class Replicas:
     def write(self) -> None:
         """Write ``replicas.json``."""
         values = {"seeds": self.seeds, "together": self.together, "config": to_values(self.config)}
-        _write_json(_file(self.config.out), values)
+        Path(self.config.out).mkdir(parents=True, exist_ok=True)
+        write_json(_file(self.config.out), values)
 
 
 def _file(out: str) -> Path:
     return Path(out) / "replicas.json"
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write((json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
 
 
 def asked_for(given: Mapping[str, Any]) -> Replicas | None:
@@ -162,12 +156,12 @@ def train_replicas(replicas: Replicas) -> tuple[dict[str, Any], list[Failure]]:
     replicas.check()
     configs = replicas.configs()
     if not all(RunFolder(each.out).finished(each) for each in configs):
-        # On the CPU, where it takes none of the memory that the runs will need.
+        # Built once to find errors; on the CPU, so that it takes no GPU memory from the runs.
         Run(resolve(dataclasses.replace(configs[0], device="cpu")))
     replicas.write()
     failures = train_together(configs, replicas.together)
     summary = summarise(configs, {failure.task.config.seed: failure.reason for failure in failures})
-    _write_json(Path(replicas.config.out) / "summary.json", summary)
+    write_json(Path(replicas.config.out) / "summary.json", summary)
     return summary, failures
 
 

@@ -28,6 +28,14 @@ def _fan_out(conv: nn.Conv2d) -> int:
     return conv.out_channels * conv.kernel_size[0] * conv.kernel_size[1]
 
 
+def _blocks(depth: int, each: int, rest: int) -> int:
+    """Return the n for which ``each`` n + ``rest`` is the depth."""
+    blocks, remainder = divmod(depth - rest, each)
+    if remainder or blocks < 1:
+        raise ValueError(f"depth: expected {each}n + {rest} with n >= 1, got {depth}")
+    return blocks
+
+
 class _Classifier(nn.Sequential):
     """The mean over positions, and a linear layer."""
 
@@ -58,9 +66,7 @@ def resnet(depth: int, *, in_channels: int, classes: int) -> nn.Sequential:
     where a shortcut changes the shape. Depth 26: 368,682 parameters for 3 channels and 10 classes, 374,532 for 100;
     depth 8 has 77,418 for 1 channel and 10 classes, depth 14 174,410.
     """
-    blocks, remainder = divmod(depth - 2, 6)
-    if remainder or blocks < 1:
-        raise ValueError(f"depth: expected 6n + 2 with n >= 1, got {depth}")
+    blocks = _blocks(depth, 6, 2)
     layers: list[nn.Module] = [_conv(in_channels, 16, 3, bias=True)]
     channels = 16
     for stage, width in enumerate((16, 32, 64)):
@@ -112,9 +118,7 @@ def wide_resnet(depth: int, width: int, *, in_channels: int, classes: int, skip_
     5,947,480 for 200; with ``skip_init``, without batch normalisation and with biases, 5,923,817 and 5,943,117.
     Depth 8 and width 1 has 77,562 for 1 channel and 10 classes, with ``skip_init`` 77,421.
     """
-    blocks, remainder = divmod(depth - 2, 6)
-    if remainder or blocks < 1:
-        raise ValueError(f"depth: expected 6n + 2 with n >= 1, got {depth}")
+    blocks = _blocks(depth, 6, 2)
     layers: list[nn.Module] = [_conv(in_channels, 16, 3, bias=skip_init)]
     channels = 16
     for stage in range(3):
@@ -138,10 +142,7 @@ class FixupBlock(nn.Module):
         super().__init__()
         self.biases = nn.ParameterList([nn.Parameter(torch.zeros(1)) for _ in range(4)])
         self.scale = nn.Parameter(torch.ones(1))
-        self.first, self.second = (
-            _conv(inputs, outputs, 3, stride, bias=False),
-            _conv(outputs, outputs, 3, bias=False),
-        )
+        self.first, self.second = _conv(inputs, outputs, 3, stride, bias=False), _conv(outputs, outputs, 3, bias=False)
         same = stride == 1 and inputs == outputs
         self.shortcut = None if same else _conv(inputs, outputs, 1, stride, bias=False)
 
@@ -173,9 +174,7 @@ def fixup_resnet(depth: int, *, in_channels: int, classes: int, base: int = 64) 
     at 0. Depth 18 has 11,679,954 parameters for 3 channels and 1,000 classes, depth 10 with ``base`` 16 307,760 for 1
     channel and 10 classes.
     """
-    blocks, remainder = divmod(depth - 2, 8)
-    if remainder or blocks < 1:
-        raise ValueError(f"depth: expected 8n + 2 with n >= 1, got {depth}")
+    blocks = _blocks(depth, 8, 2)
     channels = base
     stem = nn.Conv2d(in_channels, channels, 7, 2, 3, bias=False)
     _init(stem, 2.0, _fan_out(stem))
@@ -215,9 +214,7 @@ def densenet(depth: int, growth: int, *, in_channels: int, classes: int) -> nn.S
     compression, no dropout. Depth 40 and growth 12 has 1,019,722 parameters for 3 channels and 10 classes, 1,060,132
     for 100; depth 7 and growth 12 has 12,538 for 1 channel and 10 classes.
     """
-    layers_per_block, remainder = divmod(depth - 4, 3)
-    if remainder or layers_per_block < 1:
-        raise ValueError(f"depth: expected 3n + 4 with n >= 1, got {depth}")
+    layers_per_block = _blocks(depth, 3, 4)
     channels = 16
     layers: list[nn.Module] = [_conv(in_channels, channels, 3, bias=False)]
     for block in range(3):

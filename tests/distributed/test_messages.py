@@ -83,7 +83,7 @@ def test_messages_and_bytes() -> None:
         fastfisher.trace_fisher(ddp(network()), X.double()[own()], batch_size=3, draws=2)
     batches = len(X[own()]) // 3
     names, examples = 6, len(X[own()])
-    vectors = [told, ("all_gather", 8 * examples), told, ("all_gather", 8 * examples), told, ("all_gather", 8 * names)]
+    vectors = [told, ("all_gather", 16 * examples), told, ("all_gather", 8 * names)]
     assert sent == [told] + batches * [told] * 3 + [told] + vectors + [told, ("all_gather", 16)]
     with counting() as sent:
         fastfisher.trace_hessian(ddp(network()), X.double()[own()], Y[own()], method="hutchinson", probes=5)

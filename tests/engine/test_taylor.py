@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -735,3 +737,22 @@ def test_a_sweep_needs_no_memory_beyond_its_own() -> None:
     before = z.clone()
     assert float(tape.curvature([z])) == float(tape.curvature([z]))
     assert torch.equal(z, before)
+
+
+def test_a_tape_is_freed_with_its_last_reference() -> None:
+    """Not later, when the garbage collector happens to run: it holds the activations."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(4, 6), torch.randint(3, (4,))
+    gc.collect()
+    gc.disable()
+    try:
+        tape = Tape(dict(model.named_parameters()))
+        with tape:
+            loss = F.cross_entropy(model(x), y)
+        tape.finish(loss)
+        nodes = [weakref.ref(node) for node in tape.nodes]
+        assert nodes
+        del tape, loss
+        assert not any(node() is not None for node in nodes)
+    finally:
+        gc.enable()

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastfisher
 from fastfisher import SlowPathWarning, TraceEstimate, trace_hessian
-from fastfisher.measure.hessian import LogitsForm, _agreed, logits_form
-from fastfisher.model import as_call
+from fastfisher.inputs import as_call
+from fastfisher.measure.logits_form import LogitsForm, agreed_form, logits_form
 from tests.support.networks import Hostile, OnceDifferentiable, Shared
 
 SIGNIFICANCE = 1e-4
@@ -513,7 +513,7 @@ class Others:
 
 def test_processes_go_the_same_way_whatever_each_found() -> None:
     mine = LogitsForm(4, None, None, False)
-    agreed = _agreed(mine, Others(), torch.device("cpu"))  # type: ignore[arg-type]
+    agreed = agreed_form(mine, Others(), torch.device("cpu"))  # type: ignore[arg-type]
     assert agreed == LogitsForm(4, "another process found so", "another process found so", False)
 
 
@@ -853,8 +853,8 @@ def test_everything_is_put_back(error: BaseException | None, hvp: Any) -> None:
         ({"distribution": "uniform"}, "distribution: expected"),
         ({"hvp": "jvp"}, "hvp: expected"),
         ({"hvp": "autograd", "method": "reduced"}, 'hvp: expected "taylor" with method="reduced"'),
-        ({"probes": 0}, "probes: expected a positive integer, got 0"),
-        ({"batch_size": 1.5}, "batch_size: expected a positive integer, got 1.5"),
+        ({"probes": 0}, "probes: expected an integer >= 1, got 0"),
+        ({"batch_size": 1.5}, "batch_size: expected an integer >= 1 or None, got 1.5"),
         ({"tolerance": 0.0}, "tolerance: expected a positive number, got 0.0"),
         ({"mode": "train"}, "mode: expected"),
         ({"params": [torch.zeros(2)]}, "params: item 0"),

@@ -15,6 +15,7 @@ import fastfisher
 from fastfisher import gradient_covariance, top_eigenvalues
 from fastfisher.engine.layers import base
 from fastfisher.measure import spectrum
+from fastfisher.measure.covariance import _spectrum
 from tests.support.networks import Hostile, OnceDifferentiable, Shared
 
 IMAGES = torch.randn(7, 4, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -366,7 +367,7 @@ def test_layers_whose_second_derivative_pytorch_lacks_or_has_wrong(k: int) -> No
 @pytest.mark.parametrize("at_once", [128, 3])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_covariance_of_examples(name: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spectrum, "EXAMPLES_AT_ONCE", at_once)
+    monkeypatch.setattr("fastfisher.measure.covariance.EXAMPLES_AT_ONCE", at_once)
     model = build(name)
     found = gradient_covariance(model, (IMAGES, LABELS))
     check_covariance(found, explicit_gradients(model))
@@ -377,7 +378,7 @@ def test_covariance_of_examples(name: str, at_once: int, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("name", NETWORKS)
 def test_covariance_of_mini_batches(name: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All gradients at once, some, one at a time; the seventh example is left out."""
-    monkeypatch.setattr(spectrum, "GRADIENT_ELEMENTS", elements)
+    monkeypatch.setattr("fastfisher.measure.covariance.GRADIENT_ELEMENTS", elements)
     model = build(name)
     found = gradient_covariance(model, (IMAGES, LABELS), batch_size=2)
     check_covariance(found, explicit_gradients(model, 2)[:3])
@@ -410,7 +411,7 @@ def test_a_parameter_on_the_slow_path_is_named() -> None:
 
 
 def test_sampled_labels_are_drawn_once_from_the_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spectrum, "EXAMPLES_AT_ONCE", 3)  # gradients are taken again
+    monkeypatch.setattr("fastfisher.measure.covariance.EXAMPLES_AT_ONCE", 3)  # gradients are taken again
     model = build("linear")
     found = gradient_covariance(model, IMAGES, labels="sampled", generator=generator(4))
     same = generator(4)
@@ -465,7 +466,7 @@ def test_an_example_given_twice_adds_no_eigenvalue(dtype: torch.dtype) -> None:
 def test_the_rounding_of_gradients_is_no_eigenvalue(dtype: torch.dtype, count: int) -> None:
     gradients = torch.randn(7, 50, generator=generator(), dtype=torch.float64)
     gradients[6] = gradients[0] * (1 + 1e-6 * torch.randn(50, generator=generator(1), dtype=torch.float64))
-    trace, eigenvalues = spectrum._spectrum(gradients @ gradients.mT, torch.finfo(dtype).eps)
+    trace, eigenvalues = _spectrum(gradients @ gradients.mT, torch.finfo(dtype).eps)
     assert len(eigenvalues) == count
     assert trace == pytest.approx(float((gradients - gradients.mean(0)).square().sum()) / 7, rel=1e-12)
 
@@ -509,9 +510,9 @@ def test_everything_is_put_back(error: BaseException | None, measure: Callable[.
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k": 0}, "k: expected a positive integer, got 0"),
-        ({"max_iterations": 1.5}, "max_iterations: expected a positive integer, got 1.5"),
-        ({"batch_size": 0}, "batch_size: expected a positive integer, got 0"),
+        ({"k": 0}, "k: expected an integer >= 1, got 0"),
+        ({"max_iterations": 1.5}, "max_iterations: expected an integer >= 1, got 1.5"),
+        ({"batch_size": 0}, "batch_size: expected an integer >= 1 or None, got 0"),
         ({"tolerance": 0.0}, "tolerance: expected a positive number, got 0.0"),
         ({"mode": "train"}, 'mode: expected "eval" or "keep", got \'train\''),
         ({"params": [torch.zeros(2)]}, "params: item 0"),

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 import fastfisher
 from fastfisher import grad_inner_products, memory, per_example_grad_norms, trace_fisher
 from fastfisher.engine.capture import Capture
-from fastfisher.measure import traces
 from tests.support.networks import Hostile
 
 DTYPES = [torch.float64, torch.float32]
@@ -538,8 +537,10 @@ def test_batches_grow_while_memory_allows(monkeypatch: pytest.MonkeyPatch) -> No
 
     expected = trace()
     assert sizes == [memory.BATCH] * 6  # a CPU
-    monkeypatch.setattr(traces, "held", lambda device: 10 * sum(sizes))
-    monkeypatch.setattr(traces, "may_double", lambda activations, device: activations < 20 * memory.BATCH)
+    monkeypatch.setattr("fastfisher.measure.fisher.held", lambda device: 10 * sum(sizes))
+    monkeypatch.setattr(
+        "fastfisher.measure.fisher.may_double", lambda activations, device: activations < 20 * memory.BATCH
+    )
     assert trace() == pytest.approx(expected, rel=1e-9)
     assert sizes == [memory.BATCH, 2 * memory.BATCH, 2 * memory.BATCH, memory.BATCH]
     assert trace(batch_size=memory.BATCH) == expected and sizes == [memory.BATCH] * 6  # as it was asked for

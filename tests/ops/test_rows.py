@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import fastfisher
 from fastfisher import ops
-from fastfisher.labels import Signs, cross_entropy
+from fastfisher.likelihoods import CATEGORICAL, Signs
 from fastfisher.ops import reference
 from tests.support.operators import (
     CLASSES,
@@ -242,7 +242,7 @@ def test_rademacher_cotangents_have_the_covariance_of_the_score() -> None:
 
 def test_rademacher_cotangents_are_the_gradient_of_the_loss_at_signs() -> None:
     logits = torch.randn(7, 200, dtype=torch.float64, requires_grad=True)
-    loss = cross_entropy(logits, Signs(reference.rademacher_signs(7, 200, KEY)))
+    loss = CATEGORICAL.loss(logits, Signs(reference.rademacher_signs(7, 200, KEY)))
     (gradient,) = torch.autograd.grad(loss, logits)
     torch.testing.assert_close(gradient, ops.rademacher_cotangent(logits.detach(), KEY, 1 / 7))
 

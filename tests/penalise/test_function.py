@@ -15,8 +15,8 @@ from torch.nn import functional as F
 import fastfisher
 from bench.problems import digits, gradient, noise, trained
 from fastfisher import AdaptiveStep
-from fastfisher.labels import new_key
 from fastfisher.ops import reference
+from fastfisher.ops.sampled import new_key
 from fastfisher.training.networks import build_network
 from tests.support.networks import Hostile, SmallResNet, flat, relative_error, smooth_network
 

@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn import functional as F
 
 from fastfisher import AdaptiveStep, FisherPenalty, SlowPathWarning, host, ops
-from fastfisher.model import known_of, trainable_parameters
+from fastfisher.inputs import known_of
+from fastfisher.model import trainable_parameters
 from fastfisher.penalise.derivative import Differences
 from fastfisher.penalise.graphs import KINDS, WARM_UP, CudaCapture
 from fastfisher.penalise.outcome import Captured, Outcome

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastfisher.labels import label_loss
+from fastfisher.labels import Rows, labels_of
+from fastfisher.likelihoods import CATEGORICAL
 
 VOCABULARY, LENGTH = 11, 6
 KINDS = ("gpt2", "llama", "bart", "t5", "bert", "bert classifier", "vit")
@@ -103,7 +104,7 @@ def penalised(
 ) -> tuple[Tensor, Tensor]:
     """loss + α·R by double backprop through the very forward that made them, and R, at labels drawn with the key."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    drawn, _ = label_loss(logits, "sampled", targets, key)
+    drawn, _ = labels_of("sampled").loss(Rows(CATEGORICAL, logits, targets, key))
     gradients = torch.autograd.grad(drawn, parameters, create_graph=True, allow_unused=True)
     squared = torch.stack([g.square().sum() for g in gradients if g is not None]).sum()
     return loss + alpha * squared, squared.detach()

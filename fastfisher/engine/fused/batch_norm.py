@@ -73,11 +73,11 @@ def _backward(
     if grad is None:
         return None, None, None
     x, weight, _, mean, variance = saved
-    if torch.is_grad_enabled():  # to be differentiated again: by PyTorch's own formula
+    if torch.is_grad_enabled():  # the gradient will be differentiated: PyTorch's formula has a derivative
         inverse = (variance + eps).rsqrt().to(x.dtype)
         grad = grad if bits is None else gate(grad, Passage(bits), False)
         derivatives = torch.ops.aten.native_batch_norm_backward
-        grad = grad.contiguous()  # of a batch of one with channels last it would give something else (torch 2.13)
+        grad = grad.contiguous()  # torch 2.13 is wrong for a batch of one in channels-last memory
         return derivatives(grad, x, weight, None, None, mean.to(x.dtype), inverse, True, eps, wanted)  # type: ignore[no-any-return]
     found = ops.batch_norm_backward(_planes(grad.contiguous()), bits, _planes(x), weight, mean, variance, eps)
     grad_x, grad_weight, grad_bias = found

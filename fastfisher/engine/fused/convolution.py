@@ -68,7 +68,7 @@ class _Convolution(torch.autograd.Function):
         how = (ctx.bias_size, *(_each(value, dims) for value in (stride, padding, dilation)), False, [0] * dims, groups)
         derivatives = torch.ops.aten.convolution_backward
         wants_x, *wants = ctx.needs_input_grad[1:4]
-        differentiable = torch.is_grad_enabled()  # by PyTorch's own formula then
+        differentiable = torch.is_grad_enabled()  # then PyTorch's formula, which has a derivative
         if differentiable or not (ctx.large or _saving.get()):
             return None, *derivatives(grad, x, weight, *how, [wants_x, *wants]), *[None] * (2 + len(ctx.how))
         pieces = list(zip(torch.split(grad, ctx.size), torch.split(x, ctx.size), strict=True))
@@ -78,7 +78,7 @@ class _Convolution(torch.autograd.Function):
                 parts = derivatives(grad_piece, x_piece, weight, *how, [False, *wants])[1:]
                 sums = [part if total is None else total.add_(part) for total, part in zip(sums, parts, strict=True)]
         grad_x = None
-        if wants_x:  # after the weights, whose copies are the larger ones
+        if wants_x:  # last: grad_x is then not in memory beside the copies that the weights' gradient takes
             grad_x = torch.empty_like(x)
             for (grad_piece, x_piece), target in zip(pieces, torch.split(grad_x, ctx.size), strict=True):
                 target.copy_(derivatives(grad_piece, x_piece, weight, *how, [True, False, False])[0])
@@ -104,7 +104,7 @@ def in_pieces(function: Callable[..., Any], args: Any, kwargs: Any) -> Tensor | 
     usual = x.device.type == "cpu" and x.dim() == _FUNCTIONS[function] and isinstance(padding, int | tuple | list)
     if not usual or len(x) < 2 or not (x.is_contiguous() and weight.is_contiguous()):
         return None
-    # The output has the input's positions over the strides, at most: padding that adds more is rare.
+    # An estimate from above of the output's positions: padding that adds to them is rare.
     positions = x[0, 0].numel() // torch.Size(_each(stride, x.dim() - 2)).numel()
     example = max(x[0].numel(), len(weight) * positions) * x.element_size()
     if len(x) * example <= 2 * PIECE_BYTES:

@@ -20,8 +20,8 @@ from fastfisher.engine.piecewise.selection import MaxPool
 from fastfisher.engine.piecewise.table import KNOWN
 from fastfisher.model import is_compiled
 
-# Below, what Python adds to a call is more than the kernels save.
 FUSED_ELEMENTS = 1 << 18
+"""For smaller inputs, what Python adds to a call is more than the kernels save."""
 
 _OURS: tuple[Callable[[Function, Any, Any], Tensor | None], ...] = (in_pieces, by_batch)
 
@@ -58,7 +58,7 @@ class Fused(Run, TorchFunctionMode):
             if x.numel() < FUSED_ELEMENTS:
                 return func(*args, **kwargs)
             self.met_large = True
-        if in_checkpoint():  # which runs its function again, without this mode, and wants the same tensors kept
+        if in_checkpoint():  # it will recompute without this mode, and must save the same tensors then as now
             return func(*args, **kwargs)
         known = KNOWN.get(func)
         if known is None or not isinstance(known.rule, Relu | MaxPool) or not has_gates(x):

@@ -30,7 +30,8 @@ class Passage:
         self.bits, self.order = bits, order
         self.output: weakref.ref[Tensor] | None = None
         self.version = 0
-        # Held, so that autograd cannot add another gradient to it in place: identity is then proof.
+        # This reference keeps autograd from accumulating into the tensor in place; without it, `grad is gated` would
+        # not prove that the gradient is the gated one.
         self.gated: Tensor | None = None
 
     def leads_to(self, x: Tensor) -> bool:

@@ -20,6 +20,6 @@ def bind(func: Any, args: Any, kwargs: Any, tracked: Tracked) -> Layer | None:
         placed, named = positional(func, args, kwargs)
         try:
             layer = FORMULAS[func](tracked, *placed, **named)
-        except TypeError:  # arguments that the formula does not know of
+        except TypeError:  # the binder does not know one of the arguments
             return None
     return bind_expand(tracked, args, kwargs, 2) if layer is None and func in MATRICES else layer

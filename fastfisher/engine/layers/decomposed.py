@@ -28,7 +28,9 @@ def _embedding_bag(
     rows = F.embedding(indices, weight, scale_grad_by_freq=scale_grad_by_freq)
     counted = indices.ne(-1 if padding_idx is None else padding_idx).to(rows.dtype)
     out = rows.new_zeros(bags, weight.shape[1])
-    if mode == 2:  # of each element the row that PyTorch chose; where a bag has it more than once, a part of each
+    if (
+        mode == 2
+    ):  # by element, the row that PyTorch chose; a row that occurs several times in a bag shares the gradient
         with torch.no_grad():
             chosen = torch.embedding_bag(
                 weight.detach(), indices, offsets, False, 2, False, None, include_last_offset, padding_idx

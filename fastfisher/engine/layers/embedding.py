@@ -107,7 +107,7 @@ class EmbeddingBag(Embedding):
         numbers = torch.arange(bags, device=grad.device)
         owner = torch.full((bags + 1,), -1, device=grad.device)
         place = torch.zeros_like(owner)
-        owned = self.layout.split(numbers + 1).reshape(n, -1)  # 0 fills up
+        owned = self.layout.split(numbers + 1).reshape(n, -1)  # numbers from 1; 0 marks a place without a bag
         owner[owned] = torch.arange(n, device=grad.device)[:, None]
         place[owned] = torch.arange(owned.shape[1], device=grad.device)
         tokens = torch.stack([self.indices.double(), self.weights.double(), place[self.bag + 1].double()], -1)

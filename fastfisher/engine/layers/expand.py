@@ -27,10 +27,13 @@ class Expand(Layer):
 
     def __init__(self, parameter: Tensor, operand: Tensor, within: int = 0) -> None:
         super().__init__(operand, operand.dim() - within, {"value": parameter})
-        self.parameter, self.dims = parameter, operand.dim()  # the operand is released before the formula is used
+        self.parameter, self.dims = (
+            parameter,
+            operand.dim(),
+        )  # its number of dimensions: the operand itself is released before
 
     def check_unchanged(self) -> None:
-        """The operand is autograd's business."""
+        """No check here: autograd itself detects an operand that was changed."""
 
     def _dim(self, layout: Layout) -> int:
         """The parameter's own dimension that faces the examples; negative where it has none there."""

@@ -227,7 +227,7 @@ class Gru(Recurrence):
         r, z, n = self.activations.chunk(3, 1)
         width = r.shape[1]
         to_n = (1 - z) * (1 - n * n)
-        # Of the state: the gradients of r, z and of the state's part of n, in the order of the gates.
+        # Gradients of r, of z and of the hidden part of n, as multiples of the state's gradient.
         factors = torch.cat([to_n * self.candidates * r * (1 - r), (self.before - n) * z * (1 - z), to_n * r], 1)
         hidden = torch.empty_like(factors)
         states = torch.empty_like(self.before)
@@ -278,7 +278,7 @@ class Unrolled:
     def layout(self, layout: Layout) -> Layout | None:
         """That of the rows, [steps, sequences, features], given that of the operand."""
         dim = 0 if self.batch_first or self.cell else 1
-        if layout.examples == 1:  # all sequences are its own
+        if layout.examples == 1:  # every sequence belongs to the one example
             return Layout(1, 1, self.sizes[0])
         return replace(layout, dim=1) if layout.dim == dim else None
 

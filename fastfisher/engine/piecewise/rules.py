@@ -44,11 +44,12 @@ class Rule:
 class Sided(Rule):
     """A function that is linear on each side of the kinks of each element.
 
-    ``keep(x, *parameters)`` finds the side of each element, ``apply(x, saved, *parameters)`` is the function there.
+    ``keep(x, *parameters)`` finds the side of each element, ``apply(x, sides, *parameters)`` is the function there: a
+    multiple of x on each side, or of one that is ``bounded`` x itself on side 0 and a constant on the others.
     """
 
-    def __init__(self, keep: Callable[..., Any], apply: Callable[..., Tensor]) -> None:
-        self.keep, self.apply = keep, apply
+    def __init__(self, keep: Callable[..., Tensor], apply: Callable[..., Tensor], *, bounded: bool = False) -> None:
+        self.keep, self.apply, self.bounded = keep, apply, bounded
 
     def record(self, run: Run, function: Function, args: Any, kwargs: Any) -> tuple[Any, Any]:
         positional, named, _ = split_inplace(function, args, kwargs)
@@ -66,19 +67,10 @@ class Sided(Rule):
         return (0,)
 
     def slope(self, x: Tensor, *parameters: Any, **named: Any) -> Tensor:
-        """The derivative at each element: that of the map on its side."""
-        x = x.detach()
-        sides = self.keep(x, *parameters, **named)
-        return _slope(lambda y: self.apply(y, sides, *parameters, **named), x)[1]
-
-
-def _slope(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """The value of an elementwise function and, by autograd, its derivative."""
-    with torch.enable_grad():
-        alone = x.detach().requires_grad_()
-        out = function(alone)
-        (slope,) = torch.autograd.grad(out, alone, torch.ones_like(out))
-    return out.detach(), slope
+        """The derivative at each element."""
+        with torch.no_grad():
+            sides = self.keep(x, *parameters, **named)
+            return sides == 0 if self.bounded else self.apply(torch.ones_like(x), sides, *parameters, **named)
 
 
 class Written(Rule):
@@ -107,7 +99,9 @@ class Constant(Rule):
         return out, out.detach().clone() if writes_first(function) else out.detach()
 
     def replay(self, run: Run, saved: Any, function: Function, args: Any, kwargs: Any) -> Any:
-        out = function(*args, **kwargs)  # for its place in the graph: what autograd follows here, it followed at θ
+        out = function(
+            *args, **kwargs
+        )  # only for its node in the graph: autograd must follow here what it followed at θ
         if saved is None or out.shape != saved.shape:
             return out
         if writes_first(function):
@@ -138,8 +132,10 @@ class StraightThrough(Rule):
         x, *rest = args
         if not x.requires_grad:
             return function(*args, **kwargs), None
-        out, slope = _slope(lambda y: function(y, *rest, **kwargs), x)
-        saved = slope, out - slope * x.detach()
+        alone = x.detach().requires_grad_()
+        out = function(alone, *rest, **kwargs)
+        (slope,) = torch.autograd.grad(out, alone, torch.ones_like(out))
+        saved = slope, out.detach() - slope * alone.detach()
         return self._line(x, *saved), saved
 
     def replay(self, run: Run, saved: Any, function: Function, args: Any, kwargs: Any) -> Any:
@@ -201,7 +197,7 @@ class Dropout(Rule):
         x, p, on, inplace = self._arguments(function, args, kwargs)
         if not on or p == 0.0:
             return function(*args, **kwargs), None
-        if self.channels not in (None, x.dim()):  # without a batch, its channels are elsewhere
+        if self.channels not in (None, x.dim()):  # an input without a batch dimension has its channels elsewhere
             raise unrepeatable(function)
         shape = x.shape if self.channels is None else torch.Size([*x.shape[:2], *[1] * (x.dim() - 2)])
         mask = torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - p)

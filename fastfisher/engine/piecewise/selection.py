@@ -122,7 +122,7 @@ class ScatterExtremum(Selection):
         with torch.no_grad():
             from_source = source[tuple(slice(n) for n in index.shape)] == out.gather(dim, index)
             own = before == out
-            if not kwargs.get("include_self", True):  # what nothing was scattered to stays
+            if not kwargs.get("include_self", True):  # an element that nothing was scattered to keeps its own value
                 own = torch.zeros_like(own, dtype=torch.int64).scatter_add(dim, index, torch.ones_like(index)) == 0
             count = own.to(x.dtype).scatter_add(dim, index, from_source.to(x.dtype))
         return out, (own, from_source, count)
@@ -158,7 +158,7 @@ class MaxPool(Selection):
 
     def replay(self, run: Run, saved: Any, function: Function, args: Any, kwargs: Any) -> Any:
         x, _, return_indices = self._arguments(function, *args, **kwargs)
-        indices, closed = saved  # closed: the indices hold the gates of the ReLU before, too
+        indices, closed = saved  # closed: index −1 where the ReLU before was closed
         out = relu_pool.take(x, indices, self.dims, self._passage(run, x) if closed else None)
         return (out, indices.long()) if return_indices else out
 

@@ -42,21 +42,21 @@ from fastfisher.engine.piecewise.selection import Chosen, Extremum, MaxPool, Sca
 # ---- sides of elements -----------------------------------------------------------------------------------------------
 
 
-def _keep_sides(x: Tensor, low: Any = None, high: Any = None) -> Tensor:
+def _keep_sides(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
     """-1, 0 and 1 for elements below, between and above the bounds (derivative 1 on a bound, as in clamp)."""
     sides = torch.zeros_like(x, dtype=torch.int8)
-    if low is not None:
-        sides = sides - (x < low).to(torch.int8)
-    if high is not None:  # which wins where the lower bound is above it
-        sides = torch.where((x if low is None else x.clamp(min=low)) > high, 1, sides)
+    if min is not None:
+        sides = sides - (x < min).to(torch.int8)
+    if max is not None:  # as in clamp, it wins where the lower bound is above it
+        sides = torch.where((x if min is None else x.clamp(min=min)) > max, 1, sides)
     return sides.to(torch.int8)
 
 
-def _apply_sides(x: Tensor, sides: Tensor, low: Any = None, high: Any = None) -> Tensor:
-    for bound, beyond in ((low, sides < 0), (high, sides > 0)):
+def _apply_sides(x: Tensor, sides: Tensor, min: Any = None, max: Any = None) -> Tensor:
+    for bound, beyond in ((min, sides < 0), (max, sides > 0)):
         if isinstance(bound, Tensor):
             x = torch.where(beyond, bound.to(x.dtype), x)
-        elif bound is not None:  # a number is an argument of the kernel; a tensor of it would be copied from the host
+        elif bound is not None:  # no torch.where, which would copy the number from the host
             x = x.masked_fill(beyond, bound)
     return x
 
@@ -81,7 +81,9 @@ def _prelu(x: Tensor, positive: Tensor, weight: Tensor) -> Tensor:
 
 def _exponential_unit(x: Tensor, alpha: float, scale: float = 1.0) -> Tensor:
     positive = x > 0
-    negative = torch.where(positive, 0.0, x)  # or the branch not taken overflows, and 0·∞ is its gradient
+    negative = torch.where(
+        positive, 0.0, x
+    )  # else expm1 overflows where it is not taken, and the gradient there is 0·∞
     return torch.where(positive, scale * x, (scale * alpha) * torch.expm1(negative))
 
 
@@ -125,27 +127,28 @@ def _div(x: Tensor, y: Any, *, rounding_mode: str) -> Tensor:
 
 # ---- functions with kinks --------------------------------------------------------------------------------------------
 
-_ELEMENTWISE: dict[str, Sided] = {
-    "relu6": Sided(lambda x: _keep_strict(x, 0.0, 6.0), lambda x, sides: _apply_sides(x, sides, 0.0, 6.0)),
+_SIDED: dict[str, Sided] = {
     "leaky_relu": Sided(lambda x, negative_slope=0.01: x > 0, _leaky),
     "prelu": Sided(lambda x, weight: x > 0, _prelu),
-    "hardtanh": Sided(_keep_strict, lambda x, sides, low=-1.0, high=1.0: _apply_sides(x, sides, low, high)),
-    "hardsigmoid": Sided(
-        lambda x: _keep_strict(x, -3.0, 3.0), lambda x, sides: _apply_sides((x + 3) / 6, sides, 0.0, 1.0)
+    "abs absolute __abs__": Sided(lambda x: torch.sign(x).to(torch.int8), lambda x, sign: x * sign),
+    "relu6": Sided(
+        lambda x: _keep_strict(x, 0.0, 6.0), lambda x, sides: _apply_sides(x, sides, 0.0, 6.0), bounded=True
+    ),
+    "hardtanh": Sided(
+        _keep_strict, lambda x, sides, low=-1.0, high=1.0: _apply_sides(x, sides, low, high), bounded=True
     ),
     "threshold": Sided(
-        lambda x, threshold, value: x > threshold,
-        lambda x, above, threshold, value: torch.where(above, x, torch.full_like(x, value)),
+        lambda x, threshold, value: x <= threshold,
+        lambda x, below, threshold, value: x.masked_fill(below, value),
+        bounded=True,
     ),
-    "clamp clip": Sided(
-        lambda x, min=None, max=None: _keep_sides(x, min, max),
-        lambda x, sides, min=None, max=None: _apply_sides(x, sides, min, max),
+    "clamp clip": Sided(_keep_sides, _apply_sides, bounded=True),
+    "clamp_min": Sided(
+        lambda x, min: _keep_sides(x, min), lambda x, sides, min: _apply_sides(x, sides, min), bounded=True
     ),
-    "clamp_min": Sided(lambda x, min: _keep_sides(x, min), lambda x, sides, min: _apply_sides(x, sides, min)),
     "clamp_max": Sided(
-        lambda x, max: _keep_sides(x, None, max), lambda x, sides, max: _apply_sides(x, sides, None, max)
+        lambda x, max: _keep_sides(x, None, max), lambda x, sides, max: _apply_sides(x, sides, None, max), bounded=True
     ),
-    "abs absolute __abs__": Sided(lambda x: torch.sign(x).to(torch.int8), lambda x, sign: x * sign),
 }
 
 _WRITTEN: dict[str, Callable[..., Any]] = {
@@ -155,6 +158,7 @@ _WRITTEN: dict[str, Callable[..., Any]] = {
     "elu": _exponential_unit,
     "selu": lambda x: _exponential_unit(x, 1.6732632423543772, 1.0507009873554805),
     "hardswish": lambda x: x * (x + 3).clamp(0, 6) / 6,
+    "hardsigmoid": lambda x: (x + 3).clamp(0, 6) / 6,
     "hardshrink": lambda x, lambd=0.5: torch.where((x > lambd) | (x < -lambd), x, 0.0),
     "softshrink": lambda x, lambd=0.5: x - x.clamp(-lambd, lambd),
     "copysign": _copysign,
@@ -183,7 +187,7 @@ _OTHERS: dict[str, Rule] = {
     },
 }
 
-RULES: dict[str, Rule] = {**_ELEMENTWISE, **{names: Written(write) for names, write in _WRITTEN.items()}, **_OTHERS}
+RULES: dict[str, Rule] = {**_SIDED, **{names: Written(write) for names, write in _WRITTEN.items()}, **_OTHERS}
 """By the names of the functions that it serves, each in its in-place form too, a rule."""
 
 # ---- smooth functions ------------------------------------------------------------------------------------------------
@@ -315,13 +319,13 @@ def _table() -> dict[Function, Known]:
     for name in conditions | rules:
         known = Known(name.strip("_"), rules.get(name), name == "rrelu", conditions.get(name, never))
         table |= dict.fromkeys(_functions(name), known)
-    table[torch.autograd.grad] = smooth  # its backward passes the gates of what it differentiates
+    table[torch.autograd.grad] = smooth  # the gates are in the graph that it differentiates
     table |= dict.fromkeys((torch.sparse.mm, torch.sparse.addmm), smooth)
     table[torch._C._nn.l1_loss] = Known("l1_loss", Written(_l1_loss))
     table[torch.linalg.norm] = Known("linalg.norm", smooth=_general_norm_is_smooth)
-    for function in (torch._C._nn.elu, torch._C._nn.elu_):  # arguments other than F.elu's, which alone calls it
+    for function in (torch._C._nn.elu, torch._C._nn.elu_):  # F.elu alone calls them, with other arguments than its own
         table.pop(function, None)
-    table.pop(F.multi_head_attention_forward, None)  # opened, so that what it calls is seen
+    table.pop(F.multi_head_attention_forward, None)  # unknown functions are opened, and so its calls are seen
     return table
 
 

@@ -17,11 +17,11 @@ class Held:
     """
 
     def __init__(self) -> None:
-        self._kept: list[Tensor] = []  # alive, so that an id stands for one tensor
-        self._writes: dict[int, int] = {}  # of a tensor that is held: how often it had been written to
+        self._kept: list[Tensor] = []  # kept alive, so that no other tensor gets the same id
+        self._writes: dict[int, int] = {}  # by id of a held tensor: how often it had been written to by then
         self._memory: set[int] = set()  # the storages of the first self._looked_at of self._kept
         self._looked_at = 0
-        self._current: dict[int, Tensor] = {}  # of a tensor changed in place: what it is now
+        self._current: dict[int, Tensor] = {}  # by id of a tensor changed in place: what it is now
         self._changed: set[int] = set()  # the storages of those
 
     def hold(self, x: Tensor) -> None:

@@ -75,7 +75,7 @@ class _Split:
         for node in nodes:
             places = [place for place in range(len(node.inputs)) if self._stands_alone(node, place, reached)]
             if isinstance(node, Product) and [node.roles[place] for place in places] == ["c"] != node.roles:
-                places = []  # up would cost a product of its own
+                places = []  # taking own apart would cost one more product for every direction
             self.places[node.output] = places
             self.own[node.output] = functools.reduce(int.__or__, (self.own[node.inputs[i]] for i in places), 0)
             if len(places) < len(node.inputs) or any(slot in self.has_up for slot in node.inputs):

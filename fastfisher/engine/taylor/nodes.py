@@ -132,13 +132,16 @@ class Product(Node):
         super().__init__(name, [slot for slot in slots if slot is not None])
         self.product, self.a, self.b, self.sums = product, a, b, sums
         self.roles = [role for role, slot in zip("abc", slots, strict=True) if slot is not None]
-        self.first = self.partial(range(len(self.roles)))  # type: ignore[method-assign]
         self.wants_weight = self.both_move
 
     @property
     def both_move(self) -> bool:
         """Whether a and b move, which are then the first two inputs."""
         return self.roles[:2] == ["a", "b"]
+
+    def first(self, *moving: Tensor) -> Tensor:
+        # Not a closure that the node keeps: the two would hold each other until the next garbage collection.
+        return self._by_role(dict(zip(self.roles, moving, strict=True)), self.a, self.b)
 
     def source(self, moving: tuple[Tensor, ...], first: Tensor) -> Tensor:
         assert self.weight is not None

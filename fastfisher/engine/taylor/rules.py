@@ -28,7 +28,7 @@ def _linear_in_first(picks: bool, tape: Tape, func: Any, x: Any, *args: Any, **k
     function = outplace(func)
     value = function(x, *args, **kwargs)
     if not any(part.requires_grad for part in tensors_in(value)):
-        return value  # of integers, or no tensor at all: x.type()
+        return value  # an integer tensor, or no tensor, such as the name that x.type() gives
 
     def add(value: Tensor, *part: int) -> Tensor:
         def derivative(t: Tensor) -> Tensor:
@@ -404,7 +404,9 @@ for _function in _DERIVATIVES:
 
 @rule_for("softmax log_softmax")
 def _softmax(tape: Tape, func: Any, input: Tensor, dim: Any = None, *rest: Any, dtype: Any = None) -> Tensor:
-    dtype = next((given for given in rest if isinstance(given, torch.dtype)), dtype)  # torch's place is not F's
+    dtype = next(
+        (given for given in rest if isinstance(given, torch.dtype)), dtype
+    )  # its position in torch.softmax is not that in F.softmax
     if not isinstance(dim, int):
         raise NoRule("softmax has no rule for an implicit dimension")
     if dtype is not None:
@@ -482,7 +484,7 @@ def _batch_norm(
     shape = (-1, *[1] * (input.dim() - 2))
     if training:
         dims = [d for d in range(input.dim()) if d != 1]
-        with torch.no_grad():  # the running statistics move as they would
+        with torch.no_grad():  # updates the running statistics, as PyTorch's does
             F.batch_norm(input.detach(), running_mean, running_var, None, None, True, momentum, eps)
         n = _normalise(tape, "batch_norm in train mode", input, dims, eps)
     else:
@@ -584,7 +586,7 @@ def _attention(
     scores = (query * (scale if scale is not None else query.shape[-1] ** -0.5)) @ key.transpose(-2, -1)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    blind = None  # rows that see nothing, whose output is 0
+    blind = None  # rows with every score masked, whose output is 0
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         blind = ~attn_mask.any(-1, keepdim=True)
         scores = scores.masked_fill(~attn_mask & ~blind, -math.inf)

@@ -49,7 +49,7 @@ class Tape(TorchFunctionMode):
         self.held = Held()
         self._flaw: str | None = None
         self._outputs: list[Tensor] = []
-        self._known: list[Tensor] = []  # what is the same for every direction
+        self._known: list[Tensor] = []  # the part of the result that is the same for every direction
         self._parameters = list(parameters.values())
         for parameter in self._parameters:
             self._new_slot(parameter)

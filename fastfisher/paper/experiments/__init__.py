@@ -1,7 +1,7 @@
 """The experiments, in a file for each theme: what is trained, what is read from it, how it is drawn, what it claims.
 
 A line that begins with ``FIG7 = `` in one of the files makes the experiment ``fig7``; nothing else has to be edited.
-The ids are read from the text of the files, so that the command line can name them without what draws and computes.
+The ids are read from the text of the files, so that the command line can list them without importing matplotlib.
 """
 
 from __future__ import annotations

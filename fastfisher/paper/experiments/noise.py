@@ -222,6 +222,7 @@ def gradient_checks(outcome: Outcome) -> list[Check]:
     """Claim 7, for the α of the middle: the largest may stop training altogether."""
     penalised = [key for key in outcome.runs if key[0] != "baseline"]
     middle, baseline = penalised[len(penalised) // 2], ("baseline",)
+    compared = f"{middle[0]} − baseline"
 
     def lost(seed: int, quantity: Quantity) -> float | None:
         without, penalised = outcome.value(seed, baseline, quantity), outcome.value(seed, middle, quantity)
@@ -235,28 +236,13 @@ def gradient_checks(outcome: Outcome) -> list[Check]:
         run, other = outcome.runs[middle].get(seed), outcome.runs[baseline].get(seed)
         return None if run is None or other is None else _noisy_at_equal_clean(run, other)
 
+    more, costs = f"lost on noisy − lost on clean examples, {middle[0]}, points", outcome.per_seed(lost_on_noisy)
+    memorised, equal = f"accuracy on noisy examples, {compared}, points", outcome.per_seed(at_equal_clean)
+    nearer, ratios = f"‖g_n‖/‖g_c‖, {compared}", outcome.differences([(middle, baseline)], MEAN_RATIO)
     return [
-        Check(
-            "FP costs accuracy on noisy examples more than on clean ones",
-            f"lost on noisy − lost on clean examples, {middle[0]}, points",
-            outcome.per_seed(lost_on_noisy),
-            above=0,
-            claim=7,
-        ),
-        Check(
-            "at equal accuracy on clean examples FP has memorised less",
-            f"accuracy on noisy examples, {middle[0]} − baseline, points",
-            outcome.per_seed(at_equal_clean),
-            below=0,
-            claim=7,
-        ),
-        Check(
-            "the ratio of the gradient norms is nearer to 1 with FP",
-            f"‖g_n‖/‖g_c‖, {middle[0]} − baseline",
-            outcome.differences([(middle, baseline)], MEAN_RATIO),
-            below=0,
-            claim=7,
-        ),
+        Check("FP costs accuracy on noisy examples more than on clean ones", more, costs, above=0, claim=7),
+        Check("at equal accuracy on clean examples FP has memorised less", memorised, equal, below=0, claim=7),
+        Check("the ratio of the gradient norms is nearer to 1 with FP", nearer, ratios, below=0, claim=7),
     ]
 
 
@@ -315,15 +301,11 @@ def cosine_checks(outcome: Outcome) -> list[Check]:
         return statistics.mean(whole) if whole else None
 
     strongest = [[key for key in outcome.runs if key[0].startswith(f"{method} ")][-1] for method in METHODS]
-    pairs: list[tuple[Key, Key]] = [(key, ("baseline",)) for key in strongest]
+    stronger = outcome.differences([(key, ("baseline",)) for key in strongest], EARLY_COSINE)
+    number = "early cosine, largest α − baseline"
     return [
         Check("the cosine is negative early", EARLY_COSINE.name, outcome.per_seed(over_cases), below=0, claim=8),
-        Check(
-            "it is the more negative, the stronger the penalty",
-            "early cosine, largest α − baseline",
-            outcome.differences(pairs, EARLY_COSINE),
-            below=0,
-        ),
+        Check("it is the more negative, the stronger the penalty", number, stronger, below=0),
     ]
 
 

@@ -337,7 +337,7 @@ FIG3 = Experiment(
 # ---- figures 16 and 17: FP at every step, and on the gradient of a single example (equation 6) -----------------------
 
 RECOMPUTED: Mapping[Scale, tuple[float, ...]] = {"paper": logspace(1e-2, 1e0, 10), "digits": logspace(3e-3, 1e-1, 4)}
-"""α of figure 16; at digits smaller ones: the small networks bear no more than a tenth."""
+"""α of figure 16; smaller at digits, where the small networks do not learn with more than 0.1."""
 FIRST: Mapping[Scale, tuple[float, ...]] = {"paper": logspace(1e-4, 1e-2, 10), "digits": logspace(3e-4, 1e-2, 4)}
 """α of figure 17, a hundredth of the others: the squared norm of one gradient is larger than that of a mean."""
 EXACT = "equation 6"
