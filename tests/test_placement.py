@@ -1,4 +1,4 @@
-"""What shares a model, in one process; with several: tests/distributed/test_ranks.py."""
+"""What shares a model, in one process; with several: tests/distributed/test_sharing.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of tests/distributed run in processes of their own, which find nothing but a folder.
+"""What tests/distributed/test_checkpoints.py runs in processes of its own, which find nothing but a folder.
 
 torchrun --nproc-per-node N -m tests.support.checkpoint_worker save|load|regroup folder
 """
@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 
 from fastfisher import FisherPenalty
 from fastfisher.distributed.sharded import placed_like
-from tests.support.distributed_worker import X, Y, ddp, error, gradients, network, sharded
+from tests.support.shared_batch import X, Y, ddp, error, gradients, network, sharded
 
 OPTIONS: dict[str, Any] = {"every": 3, "gates": "free"}  # with a gradient that is reused, a key and an adaptive step
 WRAPS = {"sharded": sharded, "ddp": ddp}
