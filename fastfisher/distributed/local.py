@@ -14,7 +14,7 @@ from fastfisher.distributed.single import Single
 
 
 class Local(Single):
-    """A step of one process alone, but for its end: the mean of the gradients of all."""
+    """Each process takes a step as if it were alone; at its end the gradients are averaged over the processes."""
 
     alone = False
 
@@ -31,7 +31,7 @@ class Local(Single):
         self.others.begin(model)
 
     def finished(self, trainable: Gradients, total: Gradients) -> Gradients:
-        """See :meth:`Single.finished`: the mean over the processes, one weight each."""
+        """See :meth:`Single.finished`: the mean over the processes, which all count the same."""
         (summed,) = self.others.sum_gradients(trainable, total)
         torch._foreach_div_(list(summed.values()), float(self.size))
         return summed

@@ -1,7 +1,7 @@
-"""What processes tell each other before they send anything: that they got so far, and what they are doing.
+"""What processes tell each other before each sum: that they got there, and what they are doing.
 
-One that fails tells that instead, and where they do different things all see it: all of them raise and none waits, and
-nothing is summed that does not belong together.
+A process that failed tells that instead. So where one fails, or does something else than the others, all of them raise:
+none waits for a process that will not come, and no sums are taken of what does not belong together.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NUMBERS = 7
 """How many integers a process tells the others, besides whether it failed and what it is doing."""
 
 _SAME = 1e-6
-"""How much sums of squares may differ between processes, relatively, of what is the same but for rounding."""
+"""Up to which relative difference two processes' sums of squares are of the same numbers: they may round otherwise."""
 
 
 class RankFailure(RuntimeError):
@@ -42,7 +42,7 @@ class RankFailure(RuntimeError):
 
 
 class OutOfStep(ValueError):
-    """The processes do not do the same: all of them know it, or none can be told."""
+    """The processes do different things. Each of them sees it and raises this, so none has to be told."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Doing:
     Attributes:
         settings: a call and its arguments by name, as the error message has them.
         parameters: the sum of squares of the parameters; 0 where they are not to be compared.
-        gradients: likewise of what is in ``.grad``.
+        gradients: the sum of squares of what is in ``.grad``.
     """
 
     settings: Mapping[str, object] = field(default_factory=dict)
@@ -61,7 +61,8 @@ class Doing:
 
     @classmethod
     def of(cls, trainable: Gradients, sharded: bool = False, *, compared: bool = True, **settings: Any) -> Doing:
-        """``settings`` for the parameters ``trainable``, in shards or whole; ``compared``: these are to be the same."""
+        """``settings``, with what is known of the parameters ``trainable``. Whole ones have to be the same in all
+        processes, if ``compared``; shards (``sharded``) differ."""
         grads = {name: p.grad for name, p in trainable.items() if p.grad is not None}
         everything = {
             **settings,
@@ -74,7 +75,7 @@ class Doing:
 
 
 def digest(names: Iterable[str]) -> str:
-    """How many names there are, and what tells them from others."""
+    """How many names there are, and a checksum of them."""
     each = list(names)
     return f"{len(each)} ({zlib.crc32(chr(10).join(each).encode()):08x})"
 
@@ -86,11 +87,11 @@ def _squares(tensors: Iterable[Tensor]) -> float:
 
 
 class Messages:
-    """Small tensors on the CPU from each process of a group to each, by gloo connections of their own.
+    """Sends small CPU tensors from each process of a group to each other, by gloo connections of its own.
 
-    These are made at the first message, so that to construct this takes no other process, and anew after a message that
-    failed: what did not come in time may still come, and would be taken for the answer to the next. They are no group
-    of torch.distributed's, whose names depend on which groups each process has been in.
+    The connections are made at the first message, so constructing this waits for no other process. They are made anew
+    after a message that failed, because an answer that comes late would be taken for the answer to the next message.
+    They are no group of torch.distributed: the name of a new one depends on which groups a process has been in.
     """
 
     def __init__(self, group: dist.ProcessGroup, timeout: float) -> None:
@@ -111,9 +112,10 @@ class Messages:
         return found
 
     def _connect(self) -> Any:
-        """Connections to all others, under a name that nobody has used: one that was left half made is never met.
+        """Connections to all others, under a random name from rank 0 that the others ask for in the group's store.
 
-        Each process but the first asks under a random name of its own, and takes no answer but that to this name.
+        Each asks under a random name of its own and takes the answer to this name alone. So an attempt that was given
+        up halfway leaves nothing in the store that a later one could take for its own.
         """
         from torch._C._distributed_c10d import PrefixStore  # absent where torch was built without distributed
 
@@ -144,7 +146,7 @@ class Messages:
 
 
 class Telling:
-    """The processes of a group, as far as they tell each other what they do.
+    """The processes of a group, and the messages in which they tell each other what they do.
 
     Args:
         group: the group that gradients are summed in.
@@ -161,15 +163,18 @@ class Telling:
         self._depth = 0
 
     def agree(self, what: str, *numbers: int) -> list[list[int]]:
-        """At most 7 integers of each process, by rank: 88 bytes from each to each.
+        """Exchanges at most 7 integers, and checks that all are doing the same. Each process sends each other 88 bytes.
 
         Args:
             what: the name of the message, which has to be the same for all.
             numbers: the integers.
 
+        Returns:
+            Those of each process, by rank.
+
         Raises:
             RankFailure: a process failed, ended, or did not come within the timeout.
-            ValueError: not all are doing the same, or have the same parameters; in all of them.
+            ValueError: in all processes, where what they are doing or their parameters differ.
         """
         told = self._tell(what, numbers)
         failed = [rank for rank, (failure, *_) in enumerate(told) if failure]
@@ -210,7 +215,7 @@ class Telling:
         except (RankFailure, OutOfStep):
             raise
         except BaseException:
-            if self._depth == 1:  # told once, by the outermost
+            if self._depth == 1:  # nested calls tell it once
                 with suppress(RankFailure):
                     self._tell("", failed=True)
             raise
@@ -219,6 +224,7 @@ class Telling:
             self._doing = before
 
     def _tell(self, what: str, numbers: Sequence[int] = (), *, failed: bool = False) -> list[list[int]]:
+        """By rank: whether it failed, a checksum of what it does, the squares in the order of _COMPARED, numbers."""
         doing = zlib.crc32(repr([what, *self._doing.settings.items()]).encode())
         squares = [_bits(self._doing.gradients), _bits(self._doing.parameters)]
         padding = [0] * (_NUMBERS - len(numbers))
@@ -226,7 +232,7 @@ class Telling:
         return [given.tolist() for given in self._gather(mine)]
 
     def _what_differs(self, what: str) -> str:
-        """In words, from what each process is doing."""
+        """A text that says what differs: the processes exchange the settings of which they compared checksums."""
         said = {name: str(value) for name, value in self._doing.settings.items()}
         mine = torch.frombuffer(bytearray(json.dumps({**said, "message": what}).encode()), dtype=torch.uint8)
         lengths = [int(length) for length in self._gather(torch.tensor([len(mine)]))]
@@ -237,7 +243,7 @@ class Telling:
         names = dict.fromkeys(name for told in everyone for name in told)
         values = {name: [told.get(name, "nothing") for told in everyone] for name in names}
         found = {name: got for name, got in values.items() if len(set(got)) > 1}
-        if "call" in found:  # of another call all else is another too
+        if "call" in found:  # everything else differs because the call does
             found = {"call": found["call"]}
         elif len(found) > 1:  # the messages differ because something else does
             found.pop("message", None)
@@ -251,6 +257,7 @@ class Telling:
 
     @contextmanager
     def _reaching(self, what: str) -> Iterator[None]:
+        """What torch.distributed raises within becomes a :class:`RankFailure`."""
         try:
             yield
         except RuntimeError as error:
@@ -280,7 +287,7 @@ _COMPARED = {
     "FisherPenalty.backward(weight=...), or the last one before it with the gradients reduced",
     "model": "each process has parameters of its own; start from the same ones, as DistributedDataParallel does",
 }
-"""What the sums of squares in a message are of, and what it means where they differ."""
+"""What the sums of squares in a message are of, and the likely reason and way out where they differ."""
 
 
 def by_kind(tensors: list[Tensor]) -> dict[tuple[torch.dtype, torch.device], list[tuple[int, Tensor]]]:

@@ -46,7 +46,7 @@ class Replicated(Telling, Single):
         """See :meth:`Single.begin`."""
 
     def part_of(self, examples: int | None) -> int | None:
-        """See :meth:`Single.part_of`: divided evenly."""
+        """See :meth:`Single.part_of`: an even part, one more in the lower ranks where the rest asks for it."""
         return None if examples is None else examples // self.size + (self.rank < examples % self.size)
 
     # ---- the parts of a step -----------------------------------------------------------------------------------------
@@ -76,7 +76,8 @@ class Replicated(Telling, Single):
         return self.weight(mine, sum(numbers[0] for numbers in told))
 
     def weight(self, mine: int, all_of_them: int) -> float:
-        """What a mean of this process is multiplied by for gradients that :meth:`sum_gradients` gets."""
+        """The factor of a mean over ``mine`` rows with which :meth:`sum_gradients` gives the gradient of the mean of
+        all."""
         return mine / max(1, all_of_them)
 
     def square(self, x: Tensor, in_parameters: bool) -> Tensor:
@@ -90,7 +91,7 @@ class Replicated(Telling, Single):
         """
         names = [[name for name in trainable if name in named] for named in gradients]
         layout = zlib.crc32("\n".join(",".join(used) for used in names).encode())
-        if any(other[0] != layout for other in self.agree("gradients", layout)):
+        if any(other[0] != layout for other in self.agree("gradients", layout)):  # other parameters were used elsewhere
             used = torch.tensor([[int(name in named) for name in trainable] for named in gradients])
             by = torch.stack(self._gather(used)).sum(0)
             names = [[name for name, ranks in zip(trainable, row, strict=True) if ranks] for row in by.tolist()]
@@ -103,12 +104,12 @@ class Replicated(Telling, Single):
         return [{name: next(summed) for name in present} for present in names]
 
     def total(self, x: Tensor) -> Tensor:
-        """A scalar summed over the processes."""
+        """See :meth:`Single.total`."""
         self.agree("a total")
         return self._sum([x.reshape(1)])[0].view(())
 
     def gather(self, x: Tensor) -> Tensor:
-        """The vectors of all processes, of any lengths and one dtype, by rank."""
+        """See :meth:`Single.gather`."""
         lengths = [numbers[0] for numbers in self.agree("the length of a vector", len(x))]
         padded = x.new_zeros(max(lengths))
         padded[: len(x)] = x
@@ -118,7 +119,7 @@ class Replicated(Telling, Single):
         return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
     def aligned(self, batches: Iterable[T]) -> Iterator[T | None]:
-        """The batches, and then None for as long as another process has more."""
+        """See :meth:`Single.aligned`."""
         left = iter(batches)
         while True:
             batch = next(left, None)
@@ -127,13 +128,13 @@ class Replicated(Telling, Single):
             yield batch
 
     def share_key(self, key: Tensor, rows: int) -> tuple[Tensor, int, int]:
-        """The key of rank 0, on the device of ``key``, the number of this process's first row, and the rows of all."""
+        """See :meth:`Single.share_key`."""
         told = self.agree("a key", rows, *key.tolist())
         counts = [numbers[0] for numbers in told]
         return torch.tensor(told[0][1:3], device=key.device), sum(counts[: self.rank]), sum(counts)
 
     def share_buffers(self, model: nn.Module) -> None:
-        """The buffers of rank 0 everywhere, in one message for each dtype: as DDP has it before a forward."""
+        """See :meth:`Single.share_buffers`: as DDP does before a forward, by one broadcast for each dtype."""
         for buffers in by_kind(list(model.buffers())).values():
             flat = torch.cat([buffer.reshape(-1) for _, buffer in buffers])
             with self._reaching("buffers"):
@@ -143,7 +144,7 @@ class Replicated(Telling, Single):
                 buffer.copy_(part.view_as(buffer))
 
     def _sum(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Views of flat buffers of sums."""
+        """Each tensor summed over the processes, by one all-reduce for each dtype; the sums are views of its buffer."""
         out = list(tensors)
         for alike in by_kind(tensors).values():
             flat = torch.cat([x.reshape(-1) for _, x in alike])

@@ -16,8 +16,8 @@ from fastfisher.placement import is_spread, sharding_modules
 class Sharded(Replicated):
     """The processes of a group, each with a part of every parameter.
 
-    Gradients are summed and scattered by the backward itself, which takes the mean over the processes; what is left to
-    sum here are squares.
+    The backward itself takes the mean of the gradients over the processes, and leaves each process its part of it. What
+    is left to sum here are squares.
     """
 
     sharded = True
@@ -27,7 +27,8 @@ class Sharded(Replicated):
         return self.size * super().weight(mine, all_of_them)
 
     def differentiate(self, loss: Tensor, sources: Sequence[Tensor], retain_graph: bool) -> Sequence[Tensor | None]:
-        """∂loss/∂source: of a parameter the shard of the sum over the processes, of an input its own."""
+        """∂loss/∂source: for a parameter this process's part of the sum over the processes; for an input, which is this
+        process's alone, without the factor that :meth:`weight` has put in for the mean over the processes."""
         found = backward(loss, sources, retain_graph)
         return [g if g is None or is_spread(g) else g / self.size for g in found]
 
@@ -41,8 +42,9 @@ class Sharded(Replicated):
         return self.total(x)
 
     def begin(self, model: nn.Module) -> None:
-        """Lets go of gathered parameters that a forward without a backward has left, and waits for all: the forward
-        itself has messages, and a process that raises before it would leave the others there.
+        """See :meth:`Single.begin`; frees what a forward without a backward has left gathered, and waits for all.
+
+        The forward gathers parameters, so where one process raised before it the others would wait there.
 
         Raises:
             ValueError: the model's reduction of gradients is not the mean at each backward.
@@ -53,7 +55,7 @@ class Sharded(Replicated):
 
 
 def local_part(x: Tensor) -> Tensor:
-    """This process's part, in the same memory."""
+    """This process's part of a tensor, in the same memory; all of it where it is not in parts."""
     return x.detach().to_local() if is_spread(x) else x  # type: ignore[attr-defined]
 
 
@@ -71,7 +73,7 @@ def backward(loss: Tensor, sources: Sequence[Tensor], retain_graph: bool) -> lis
 
 
 def reshard(model: nn.Module) -> None:
-    """Lets go of gathered parameters: the model's own are the shards again."""
+    """Frees gathered parameters, so that those of the model are the shards again."""
     for module in sharding_modules(model):
         module.reshard()
 
@@ -103,7 +105,7 @@ def _check_reduction(model: nn.Module) -> None:
 
 
 def _parameter_groups(model: nn.Module) -> Iterator[Any]:
-    """What ``fully_shard`` gathers and reduces at once."""
+    """The groups of parameters that ``fully_shard`` gathers and reduces together."""
     for module in sharding_modules(model):
         state = module._get_fsdp_state()
         groups = getattr(state, "_fsdp_param_groups", None)  # several in newer versions of PyTorch
@@ -113,7 +115,7 @@ def _parameter_groups(model: nn.Module) -> Iterator[Any]:
 def placed_like(x: Tensor, parameter: Tensor) -> Tensor:
     """A copy of ``x`` on the device, in the dtype and over the processes of ``parameter``: whole, or as its shards.
 
-    Every process has to call it where ``x`` is in shards and ``parameter`` is not, or is in other ones.
+    Where ``x`` is in shards and ``parameter`` is whole, or in other shards, the processes gather ``x``: all must call.
     """
     if is_spread(x) and not (is_spread(parameter) and _spread_alike(x, parameter)):
         x = x.full_tensor()  # type: ignore[attr-defined]
@@ -122,7 +124,7 @@ def placed_like(x: Tensor, parameter: Tensor) -> Tensor:
 
         x = x.to(parameter.to_local(), copy=True)  # type: ignore[attr-defined]
         mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
-        return distribute_tensor(x, mesh, placements, src_data_rank=None)  # each has all of it: no message
+        return distribute_tensor(x, mesh, placements, src_data_rank=None)  # each process has all of x: nothing is sent
     return x.to(parameter.dtype if is_spread(x) else parameter, copy=True)
 
 
@@ -132,7 +134,7 @@ def _spread_alike(x: Any, y: Any) -> bool:
 
 
 def precision_below(model: nn.Module) -> torch.dtype | None:
-    """The dtype in which ``fully_shard`` gathers parameters, where it is not their own."""
+    """The dtype in which ``fully_shard`` gathers parameters; None where it is their own."""
     for module in sharding_modules(model):
         dtype: torch.dtype | None = module._get_fsdp_state()._mp_policy.param_dtype
         if dtype is not None and any(p.dtype != dtype for p in module.parameters()):

@@ -25,7 +25,7 @@ class Shared:
     Attributes:
         world: the processes; :class:`Single` where the model is this one's alone.
         module: the module that this process runs.
-        buffers_follow: whether the buffers of rank 0 become those of all.
+        buffers_follow: whether a step ends with the buffers of rank 0 in all processes.
     """
 
     world: Single
@@ -111,25 +111,26 @@ def _sharding_group(model: nn.Module) -> dist.ProcessGroup:
 
 
 def _outermost(model: nn.Module) -> Iterator[Any]:
-    """The modules of ``fully_shard`` that no other one of the model is around."""
+    """The modules that ``fully_shard`` was applied to and that are within no other such module of the model."""
     found = sharding_modules(model)
     inner = {id(module) for outer in found for module in outer.modules() if module is not outer}
     yield from (module for module in found if id(module) not in inner)
 
 
 _RANKS: dict[tuple[type[Replicated], dist.ProcessGroup, float], Replicated] = {}
-"""One object for all that a group shares, for its connections serve all of them."""
+"""One object for each kind, group and timeout: all penalties and measurements use its connections."""
 
 
 @atexit.register
 def _disconnect() -> None:
-    """Ends the connections while their threads can still end."""
+    """At the end of the program: ends the connections before the interpreter is gone, which their threads need."""
     for ranks in _RANKS.values():
         ranks.disconnect()
     _RANKS.clear()
 
 
 def _joined(kind: type[Replicated], group: dist.ProcessGroup, timeout: float) -> Replicated:
+    """The object for a group, made where there is none yet; those of groups that have ended go."""
     for known in [known for known in _RANKS if not is_live(known[1])]:
         _RANKS.pop(known).disconnect()
     name = kind, group, timeout

@@ -1,7 +1,8 @@
-"""One process alone: the world that every step and measurement is written for.
+"""A world: the processes that share a batch, and what they do together. Here that of a single process.
 
-What several processes do more, they do in methods of the same names (``replicated.py``, ``sharded.py``, ``local.py``).
-Here each of them does nothing, so that nothing else has to ask whether there are others.
+Steps and measurements call the methods of :class:`Single` without asking how many processes there are. With a single
+one weights are 1, and a sum over the processes is what it was given; for several, ``replicated.py``, ``sharded.py``
+and ``local.py`` override what differs.
 """
 
 from __future__ import annotations
@@ -25,17 +26,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Counts:
-    """What a process has of a batch. Where a GPU would have to be waited for, it is a function, for those who need it.
+    """How much of a batch a process has: what it knows before it has asked the others.
+
+    A number that is on the GPU is given as a function, so that only a world that needs it waits for it.
 
     Attributes:
-        loss: how much its mean training loss counts: by rows of logits, or by examples where the loss is a callable.
-        penalised: over how many rows the loss is a mean whose gradient is penalised.
-        rows: how many rows of logits these are taken from.
-        counted: how many of them count: not those whose target is −100; a tensor where that is not known here.
-        examples: how many examples they are of.
-        batch: how many examples the batch has.
-        part: how much the penalised rows are of all rows of the batch.
-        first_only: whether only the very first example of all processes is penalised.
+        loss: how many terms its training loss is a mean of: rows of logits, or examples where the loss is a callable.
+        penalised: how many rows the penalised loss is a mean of: those in ``rows`` whose target is not −100.
+        rows: how many rows of logits are penalised, with those whose target is −100.
+        counted: as ``penalised``, but may be a tensor on the GPU.
+        examples: how many examples have these rows.
+        batch: how many examples the process has in all.
+        part: which fraction of the process's rows is penalised.
+        first_only: whether of all processes together a single example is penalised, the first of rank 0.
     """
 
     loss: Callable[[], int]
@@ -50,15 +53,15 @@ class Counts:
 
 @dataclass(frozen=True)
 class Share:
-    """What one process has of the batch of all.
+    """How much of the batch of all processes this one has.
 
     Attributes:
         loss: the weight of its mean training loss in that of the batch.
-        penalised: likewise of the loss whose gradient is penalised.
-        first: the number of its first penalised row among those of the batch.
-        rows: how many penalised rows of the batch count.
-        examples: how many penalised examples the batch has.
-        fraction: what is penalised over all of the batch.
+        penalised: the same for the loss whose gradient is penalised.
+        first: the number of its first penalised row among those of the batch. Labels are drawn by this number.
+        rows: how many rows of the batch are penalised, without those whose target is −100.
+        examples: how many examples of the batch are penalised.
+        fraction: which fraction of the batch is penalised.
     """
 
     loss: float
@@ -77,45 +80,46 @@ class Single:
         sharded: whether a process has only a part of each parameter.
         group: the processes as torch.distributed knows them; None where there is no other.
         alone: whether there is no other process.
-        shares: whether R is of the batch of all processes.
+        shares: whether there is one R, of the batch of all processes. Else each process has its own.
     """
 
     rank, size = 0, 1
     group: ProcessGroup | None = None
     sharded, alone, shares = False, True, False
 
-    # ---- a call of all ----------------------------------------------------------------------------------------------
+    # ---- around a call ----------------------------------------------------------------------------------------------
 
     def failing_together(self, doing: Callable[[], Doing] | None = None) -> AbstractContextManager[None]:
-        """An exception within ends the step of the others, too. ``doing``: what is done within, which all compare."""
+        """Where one process raises within, all others raise. ``doing``: what is done within, for all to compare."""
         return nullcontext()
 
     def measuring_together(
         self, call: str, model: nn.Module, trainable: Gradients, **settings: Any
     ) -> AbstractContextManager[None]:
-        """For a measurement, :meth:`failing_together`: of one network, with rank 0's buffers, by one call of all."""
+        """:meth:`failing_together` for a measurement: all processes make the same ``call`` with the same ``settings``,
+        and have the buffers of rank 0 within."""
         return nullcontext()
 
     def begin(self, model: nn.Module) -> None:
-        """What a step begins with.
+        """Comes first in a step: whether the model can still be stepped in this world.
 
         Raises:
-            ValueError: the model has got into a ``DistributedDataParallel`` since.
+            ValueError: the model has been put into a ``DistributedDataParallel`` since.
         """
         check_alone(model)
 
     def part_of(self, examples: int | None) -> int | None:
-        """How many of so many examples of the batch of all are this process's; None where all are meant."""
+        """How many examples this process takes where all together take so many; None: all that it has."""
         return examples
 
     # ---- the parts of a step -----------------------------------------------------------------------------------------
 
     def share(self, counts: Counts, key: Tensor | None) -> Share:
-        """What this process has of the batch; the ``key`` of the labels becomes that of rank 0, in place."""
+        """The share of this process in the batch. The ``key`` of the labels becomes that of rank 0, in place."""
         return Share(1.0, 1.0, 0, counts.counted(), counts.examples, counts.part())
 
     def loss_weight(self, count: Callable[[], int]) -> float:
-        """The weight of a mean over ``count()`` rows of this process in that over the rows of all."""
+        """The weight of a mean over ``count()`` rows of this process in the mean over the rows of all."""
         return 1.0
 
     def differentiate(self, loss: Tensor, sources: Sequence[Tensor], retain_graph: bool) -> Sequence[Tensor | None]:
@@ -127,12 +131,15 @@ class Single:
         return list(gradients)
 
     def finished(self, trainable: Gradients, total: Gradients) -> Gradients:
-        """The gradient of a step, summed by the step itself, as the optimiser gets it."""
+        """The gradient as the optimiser gets it, from ``total``, that of a step with its sums done."""
         return total
 
     def square(self, x: Tensor, in_parameters: bool) -> Tensor:
-        """A sum of squares of a gradient that :meth:`sum_gradients` has summed where it is ``in_parameters``; one in
-        the inputs is each process's own, and added up here."""
+        """The squared norm of a gradient of all processes, from ``x``, that of what this process holds of it.
+
+        ``in_parameters``: the gradient is one in the parameters, after :meth:`sum_gradients`; else it is one in the
+        inputs, of which each process has its own examples.
+        """
         return x
 
     def total(self, x: Tensor) -> Tensor:
@@ -140,25 +147,26 @@ class Single:
         return x
 
     def share_buffers(self, model: nn.Module) -> None:
-        """The buffers of rank 0 everywhere."""
+        """Gives all processes the buffers of rank 0."""
 
     # ---- the parts of a measurement ----------------------------------------------------------------------------------
 
     def gather(self, x: Tensor) -> Tensor:
-        """The vectors of all processes, of any lengths and one dtype, by rank."""
+        """The vectors of all processes one after the other, by rank. Lengths may differ, the dtype not."""
         return x
 
     def aligned(self, batches: Iterable[T]) -> Iterator[T | None]:
-        """The batches, and then None for as long as another process has more."""
+        """The batches, then None as long as another process has more: all take part in each exchange."""
         return iter(batches)
 
     def share_key(self, key: Tensor, rows: int) -> tuple[Tensor, int, int]:
-        """The key of rank 0, on the device of ``key``, the number of this process's first row, and the rows of all."""
+        """The key of rank 0 (on the device of ``key``), the number of this process's first row among those of all, and
+        how many rows all have; ``rows``: how many this one has."""
         return key, 0, rows
 
 
 def check_alone(model: nn.Module) -> None:
-    """Raises ValueError where a model that is shared by no processes is within a ``DistributedDataParallel``."""
+    """Raises ValueError where a model that is to be this process's alone is within a ``DistributedDataParallel``."""
     check_not_within(
         model,
         "gradients and traces would be of the examples of this process alone; pass that, or process_group=, or for the "
