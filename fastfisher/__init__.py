@@ -1,13 +1,15 @@
 """Penalise and measure curvature through the Fisher Information Matrix, close to the cost of a plain training step."""
 
 from fastfisher.distributed.messages import RankFailure
-from fastfisher.engine.gates import AccuracyWarning, Gates, record_gates
+from fastfisher.engine.gates import Gates, record_gates
+from fastfisher.engine.recording import AccuracyWarning
 from fastfisher.measure.covariance import GradientCovariance, gradient_covariance
 from fastfisher.measure.estimate import TraceEstimate
 from fastfisher.measure.fisher import FisherTrace, trace_fisher
 from fastfisher.measure.hessian import trace_hessian
 from fastfisher.measure.norms import GradInnerProducts, grad_inner_products, per_example_grad_norms
 from fastfisher.measure.spectrum import TopEigenvalues, top_eigenvalues
+from fastfisher.moved import keep_old_paths
 from fastfisher.ops.head import linear_sample_cross_entropy
 from fastfisher.ops.sampled import sample_cross_entropy
 from fastfisher.penalise.function import penalty
@@ -38,3 +40,5 @@ __all__ = [
     "trace_fisher",
     "trace_hessian",
 ]
+
+keep_old_paths()

@@ -55,7 +55,8 @@ def check_count(name: str, value: Any, least: int = 1, *, optional: bool = False
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Raises ValueError where ``value`` is none of the ``choices``."""
     if not (isinstance(value, str) and value in choices):
-        raise ValueError(f"{name}: expected {' or '.join(f'{chr(34)}{c}{chr(34)}' for c in choices)}, got {value!r}")
+        expected = " or ".join(f'"{choice}"' for choice in choices)
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 def check_callable(name: str, value: Any) -> None:

@@ -18,9 +18,7 @@ def held(device: torch.device) -> int:
 
 
 def free(device: torch.device) -> int:
-    """The bytes that can still be had on the device: those of the driver, and those that PyTorch keeps for later."""
-    if device.type != "cuda":
-        return 0
+    """The bytes that can still be had on a GPU: those of the driver, and those that PyTorch keeps for later."""
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 

@@ -51,6 +51,9 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
+IMPORTS = {name: imports_of(path) for name, path in MODULES.items()}
+
+
 def package_of(module: str) -> str:
     _, *rest = module.split(".")
     return rest[0] if rest and rest[0] in (*WAYS, "kernels") else ""
@@ -60,24 +63,24 @@ def package_of(module: str) -> str:
 def test_imports_go_down(package: str) -> None:
     wrong = [
         f"{name} imports {other}"
-        for name, path in MODULES.items()
-        for other in imports_of(path)
+        for name, others in IMPORTS.items()
+        for other in others
         if package_of(name) == package and package_of(other) not in WAYS[package] | {package}
     ]
     assert not wrong
 
 
 def test_imports_have_no_circle() -> None:
-    graph = {name: imports_of(path) & MODULES.keys() - {name} for name, path in MODULES.items()}
+    graph = {name: others & MODULES.keys() - {name} for name, others in IMPORTS.items()}
     TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def test_the_library_imports_no_program() -> None:
     """The files of fastfisher/ itself stand below all packages, but for those that make the public face."""
     programs = {"training", "paper", "integrations"}
-    for name, path in MODULES.items():
+    for name, others in IMPORTS.items():
         if package_of(name) not in programs and name not in ENTRIES:
-            assert not {package_of(other) for other in imports_of(path)} & programs, name
+            assert not {package_of(other) for other in others} & programs, name
 
 
 def lengths() -> Iterator[tuple[str, int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 import fastfisher
 from fastfisher import info, ops
+from fastfisher.moved import MOVED
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,6 +34,19 @@ def test_the_library_never_imports_training_or_paper() -> None:
 def test_every_public_name_is_documented() -> None:
     for name in fastfisher.__all__:
         assert getattr(fastfisher, name).__doc__, name
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_an_old_path_leads_to_what_was_there(old: str) -> None:
+    was = importlib.import_module(f"fastfisher.{old}")
+    for new in MOVED[old]:
+        module = importlib.import_module(f"fastfisher.{new}")
+        names = [name for name, found in vars(module).items() if getattr(found, "__module__", None) == module.__name__]
+        name = (names or module.__all__)[-1]
+        with pytest.warns(DeprecationWarning, match=f"fastfisher.{old}.{name} is fastfisher."):
+            assert getattr(was, name) is getattr(module, name)
+    with pytest.raises(AttributeError, match="has no attribute 'no_such_name'"):
+        was.no_such_name  # noqa: B018 (asking is the test)
 
 
 def test_info_names_versions_backends_and_reasons() -> None:

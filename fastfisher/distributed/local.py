@@ -30,8 +30,8 @@ class Local(Single):
         """See :meth:`Single.begin`."""
         self.others.begin(model)
 
-    def finished(self, trainable: Gradients, total: Gradients) -> Gradients:
-        """See :meth:`Single.finished`: the mean over the processes, which all count the same."""
+    def at_end(self, trainable: Gradients, total: Gradients) -> Gradients:
+        """See :meth:`Single.at_end`: the mean over the processes, which all count the same."""
         (summed,) = self.others.sum_gradients(trainable, total)
         torch._foreach_div_(list(summed.values()), float(self.size))
         return summed

@@ -54,7 +54,7 @@ class Replicated(Telling, Single):
     def share(self, counts: Counts, key: Tensor | None) -> Share:
         """See :meth:`Single.share`: from the counts of each process."""
         has = not counts.first_only or self.rank == 0
-        mine = (counts.penalised(), counts.rows, counts.examples) if has else (0, 0, 0)
+        mine = (int(counts.penalised()), counts.rows, counts.examples) if has else (0, 0, 0)
         drawn = [0, 0] if key is None else key.tolist()
         told = self.agree("the shares of a batch", counts.loss(), *mine, counts.batch, *drawn)
         losses, weights, rows, examples, batches = ([process[i] for process in told] for i in range(5))
@@ -80,8 +80,8 @@ class Replicated(Telling, Single):
         all."""
         return mine / max(1, all_of_them)
 
-    def square(self, x: Tensor, in_parameters: bool) -> Tensor:
-        """See :meth:`Single.square`."""
+    def squared_norm(self, x: Tensor, in_parameters: bool) -> Tensor:
+        """See :meth:`Single.squared_norm`."""
         return x if in_parameters else self.total(x)
 
     def sum_gradients(self, trainable: Gradients, *gradients: Gradients) -> list[Gradients]:

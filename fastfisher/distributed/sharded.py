@@ -37,8 +37,8 @@ class Sharded(Replicated):
         self.agree("gradients")
         return list(gradients)
 
-    def square(self, x: Tensor, in_parameters: bool) -> Tensor:
-        """See :meth:`Single.square`: of parameters each process has a part."""
+    def squared_norm(self, x: Tensor, in_parameters: bool) -> Tensor:
+        """See :meth:`Single.squared_norm`: of parameters each process has a part."""
         return self.total(x)
 
     def begin(self, model: nn.Module) -> None:

@@ -34,7 +34,6 @@ class Counts:
         loss: how many terms its training loss is a mean of: rows of logits, or examples where the loss is a callable.
         penalised: how many rows the penalised loss is a mean of: those in ``rows`` whose target is not −100.
         rows: how many rows of logits are penalised, with those whose target is −100.
-        counted: as ``penalised``, but may be a tensor on the GPU.
         examples: how many examples have these rows.
         batch: how many examples the process has in all.
         part: which fraction of the process's rows is penalised.
@@ -42,9 +41,8 @@ class Counts:
     """
 
     loss: Callable[[], int]
-    penalised: Callable[[], int]
+    penalised: Callable[[], int | Tensor]
     rows: int
-    counted: Callable[[], int | Tensor]
     examples: int
     batch: int
     part: Callable[[], float | Tensor]
@@ -116,7 +114,7 @@ class Single:
 
     def share(self, counts: Counts, key: Tensor | None) -> Share:
         """The share of this process in the batch. The ``key`` of the labels becomes that of rank 0, in place."""
-        return Share(1.0, 1.0, 0, counts.counted(), counts.examples, counts.part())
+        return Share(1.0, 1.0, 0, counts.penalised(), counts.examples, counts.part())
 
     def loss_weight(self, count: Callable[[], int]) -> float:
         """The weight of a mean over ``count()`` rows of this process in the mean over the rows of all."""
@@ -130,11 +128,11 @@ class Single:
         """Each of ``gradients`` summed over the processes."""
         return list(gradients)
 
-    def finished(self, trainable: Gradients, total: Gradients) -> Gradients:
+    def at_end(self, trainable: Gradients, total: Gradients) -> Gradients:
         """The gradient as the optimiser gets it, from ``total``, that of a step with its sums done."""
         return total
 
-    def square(self, x: Tensor, in_parameters: bool) -> Tensor:
+    def squared_norm(self, x: Tensor, in_parameters: bool) -> Tensor:
         """The squared norm of a gradient of all processes, from ``x``, that of what this process holds of it.
 
         ``in_parameters``: the gradient is one in the parameters, after :meth:`sum_gradients`; else it is one in the

@@ -31,10 +31,8 @@ from fastfisher.engine.fused.forward import device_of, fused_forward
 from fastfisher.engine.hooks import watched_hooks
 from fastfisher.engine.piecewise.table import refuse_random
 from fastfisher.engine.random_state import RandomState
-from fastfisher.engine.recording import AccuracyWarning, Record, Recording, Replay
+from fastfisher.engine.recording import Record, Recording, Replay
 from fastfisher.model import copy_buffers, uncompiled
-
-__all__ = ["AccuracyWarning", "Gates", "RandomState", "fused_forward", "record_gates"]
 
 _FROZEN = 'gates="frozen", unlike gates="free",'
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastfisher.data import Batches, Pair
-from fastfisher.engine.gates import RandomState
+from fastfisher.engine.random_state import RandomState
 from fastfisher.engine.taylor import Tape
 from fastfisher.engine.twice import differentiable_gradients, second_derivatives, twice_differentiable
 from fastfisher.inputs import Call, take_rows

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fastfisher import ops
 from fastfisher.checks import check_choice, check_count, check_number
-from fastfisher.engine.gates import RandomState
 from fastfisher.engine.layers import chunks
+from fastfisher.engine.random_state import RandomState
 from fastfisher.engine.rollback import undoing
 from fastfisher.measure.mean_loss import BatchLoss, Labelled, measuring
 from fastfisher.ops.sampled import new_key

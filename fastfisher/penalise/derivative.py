@@ -17,14 +17,13 @@ from fastfisher.engine.fused.convolution import saving_memory
 from fastfisher.engine.gradients import Differentiate, real, scaled
 from fastfisher.engine.twice import differentiable_gradients, second_derivatives
 from fastfisher.host import looking_waits
-from fastfisher.inputs import input_tensors
 from fastfisher.lists import zeros
 from fastfisher.model import unhooked
 from fastfisher.penalise.difference import FiniteDifference, gradient_at
 from fastfisher.penalise.options import Settings
 from fastfisher.penalise.point import Point
 from fastfisher.penalise.rho import AdaptiveStep
-from fastfisher.penalise.shift import Gradients
+from fastfisher.penalise.shift import Gradients, moving_inputs
 from fastfisher.penalise.trust import judge, verify
 
 
@@ -45,6 +44,25 @@ class Training:
     def release(self) -> None:
         """Lets go of the graph."""
         del self.loss
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients are taken at a point: of scale·(the training loss + α·R), or of both apart.
+
+    Attributes:
+        trainable: the parameters that they are taken in, by name.
+        chosen: those whose gradient R is the norm of.
+        alpha: the coefficient of R; None for both apart.
+        scale: what the losses are multiplied by before.
+        first: whether no penalty was taken yet: on a GPU the host looks at that one alone.
+    """
+
+    trainable: Gradients
+    chosen: frozenset[str]
+    alpha: float | Tensor | None = None
+    scale: float | Tensor = 1.0
+    first: bool = True
 
 
 @dataclass
@@ -72,24 +90,15 @@ class DoubleBackprop:
     world: Single
     differentiate: Differentiate
 
-    def take(
-        self,
-        point: Point,
-        training: Training | None,
-        trainable: Gradients,
-        chosen: frozenset[str],
-        *,
-        alpha: float | Tensor | None,
-        scale: float | Tensor = 1.0,
-        first: bool = True,
-    ) -> Taken:
-        """The gradients of scale·(the training loss + α·R), or of both apart where ``alpha`` is None."""
+    def take(self, point: Point, training: Training | None, wanted: Wanted) -> Taken:
+        """See :class:`Wanted`."""
+        alpha, scale = wanted.alpha, wanted.scale
 
         def gradients(loss: Tensor, retain_graph: bool = False) -> Gradients:
-            return named_gradients(self.differentiate, loss, trainable, retain_graph)
+            return named_gradients(self.differentiate, loss, wanted.trainable, retain_graph)
 
         with second_derivatives('method="finite_difference"'):
-            value, squared_norm = self._squared_norm(point, trainable, chosen, scale)
+            value, squared_norm = self._squared_norm(point, wanted)
             if training is not None and alpha is not None:
                 return Taken(value, gradients((training.loss + alpha * squared_norm) * scale))
             penalty = gradients(squared_norm * scale, retain_graph=True)
@@ -97,18 +106,16 @@ class DoubleBackprop:
                 g.div_(scale)
             return Taken(value, {} if training is None else gradients(training.loss * scale), penalty)
 
-    def _squared_norm(
-        self, point: Point, trainable: Gradients, chosen: frozenset[str], scale: float | Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _squared_norm(self, point: Point, wanted: Wanted) -> tuple[Tensor, Tensor]:
         """R, and what has the gradient of R: R itself, or this process's part of it; both without the scale."""
-        own = squared_parts(point, self.settings, trainable, chosen, scale)
+        own = squared_parts(point, self.settings, wanted.trainable, wanted.chosen, wanted.scale)
         if not own:  # all of params are frozen meanwhile: R is 0, and so is its gradient
             nothing = 0 * point.loss
             return nothing.detach().double(), nothing
         if not (self.world.shares and self.settings.of_parameters):
             squared = squared_norm_of(own, point, self.settings)
             return self.world.total(squared.detach().double()), squared
-        of_real = {name: real(p) for name, p in trainable.items()}
+        of_real = {name: real(p) for name, p in wanted.trainable.items()}
         (summed,) = self.world.sum_gradients(of_real, {name: g.detach() for name, g in own.items()})
         value = torch.stack([g.double().square().sum() for g in summed.values()]).sum()
         return value, 2 * torch.stack([(g * summed[name]).sum() for name, g in own.items()]).sum()
@@ -120,10 +127,8 @@ def squared_parts(
     """The gradients whose squared norm R is, by name, differentiable; without the scale."""
     sources = {name: p for name, p in trainable.items() if name in chosen}
     if not settings.of_parameters:
-        sources = {str(i): x for i, x in enumerate(input_tensors(point.inputs)) if x.requires_grad}
-        if not sources:
-            raise ValueError('inputs: expected a floating-point tensor that requires a gradient with wrt="inputs"')
-    elif not sources:
+        sources = moving_inputs(point.inputs)
+    if not sources:
         return {}
     with unhooked(sources.values()):
         found = differentiable_gradients(scaled(point.loss, scale), list(sources.values()))
@@ -153,26 +158,14 @@ class Differences:
     mixed: bool
     verifies: bool
 
-    def take(
-        self,
-        point: Point,
-        training: Training | None,
-        trainable: Gradients,
-        chosen: frozenset[str],
-        *,
-        alpha: float | Tensor | None,
-        scale: float | Tensor = 1.0,
-        first: bool = True,
-    ) -> Taken:
-        """The gradients of scale·(the training loss + α·R), or of both apart where ``alpha`` is None.
-
-        ``first``: no penalty was taken yet; on a GPU the host looks at that one alone.
-        """
+    def take(self, point: Point, training: Training | None, wanted: Wanted) -> Taken:
+        """See :class:`Wanted`."""
+        trainable, alpha, scale, first = wanted.trainable, wanted.alpha, wanted.scale, wanted.first
         apart = training is not None and not (training.penalised or self.mixed)
         # All activations are kept over this backward: the peak of the whole step.
         with saving_memory() if apart else nullcontext(), point.gates.arithmetic():
             gradient, direction = gradient_at(
-                point, self.settings, trainable, chosen, self.differentiate,
+                point, self.settings, trainable, wanted.chosen, self.differentiate,
                 scale=scale, retain_graph=apart or point.kept,
             )  # fmt: skip
         total = gradient if training is not None and not apart else {}
@@ -186,7 +179,7 @@ class Differences:
         if self.settings.of_parameters or adaptive:  # an adaptive step follows the change of the gradient of all
             (summed,) = self.world.sum_gradients(trainable, gradient if adaptive else direction)
         if self.settings.of_parameters:
-            direction = {name: g for name, g in summed.items() if name in chosen}
+            direction = {name: g for name, g in summed.items() if name in wanted.chosen}
         difference = FiniteDifference(
             self.model, point, self.settings, gradient, direction, world=self.world, scale=scale
         )

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from fastfisher import ops
 from fastfisher.autocast import autocast_dtype, autocast_of
 from fastfisher.distributed.single import Single
-from fastfisher.engine.gates import AccuracyWarning, fused_forward
+from fastfisher.engine.fused.forward import fused_forward
 from fastfisher.engine.gradients import Differentiate, dense, real, real_dtype, scaled, sum_squares
+from fastfisher.engine.recording import AccuracyWarning
 from fastfisher.host import looking_waits
-from fastfisher.inputs import input_tensors
 from fastfisher.lists import add_
 from fastfisher.penalise.options import Settings
 from fastfisher.penalise.point import Point
 from fastfisher.penalise.rho import FROZEN_STEP, INPUTS_STEP, REACH, AdaptiveStep, coarsest, lower_precision
-from fastfisher.penalise.shift import Gradients, shift_of, shifted_inputs
+from fastfisher.penalise.shift import Gradients, moving_inputs, named_inputs, shift_of, shifted_inputs
 
 TRIES = 4
 """How often a step is shortened before the penalty is left out."""
@@ -49,11 +49,7 @@ def gradient_at(
 ) -> tuple[Gradients, Gradients]:
     """scale·∇_θ of the penalised loss by name, unused parameters left out, and the direction of the shift: those of
     the ``chosen`` parameters, or the gradients in the inputs, which are named by position."""
-    inputs: Gradients = {}
-    if not settings.of_parameters:
-        inputs = {str(i): x for i, x in enumerate(input_tensors(point.inputs)) if x.requires_grad}
-        if not inputs:
-            raise ValueError('inputs: expected a floating-point tensor that requires a gradient with wrt="inputs"')
+    inputs = {} if settings.of_parameters else moving_inputs(point.inputs)
     sources = [*trainable.values(), *inputs.values()]
     found = dense(differentiate(scaled(point.loss, scale), sources, retain_graph))
     gradient = {n: g for n, g in zip(trainable, found[: len(trainable)], strict=True) if g is not None}
@@ -140,16 +136,14 @@ class FiniteDifference:
     def _norm(self, named: Gradients) -> Tensor:
         """‖named‖, of tensors as in ``direction``, which several processes may have parts of."""
         squared = sum_squares([self.shift.part(x) for x in named.values()], self.device)
-        return self.world.square(squared, self.settings.of_parameters).sqrt()
+        return self.world.squared_norm(squared, self.settings.of_parameters).sqrt()
 
     def _norm_of_parts(self, gradient: Gradients) -> Tensor:
         return self.shift.total(sum_squares([self.shift.part(x) for x in gradient.values()], self.device)).sqrt()
 
     def _shifted_norm(self) -> Tensor:
         """The norm of what is shifted."""
-        named = self.shift.parameters
-        if not self.settings.of_parameters:
-            named = {str(i): x for i, x in enumerate(input_tensors(self.inputs))}
+        named = self.shift.parameters if self.settings.of_parameters else named_inputs(self.inputs)
         return self._norm({name: named[name].detach() for name in self.direction})
 
     def relative_change(self, reached: Gradients, gradient: Gradients) -> Tensor:

@@ -199,7 +199,7 @@ def _draw(
     if isinstance(kind, Given):
         check_counted(kind.given, "labels")
     with torch.enable_grad():
-        point.draw(kind, targets, new_key(generator, point.values.device) if kind.drawn else None)
+        point.draw(kind, settings.likelihood, targets, new_key(generator, point.values.device) if kind.drawn else None)
 
 
 class _Penalty(torch.autograd.Function):

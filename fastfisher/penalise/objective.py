@@ -84,9 +84,8 @@ class Objective:
         whole, counted = self.first_only or point.rows is logits, self.likelihood.counted
         return Counts(
             loss=lambda: self.count(logits, targets),
-            penalised=lambda: int(counted(point.rows, true)),
+            penalised=lambda: counted(point.rows, true),
             rows=self.likelihood.shape_of_labels(point.rows).numel(),
-            counted=lambda: counted(point.rows, true),
             examples=len(point.rows),
             batch=len(logits),
             part=lambda: 1.0 if whole else counted(point.rows, true) / counted(logits, of_rows),

@@ -45,21 +45,13 @@ Step = Callable[[Inputs, Any], Outcome]
 class Eager:
     """Runs a step."""
 
-    in_place = False
-
     def run(self, kind: Callable[[], Any], step: Step, inputs: Inputs, targets: Any) -> Outcome:
         """What the step computes."""
         return step(inputs, targets)
 
 
 class Captured(Eager):
-    """Runs a step by its captured graph, if there is one by now; see :mod:`.graphs`.
-
-    Attributes:
-        in_place: what a step keeps for the next has to stay where it is in memory.
-    """
-
-    in_place = True
+    """Runs a step by its captured graph, if there is one by now; see :mod:`.graphs`."""
 
     def __init__(self, model: nn.Module, capture: Capture) -> None:
         self.model, self.steps = model, CapturedSteps[Outcome](model, capture)
@@ -78,8 +70,8 @@ class Captured(Eager):
         return dataclasses.replace(outcome, loss=outcome.loss.clone(), value=value, rows=rows)
 
 
-class Noting:
-    """∂loss/∂source by ``differentiate``, dense; notes whose gradient autograd makes sparse.
+class DenseGradients:
+    """∂loss/∂source by ``differentiate``, dense, and which of them autograd had made sparse.
 
     ``.grad`` is then sparse, too, as optimisers of sparse embeddings need it.
     """

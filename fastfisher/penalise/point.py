@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from fastfisher.autocast import autocast_dtype
 from fastfisher.distributed.single import Single
-from fastfisher.engine.gates import Gates, fused_forward, record_gates
+from fastfisher.engine.fused.forward import fused_forward
+from fastfisher.engine.gates import Gates, record_gates
 from fastfisher.engine.twice import twice_differentiable
 from fastfisher.host import looking_waits
 from fastfisher.inputs import Inputs, count_examples, take_rows
 from fastfisher.labels import Labels, Rows
-from fastfisher.likelihoods import CATEGORICAL, Chosen, Likelihood
+from fastfisher.likelihoods import Chosen, Likelihood
 from fastfisher.model import call_copy, call_model, copy_buffers, couples_examples, uncompiled
 from fastfisher.penalise.options import Settings
 from fastfisher.slow_path import warn_slow_path
@@ -53,12 +54,12 @@ class Point:
     gates: Gates
     kept: bool = False
     share: float = 1.0
-    likelihood: Likelihood = CATEGORICAL
 
     def __post_init__(self) -> None:
         self.gates.end_at(self.logits)
         self.values = self.logits.detach()
         self.examples = len(self.rows)
+        self.likelihood: Likelihood
         self.labels: Chosen
         self.loss: Tensor
 
@@ -67,9 +68,10 @@ class Point:
         """The logits that count."""
         return self.logits[:1] if self.first_only else self.logits
 
-    def draw(self, kind: Labels, targets: Any, key: Tensor | None, first: int = 0) -> None:
+    def draw(self, kind: Labels, likelihood: Likelihood, targets: Any, key: Tensor | None, first: int = 0) -> None:
         """Chooses labels of a kind and takes the loss there; see :class:`fastfisher.labels.Rows`."""
-        self.loss, self.labels = kind.loss(Rows(self.likelihood, self.rows, targets, key, first))
+        self.likelihood = likelihood
+        self.loss, self.labels = kind.loss(Rows(likelihood, self.rows, targets, key, first))
 
     def weigh(self, share: float) -> None:
         """Multiplies the loss by this process's weight."""

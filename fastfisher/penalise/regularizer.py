@@ -255,7 +255,7 @@ class FisherPenalty:
                 take = self._steps.penalised if due else self._steps.plain
                 step = functools.partial(take, trainable=trainable, weights=weights)
                 outcome = self._runner.run(lambda: self._kind(due, weight), step, inputs, targets)
-                total = world.finished(trainable, outcome.total)
+                total = world.at_end(trainable, outcome.total)
                 if self._buffers_follow:
                     world.share_buffers(self.model)
             total = add_to_grads(total, trainable)

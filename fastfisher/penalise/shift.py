@@ -143,6 +143,23 @@ def shift_of(model: nn.Module, gates: Gates, world: Single) -> Copies:
     return InPlace(model, gates, world) if world.sharded else Copies(model, gates)
 
 
+def named_inputs(inputs: Inputs) -> Gradients:
+    """The tensors of the inputs by position."""
+    return {str(i): x for i, x in enumerate(input_tensors(inputs))}
+
+
+def moving_inputs(inputs: Inputs) -> Gradients:
+    """Those that a gradient can be taken in.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = {name: x for name, x in named_inputs(inputs).items() if x.requires_grad}
+    if not found:
+        raise ValueError('inputs: expected a floating-point tensor that requires a gradient with wrt="inputs"')
+    return found
+
+
 def shifted_inputs(inputs: Inputs, direction: Gradients, length: Tensor | None) -> Inputs:
     """The inputs at x + length·direction, whose tensors are named by position."""
     position = iter(range(len(input_tensors(inputs))))

@@ -28,6 +28,7 @@ class Memory:
     Tensors are written in place for good once there are captured steps, which read them where they are.
 
     Attributes:
+        in_place: whether captured steps read what is here, so that it has to stay where it is.
         steps: how many steps were taken.
         key: (seed, offset) of the labels that were drawn last; None before.
         value: R at the last recomputation; None before.
@@ -37,7 +38,7 @@ class Memory:
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         self.model, self.kind, self.generator = model, options.settings.kind, options.generator
-        self.step = options.settings.step
+        self.step, self.in_place = options.settings.step, options.graphs
         self.steps = 0
         self.key: Tensor | None = None
         self.value: Tensor | None = None
@@ -69,9 +70,9 @@ class Memory:
         """∇R to be reused, of the parameters that require a gradient now."""
         return {name: g for name, g in (self.reused or {}).items() if name in trainable}
 
-    def keep(self, penalty: Gradients, in_place: bool) -> Gradients:
-        """∇R where captured steps read it, which is where it is unless they have read another one."""
-        kept = self.reused if in_place and self.reused is not None else {}
+    def keep(self, penalty: Gradients) -> Gradients:
+        """∇R for the steps to come, in the place of the last one where captured steps read it there."""
+        kept = self.reused if self.in_place and self.reused is not None else {}
         return {name: kept[name].copy_(g) if name in kept else g for name, g in penalty.items()}
 
     @property

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher.distributed.single import Share, Single
-from fastfisher.engine.gates import fused_forward
+from fastfisher.engine.fused.forward import fused_forward
 from fastfisher.engine.gradients import scaled
 from fastfisher.inputs import Inputs, input_tensors, requiring_grad
 from fastfisher.model import call_model, chosen_names, class_last
-from fastfisher.penalise.derivative import Differences, DoubleBackprop, Training, named_gradients
+from fastfisher.penalise.derivative import Differences, DoubleBackprop, Training, Wanted, named_gradients
 from fastfisher.penalise.objective import Objective
 from fastfisher.penalise.options import Options
-from fastfisher.penalise.outcome import Noting, Outcome, add
+from fastfisher.penalise.outcome import DenseGradients, Outcome, add
 from fastfisher.penalise.point import Point, Sampling
 from fastfisher.penalise.rho import AdaptiveStep
 from fastfisher.penalise.shift import Gradients
@@ -61,7 +61,7 @@ class Steps:
         self.objective = Objective(model, options, world.shares)
         few = 1 if self.settings.first_only else world.part_of(options.examples)
         self.sampling = Sampling(model, self.settings, few, world, mixed=options.mixed, rewind=not options.graphs)
-        self.differentiate = Noting(world.differentiate)
+        self.differentiate = DenseGradients(world.differentiate)
         # With parameters in shards, all processes would have to know when one of them looks.
         verifies = options.verify and not world.sharded
         self.derivative = (
@@ -102,10 +102,14 @@ class Steps:
         apart = weights.reuses or adaptive
         outcome = Outcome(loss.detach(), logits.detach(), {}, rows=share.rows)
         del loss, logits
-        taken = self.derivative.take(
-            point, training, trainable, self.chosen(trainable),
-            alpha=None if apart else alpha, scale=weights.scale, first=self.memory.value is None,
-        )  # fmt: skip
+        wanted = Wanted(
+            trainable,
+            self.chosen(trainable),
+            alpha=None if apart else alpha,
+            scale=weights.scale,
+            first=self.memory.value is None,
+        )
+        taken = self.derivative.take(point, training, wanted)
         total, *penalty = self.world.sum_gradients(
             trainable, taken.total, *([] if taken.penalty is None else [taken.penalty])
         )
@@ -116,7 +120,7 @@ class Steps:
                     g.mul_(share.fraction)
             add(total, reused, weights.alpha * weights.scale)
             if weights.reuses:
-                outcome.reused = self.memory.keep(reused, not self.sampling.rewind)
+                outcome.reused = self.memory.keep(reused)
         outcome.total = self.differentiate.laid_out(total, trainable)
         outcome.value = taken.value
         return outcome
@@ -127,7 +131,7 @@ class Steps:
         self.settings.kind.check_targets(true, self.settings.likelihood)
         key = self.memory.next_key(logits.device, self.world.rank)
         share = self.world.share(self.objective.counts(logits, targets, point, of_rows, true), key)
-        point.draw(self.settings.kind, true, key, share.first)
+        point.draw(self.settings.kind, self.settings.likelihood, true, key, share.first)
         point.weigh(share.penalised)
         point.examples = share.examples
         return share
@@ -156,11 +160,11 @@ class Steps:
         true = targets[:1] if first_only and targets is not None else targets
         self.settings.kind.check_targets(true, self.settings.likelihood)
         with torch.enable_grad():
-            point.draw(self.settings.kind, true, self.memory.next_key(logits.device, self.world.rank))
+            key = self.memory.next_key(logits.device, self.world.rank)
+            point.draw(self.settings.kind, likelihood, true, key)
         rows = likelihood.counted(point.rows, true)
-        taken = self.derivative.take(
-            point, None, trainable, self.chosen(trainable), alpha=None, first=self.memory.value is None
-        )
+        wanted = Wanted(trainable, self.chosen(trainable), first=self.memory.value is None)
+        taken = self.derivative.take(point, None, wanted)
         taken.follow(taken.penalty or {})
         self.memory.value, self.memory.rows, self.memory.reused = taken.value, rows, taken.penalty
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastfisher import ops
-from fastfisher.engine.gates import AccuracyWarning
 from fastfisher.engine.gradients import real
+from fastfisher.engine.recording import AccuracyWarning
 from fastfisher.engine.repeatable import check_repeatable, is_new_kind, look_at
 from fastfisher.penalise.difference import FiniteDifference
 from fastfisher.penalise.rho import CEILING, AdaptiveStep

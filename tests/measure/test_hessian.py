@@ -586,7 +586,7 @@ def test_hooks_and_the_callers_modes_play_no_part(hvp: Any) -> None:
 
 
 @pytest.mark.parametrize("hvp", ["taylor", "autograd", "finite_difference"])
-@pytest.mark.parametrize("kind", ["max_norm", "clamped"])
+@pytest.mark.parametrize("kind", ["max_norm", "clamped", "assigned"])
 def test_a_forward_that_changes_parameters_is_refused(kind: str, hvp: Any) -> None:
     class Clamped(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -594,7 +594,17 @@ def test_a_forward_that_changes_parameters_is_refused(kind: str, hvp: Any) -> No
                 self.weight.clamp_(-9, 9)  # leaves the values, as they are, alone
             return super().forward(x)
 
-    first = nn.Embedding(6, 6, max_norm=9.0) if kind == "max_norm" else Clamped(6, 6)
+    class Assigned(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.weight[0] = self.weight[0].clone()  # the values that are there
+            return super().forward(x)
+
+    first = (
+        {"clamped": Clamped, "assigned": Assigned}[kind](6, 6)
+        if kind != "max_norm"
+        else nn.Embedding(6, 6, max_norm=9.0)
+    )
     model = nn.Sequential(first, nn.Tanh(), nn.Flatten(), nn.Linear(6, 4)).double()
     inputs = LABELS if kind == "max_norm" else POINTS
     with pytest.raises(NotImplementedError, match="max_norm"):

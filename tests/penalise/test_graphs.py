@@ -53,7 +53,8 @@ class Counted:
 def in_graphs(penalty: FisherPenalty) -> Counted:
     """Has the penalty capture its steps, by the stand-in."""
     counted = Counted()
-    penalty._runner, penalty._steps.sampling.rewind = Captured(penalty.model, counted), False
+    penalty._runner = Captured(penalty.model, counted)
+    penalty._steps.sampling.rewind, penalty._memory.in_place = False, True
     return counted
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import fastfisher
 from fastfisher import FisherPenalty
-from fastfisher.engine.gates import fused_forward
+from fastfisher.engine.fused.forward import fused_forward
 from fastfisher.penalise.difference import FiniteDifference
 from fastfisher.training.networks import build_network
 from tests.support.networks import Hostile, SmallResNet, flat, relative_error
@@ -566,3 +566,27 @@ def test_buffers_that_a_forward_replaced_are_put_back(measure: str) -> None:
     assert model.mean is mean
     assert not mean.any()
     assert model.late is None
+
+
+def test_what_later_steps_do_not_read_anew_stays_as_it_was_given() -> None:
+    penalty = FisherPenalty(network(), 0.1, examples=4)
+    for name, value in (("examples", 2), ("mixed", True), ("class_dim", 1), ("scope", "local"), ("params", None)):
+        before = getattr(penalty, name)
+        with pytest.raises(AttributeError, match=f"{name}: expected to stay as it was given"):
+            setattr(penalty, name, value)
+        assert getattr(penalty, name) is before
+
+
+def test_what_may_change_between_steps_does() -> None:
+    """α, the interval and the training loss are those of the step, as if the penalty had been made with them."""
+    model = network().double()
+    changed, made = (FisherPenalty(model, alpha, every=every, labels="true") for alpha, every in ((0.1, 10), (0.3, 1)))
+    changed.alpha, changed.every = 0.3, 1
+    changed.loss = made.loss = lambda logits, y: 2 * F.cross_entropy(logits, y)
+    found = []
+    for penalty in (changed, made):
+        model.zero_grad()
+        for _ in range(2):
+            penalty.backward(X.double(), Y)
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
