@@ -110,11 +110,7 @@ class _Verification:
             seen = _Seen(self._capture(), ordinary, left_out)
             fitting = logits.dim() >= 2 and len(logits) == seen.capture.examples
             if not fitting or not all(bool(g.isfinite().all()) for g in ordinary.values()):
-                return (
-                    seen,
-                    logits,
-                    False,
-                )  # the caller refuses such logits, and refuses or returns NaN
+                return seen, logits, False  # the caller refuses such logits, and refuses or returns NaN
             seen.look(self._capture)
             if seen.misplaced and not self.known.scattered:  # the forward may have sorted the batch
                 self.known = Known(frozenset(seen.misplaced))  # the next captures find the owner of each row

@@ -264,9 +264,8 @@ class Record(_Repeatable):
         place = len(self.entries)
         self.may_have_drawn |= known.draws
         out, saved = rule.record(self, func, args, kwargs)
-        self.entries.insert(
-            place, Entry(known.name, _shape(out), saved)
-        )  # before the entries of calls that the rule made
+        # Before the entries of calls that the rule made.
+        self.entries.insert(place, Entry(known.name, _shape(out), saved))
         self._note(out[0] if isinstance(out, tuple) else out)
         return out
 

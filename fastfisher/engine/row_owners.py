@@ -85,9 +85,8 @@ class RowOwners:
         """Gives layers with the same rows their layout; False where some row belongs to several examples."""
         key = id(layers[0])
         certain = key not in self.plain or bool(self.certain[key].all())
-        found = (
-            certain and key in self.plain
-        )  # a layer without a gradient does not lead to the logits: no example owns its rows
+        # A layer without a gradient does not lead to the logits: no example owns its rows.
+        found = certain and key in self.plain
         owner = self.owners[key] if found else torch.empty(0, dtype=torch.int64)
         layout = Rows.of(owner, self.examples, layers[0].leading)
         for layer in layers:

@@ -27,10 +27,8 @@ class Expand(Layer):
 
     def __init__(self, parameter: Tensor, operand: Tensor, within: int = 0) -> None:
         super().__init__(operand, operand.dim() - within, {"value": parameter})
-        self.parameter, self.dims = (
-            parameter,
-            operand.dim(),
-        )  # its number of dimensions: the operand itself is released before
+        # Not the operand itself, which is released before the number of its dimensions is asked for.
+        self.parameter, self.dims = parameter, operand.dim()
 
     def check_unchanged(self) -> None:
         """No check here: autograd itself detects an operand that was changed."""

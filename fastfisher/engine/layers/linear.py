@@ -48,9 +48,8 @@ class Linear(Layer):
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
 
     def output(self) -> Tensor:
-        rows = self.operand.reshape(
-            -1, self.operand.shape[-1]
-        )  # a product of two matrices is no view, so that a tap may return it in place
+        # A product of two matrices is no view, so that a tap may return it in place.
+        rows = self.operand.reshape(-1, self.operand.shape[-1])
         return F.linear(rows, self.weight, self.bias)
 
     def finish(self, out: Tensor) -> Tensor:

@@ -99,9 +99,8 @@ class Constant(Rule):
         return out, out.detach().clone() if writes_first(function) else out.detach()
 
     def replay(self, run: Run, saved: Any, function: Function, args: Any, kwargs: Any) -> Any:
-        out = function(
-            *args, **kwargs
-        )  # only for its node in the graph: autograd must follow here what it followed at θ
+        # Its value is not used, but its node in the graph is: autograd must follow here what it followed at θ.
+        out = function(*args, **kwargs)
         if saved is None or out.shape != saved.shape:
             return out
         if writes_first(function):

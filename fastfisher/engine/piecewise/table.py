@@ -81,9 +81,8 @@ def _prelu(x: Tensor, positive: Tensor, weight: Tensor) -> Tensor:
 
 def _exponential_unit(x: Tensor, alpha: float, scale: float = 1.0) -> Tensor:
     positive = x > 0
-    negative = torch.where(
-        positive, 0.0, x
-    )  # else expm1 overflows where it is not taken, and the gradient there is 0·∞
+    # 0 where the other side is taken: expm1 of a large x overflows, and its gradient there would be 0·∞.
+    negative = torch.where(positive, 0.0, x)
     return torch.where(positive, scale * x, (scale * alpha) * torch.expm1(negative))
 
 

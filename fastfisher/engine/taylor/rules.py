@@ -404,9 +404,8 @@ for _function in _DERIVATIVES:
 
 @rule_for("softmax log_softmax")
 def _softmax(tape: Tape, func: Any, input: Tensor, dim: Any = None, *rest: Any, dtype: Any = None) -> Tensor:
-    dtype = next(
-        (given for given in rest if isinstance(given, torch.dtype)), dtype
-    )  # its position in torch.softmax is not that in F.softmax
+    # Its position in torch.softmax is not that in F.softmax.
+    dtype = next((given for given in rest if isinstance(given, torch.dtype)), dtype)
     if not isinstance(dim, int):
         raise NoRule("softmax has no rule for an implicit dimension")
     if dtype is not None:
