@@ -213,6 +213,18 @@ struct F64 {
   static inline void store(double* target, Doubles x) { *(Vector<double>::Unaligned*)target = x; }
 };
 
+// The tag of a compute type itself.
+template <class Compute>
+struct Same;
+template <>
+struct Same<float> {
+  using Type = F32;
+};
+template <>
+struct Same<double> {
+  using Type = F64;
+};
+
 // A vector of a 16-bit type, element by element: the loops have no branch and become a few vector
 // instructions.
 template <class T>
