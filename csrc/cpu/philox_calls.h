@@ -8,7 +8,7 @@
 
 #include "../philox.h"
 
-#if defined(__SSE2__)
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -20,28 +20,14 @@ constexpr int64_t kCalls = 16;
 typedef uint32_t Integers __attribute__((vector_size(64)));
 typedef uint64_t Longs __attribute__((vector_size(64)));
 
+// Philox of the elements group * 16 + 0 .. 15.
+#ifdef __AVX512F__
 // The product of the lower halves of eight 64-bit lanes and a constant; what the upper halves hold is ignored.
 static inline Longs multiply(Longs a, uint32_t constant) {
-#if defined(__AVX512F__)
   return (Longs)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(constant));
-#elif defined(__AVX2__)
-  struct Halves {
-    __m256i part[2];
-  } halves = __builtin_bit_cast(Halves, a);
-  for (auto& part : halves.part) part = _mm256_mul_epu32(part, _mm256_set1_epi64x(constant));
-  return __builtin_bit_cast(Longs, halves);
-#elif defined(__SSE2__)
-  struct Quarters {
-    __m128i part[4];
-  } quarters = __builtin_bit_cast(Quarters, a);
-  for (auto& part : quarters.part) part = _mm_mul_epu32(part, _mm_set1_epi64x(constant));
-  return __builtin_bit_cast(Longs, quarters);
-#else
-  return (a & 0xFFFFFFFFu) * constant;
-#endif
 }
 
-// Philox of the elements group * 16 + 0 .. 15, the even ones and the odd ones in vectors of their own.
+// The even elements and the odd ones in vectors of their own.
 static inline void philox_calls(Key key, uint64_t group, Integers words[4]) {
   const uint64_t first = group * kCalls;  // a multiple of 16: the upper word is one for all
   const Longs even = {0, 2, 4, 6, 8, 10, 12, 14};
@@ -66,6 +52,17 @@ static inline void philox_calls(Key key, uint64_t group, Integers words[4]) {
   }
   for (int w = 0; w < 4; ++w) words[w] = (Integers)((c[0][w] & 0xFFFFFFFFu) | (c[1][w] << 32));
 }
+#else
+static inline void philox_calls(Key key, uint64_t group, Integers words[4]) {
+  alignas(64) uint32_t found[4][kCalls];
+#pragma omp simd
+  for (int64_t call = 0; call < kCalls; ++call) {
+    const Words four = philox(key, group * kCalls + static_cast<uint64_t>(call));
+    for (int w = 0; w < 4; ++w) found[w][call] = four.w[w];
+  }
+  for (int w = 0; w < 4; ++w) words[w] = *(const Integers*)found[w];
+}
+#endif
 
 }  // namespace
 }  // namespace fastfisher::FASTFISHER_SIMD

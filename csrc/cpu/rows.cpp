@@ -438,8 +438,8 @@ static inline Floats log1p_unit(Floats t) {
 // The same in float64: 2 atanh(s) with (1 + s) / (1 - s) = 1 + t, or half of it from sqrt(2) on, so that |s| <= 0.172;
 // what is left out of the series is below 1e-17.
 static inline Doubles log1p_unit(Doubles t) {
-  const auto large = t > 0.41421356237309505;
-  const Doubles s = (large ? t - 1.0 : t) / (large ? t + 3.0 : t + 2.0);
+  const BitsOf<Doubles> large = less(Doubles{} + 0.41421356237309505, t);
+  const Doubles s = select(large, t - 1.0, t) / select(large, t + 3.0, t + 2.0);
   const Doubles square = s * s;
   Doubles p = square * (1.0 / 21) + 1.0 / 19;
   p = p * square + 1.0 / 17;
@@ -451,7 +451,7 @@ static inline Doubles log1p_unit(Doubles t) {
   p = p * square + 1.0 / 5;
   p = p * square + 1.0 / 3;
   const Doubles twice = s + s;
-  return (large ? Doubles{} + 0.693147180559945309 : Doubles{}) + (p * square * twice + twice);
+  return select(large, Doubles{} + 0.693147180559945309, Doubles{}) + (p * square * twice + twice);
 }
 
 // The words of a vector of elements as integers of its lanes' width, and those as numbers.
@@ -462,10 +462,13 @@ static inline void take(Integers words, int64_t half, Longs& lanes) {
   const Eight high = __builtin_shufflevector(words, words, 8, 9, 10, 11, 12, 13, 14, 15);
   lanes = __builtin_convertvector(half == 0 ? low : high, Longs);
 }
-static inline Floats numbers(Integers words) { return __builtin_convertvector(words, Floats); }
-static inline Doubles numbers(Longs words) {
-  return (Doubles)(words | 0x4330000000000000u) - 4503599627370496.0;  // 2^52 has the units as its last places
+// The words plus 1/2 as numbers. With the exponent of 2^23, or 2^52, the last bit of a number counts the units.
+static inline Floats numbers(Integers words) {
+  const Floats high = (Floats)(words >> 16 | 0x4B000000u) - 8388608.0f;
+  const Floats low = (Floats)((words & 0xFFFFu) | 0x4B000000u) - 8388607.5f;
+  return high * 65536.0f + low;  // rounded once: the product and its terms are exact
 }
+static inline Doubles numbers(Longs words) { return (Doubles)(words | 0x4330000000000000u) - 4503599627370496.0 + 0.5; }
 
 template <class T>
 struct Bernoulli {
@@ -485,27 +488,28 @@ struct Bernoulli {
   bool run(uint64_t group, const Storage* logits, Compute* nll, Storage* labels, Storage* gradient) const {
     Integers words[4];
     philox_calls(key, group, words);
-    auto bad = Value{} != Value{};
+    Bits bad = {};
     for (int64_t j = 0; j < kGroup; j += kLanes) {
       const Value z = T::load(logits + j);
-      const auto positive = z >= Value{};
-      const Value size = positive ? z : -z;
-      const Value t = exp_nonpositive(-size);
+      const Bits negative = less(z, Value{});
+      const Value size = select(negative, -z, z);
+      const Value t = exp_far(-size);
       const Value common_p = Compute(1) / (t + Compute(1));
       const Value rare_p = t * common_p;
       Bits word;
       take(words[j / kCalls], j % kCalls / kLanes, word);
-      word ^= (Bits)positive & 0xFFFFFFFFu;
-      const auto rare = numbers(word) + Compute(0.5) < rare_p * Compute(4294967296.0);
-      const auto one = positive ^ rare;
-      const Value loss = log1p_unit(t) + (rare ? size : Value{});
-      const Value amount = (rare ? common_p : rare_p) * scale;
-      bad |= z != z;
-      F::store(nll + j, loss);
-      T::store(labels + j, z != z ? Value{} - 1 : one ? Value{} + 1 : Value{});
-      T::store(gradient + j, one ? -amount : amount);
+      word ^= ~negative & 0xFFFFFFFFu;
+      const Bits rare = less(numbers(word), rare_p * Compute(4294967296.0));
+      const Bits one = ~(negative ^ rare);
+      const Value loss = log1p_unit(t) + (Value)(rare & (Bits)size);
+      const Value amount = select(rare, common_p, rare_p) * scale;
+      const Bits nan = ~less(-size, Value{} + 1);  // no number is above its size
+      bad |= nan;
+      Same<Compute>::Type::store(nll + j, loss);
+      T::store(labels + j, select(nan, Value{} - 1, (Value)(one & (Bits)(Value{} + 1))));
+      T::store(gradient + j, select(one, -amount, amount));
     }
-    return count(bad) > 0;
+    return any(bad);
   }
 
   // A group of which only the elements from `from` up to `to` are there, at these addresses.
@@ -522,9 +526,6 @@ struct Bernoulli {
     }
     return bad;
   }
-
- private:
-  using F = typename Same<Compute>::Type;
 };
 
 }  // namespace
@@ -543,10 +544,10 @@ int64_t sample_binary_cross_entropy(Type type, const void* logits, Key key, uint
       const uint64_t element = first + static_cast<uint64_t>(j);
       const int64_t from = static_cast<int64_t>(element % kGroup);
       const int64_t to = kGroup - from < end - j ? kGroup : from + end - j;
-      const bool bad = to - from == kGroup ? bernoulli.run(element / kGroup, source + j, losses + j, drawn + j,
-                                                           gradient + j)
-                                           : bernoulli.run_some(element / kGroup, from, to, source + j, losses + j,
-                                                                drawn + j, gradient + j);
+      const bool bad =
+          to - from == kGroup
+              ? bernoulli.run(element / kGroup, source + j, losses + j, drawn + j, gradient + j)
+              : bernoulli.run_some(element / kGroup, from, to, source + j, losses + j, drawn + j, gradient + j);
       if (bad && first_bad < 0) {
         first_bad = j;
         while (losses[first_bad] == losses[first_bad]) ++first_bad;

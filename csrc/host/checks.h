@@ -81,10 +81,9 @@ T* write(const Tensor& tensor) {
 // version that CMakeLists.txt targets it is this macro, which every torch from 2.11 on has.
 inline Tensor empty(int64_t dimensions, const int64_t* sizes, const int64_t* strides, ScalarType dtype) {
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dimensions, sizes, strides,
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-                               aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dimensions, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
