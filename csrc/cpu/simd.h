@@ -204,13 +204,15 @@ static inline Floats exp_nonpositive(Floats x) {
 
 // The same to 2 ulp however far below 0, for what stands alone: in a sum like softmax's the large exponentials count.
 #ifdef __AVX512F__
-// Above, x log2(e) is rounded, which alone costs up to |x| / 2 ulp: the remainder, exact in a fused multiply-add, is
-// put back to first order. From -200 down exp is 0; the remainder of -inf would be NaN.
+// Above, x log2(e) is rounded, which alone costs up to |x| / 2 ulp. What 2 was not raised to, x less that power times
+// ln(2) in two parts, is put back to first order. From -200 down exp is 0; the remainder of -inf would be NaN.
 static inline Floats exp_far(Floats x) {
   const __m512 clamped = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);
   const __m512 result = (__m512)exp_nonpositive((Floats)clamped);
   const __m512 power = _mm512_mul_ps(clamped, _mm512_set1_ps(1.44269504f));
-  return (Floats)_mm512_fmadd_ps(result, _mm512_fnmadd_ps(power, _mm512_set1_ps(0.693147181f), clamped), result);
+  const __m512 most = _mm512_fnmadd_ps(power, _mm512_set1_ps(0x1.62e43p-1f), clamped);
+  const __m512 rest = _mm512_fnmadd_ps(power, _mm512_set1_ps(-0x1.05c61p-29f), most);
+  return (Floats)_mm512_fmadd_ps(result, rest, result);
 }
 #else
 static inline Floats exp_far(Floats x) { return exp_nonpositive(x); }

@@ -95,20 +95,23 @@ def sample_cross_entropy(logits: Tensor, key: Tensor, scale: float, first: int =
     return nll, torch.where(good, labels, -1), dlogits
 
 
-def sample_bernoulli(logits: Tensor, key: Tensor, first: int = 0) -> Tensor:
-    """Draws y ~ Bernoulli(sigmoid(z)) for each element z: whether (word + ½)·2⁻³² < sigmoid(z), in float64.
+def uniforms(numel: int, key: Tensor, first: int = 0) -> Tensor:
+    """Numbers between 0 and 1, (word + ½)·2⁻³² in float64, for the elements ``first`` … ``first + numel``.
 
-    Sixteen Philox calls serve a group of 64 elements, numbered from ``first`` on; element e of the group has word
-    e // 16 of call e % 16.
+    Sixteen Philox calls serve a group of 64 elements; element e of the group has word e // 16 of call e % 16.
     """
-    flat = logits.flatten()
-    drawn = torch.empty_like(flat, dtype=torch.bool)
-    for begin in range(0, len(flat), _CHUNK):
-        z = flat[begin : begin + _CHUNK].double()
-        e = first + begin + torch.arange(len(z), device=key.device)
-        words = philox(key, e // 64 * 16 + e % 16).gather(-1, (e // 16 % 4)[:, None]).squeeze(-1)
-        drawn[begin : begin + _CHUNK] = (words.to(z.device) + 0.5) * 2.0**-32 < z.sigmoid()
-    return drawn.view(logits.shape)
+    e = torch.arange(first, first + numel, device=key.device)
+    words = philox(key, e // 64 * 16 + e % 16).gather(-1, (e // 16 % 4)[:, None]).squeeze(-1)
+    return (words.double() + 0.5) * 2.0**-32
+
+
+def sample_bernoulli(logits: Tensor, key: Tensor, first: int = 0) -> Tensor:
+    """Draws y ~ Bernoulli(sigmoid(z)) for each element z: whether its number of :func:`uniforms` is below sigmoid(z)."""
+    drawn = torch.empty_like(logits, dtype=torch.bool, memory_format=torch.contiguous_format)
+    for z, y in zip(logits.reshape(-1).split(_CHUNK), drawn.view(-1).split(_CHUNK), strict=True):
+        y.copy_(uniforms(len(z), key, first).to(z.device) < z.double().sigmoid())
+        first += len(z)
+    return drawn
 
 
 def sample_binary_cross_entropy(
