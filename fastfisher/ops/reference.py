@@ -106,9 +106,9 @@ def uniforms(numel: int, key: Tensor, first: int = 0) -> Tensor:
 
 
 def sample_bernoulli(logits: Tensor, key: Tensor, first: int = 0) -> Tensor:
-    """Draws y ~ Bernoulli(sigmoid(z)) for each element z: whether its number of :func:`uniforms` is below sigmoid(z)."""
+    """Draws y ~ Bernoulli(sigmoid(z)) for each element z: whether its number of :func:`uniforms` is below sigmoid."""
     drawn = torch.empty_like(logits, dtype=torch.bool, memory_format=torch.contiguous_format)
-    for z, y in zip(logits.reshape(-1).split(_CHUNK), drawn.view(-1).split(_CHUNK), strict=True):
+    for z, y in zip(torch.split(logits.flatten(), _CHUNK), torch.split(drawn.view(-1), _CHUNK), strict=True):
         y.copy_(uniforms(len(z), key, first).to(z.device) < z.double().sigmoid())
         first += len(z)
     return drawn
@@ -117,7 +117,7 @@ def sample_bernoulli(logits: Tensor, key: Tensor, first: int = 0) -> Tensor:
 def sample_binary_cross_entropy(
     logits: Tensor, key: Tensor, scale: float, first: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per element z of ``logits``: y ~ Bernoulli(sigmoid(z)), −log p(y) = softplus(z) − y z, and (sigmoid(z) − y)·scale.
+    """Per element z: y ~ Bernoulli(sigmoid(z)), −log p(y) = softplus(z) − y z, and (sigmoid(z) − y)·scale.
 
     Element i, in row-major order, is drawn as element ``first + i`` of more logits, of which these are a part.
 

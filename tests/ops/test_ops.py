@@ -33,7 +33,11 @@ def test_every_schema_has_a_function() -> None:
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name: str) -> None:
     for arguments in cases()[name]:
-        if name in ("sample_cross_entropy", "sample_binary_cross_entropy", "softmax_hessian_product"):  # those with a derivative
+        if name in (
+            "sample_cross_entropy",
+            "sample_binary_cross_entropy",
+            "softmax_hessian_product",
+        ):  # those with a derivative
             arguments = tree_map_only(Tensor, lambda x: x.requires_grad_(x.is_floating_point()), arguments)
         torch.library.opcheck(getattr(torch.ops.fastfisher, name).default, arguments)
 

@@ -169,7 +169,7 @@ def assert_binary_labels_are_those_of_the_definition(
     p, u = logits.cpu().double().sigmoid(), reference.uniforms(logits.numel(), key, first).view(logits.shape)
     unit = torch.finfo(torch.promote_types(logits.dtype, torch.float32)).eps
     assert bool(((u - p).abs() <= 8 * unit * torch.minimum(p, 1 - p))[differ].all())
-    assert int(differ.sum()) <= 1 + differ.numel() // 100_000  # 16 units of 2⁻²³, at most, for half of the elements
+    assert int(differ.sum()) <= 3 + differ.numel() // 100_000  # at random, within 16 units of 2⁻²⁴ at most
 
 
 # ---- lists ----------------------------------------------------------------------------------------------------------
