@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastfisher.host import looking_waits
 from fastfisher.inputs import known_of
-from fastfisher.model import as_given, class_last
+from fastfisher.outputs import as_given, class_last
 
 IGNORED = -100
 """The target of a row that does not count, as in ``F.cross_entropy``."""
@@ -115,9 +115,9 @@ def _misfit(logits: Tensor, targets: Tensor, class_dim: int | None, name: str) -
     )
 
 
-def check_range(targets: Tensor, classes: int, name: str) -> None:
-    """Raises ValueError where a class index is out of range."""
-    wrong = (targets != IGNORED) & ((targets < 0) | (targets >= classes))
+def check_range(targets: Tensor, classes: int, name: str, ignored: int = IGNORED) -> None:
+    """Raises ValueError where a class index is out of range, and not the one of rows that do not count."""
+    wrong = (targets != ignored) & ((targets < 0) | (targets >= classes))
     if bool(wrong.any()):
         found = int(targets[wrong][0])
         raise ValueError(

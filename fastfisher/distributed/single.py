@@ -31,7 +31,8 @@ class Counts:
     A number that is on the GPU is given as a function, so that only a world that needs it waits for it.
 
     Attributes:
-        loss: how many terms its training loss is a mean of: rows of logits, or examples where the loss is a callable.
+        loss: what its mean training loss divides by: rows of logits, a sum of class weights, or examples where the loss
+            is a callable.
         penalised: how many rows the penalised loss is a mean of: those in ``rows`` whose target is not −100.
         rows: how many rows of logits are penalised, with those whose target is −100.
         examples: how many examples have these rows.
@@ -40,7 +41,7 @@ class Counts:
         first_only: whether of all processes together a single example is penalised, the first of rank 0.
     """
 
-    loss: Callable[[], int]
+    loss: Callable[[], float]
     penalised: Callable[[], int | Tensor]
     rows: int
     examples: int
@@ -116,7 +117,7 @@ class Single:
         """The share of this process in the batch. The ``key`` of the labels becomes that of rank 0, in place."""
         return Share(1.0, 1.0, 0, counts.penalised(), counts.examples, counts.part())
 
-    def loss_weight(self, count: Callable[[], int]) -> float:
+    def loss_weight(self, count: Callable[[], float]) -> float:
         """The weight of a mean over ``count()`` rows of this process in the mean over the rows of all."""
         return 1.0
 

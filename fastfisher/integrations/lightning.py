@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastfisher.alignment import Alignments, labels_in
 from fastfisher.inputs import Call
 from fastfisher.integrations._tracing import TraceAtSteps
-from fastfisher.model import logits_of
+from fastfisher.outputs import Output, logits_of
 from fastfisher.penalise.regularizer import FisherPenalty
 
 
@@ -266,7 +266,7 @@ class FisherTraceMonitor(_Callback):  # type: ignore[misc]
             if next(network.parameters(), None) is not own:  # a penalty's forward at other parameters
                 return
             self._calls += 1
-            self._inputs, self._logits = Call(args, kwargs, self._class_dim), logits_of(output, -1)
+            self._inputs, self._logits = Call(args, kwargs, Output(self._class_dim)), logits_of(output)
 
         self._hook = network.register_forward_hook(note, with_kwargs=True)
 

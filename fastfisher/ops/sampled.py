@@ -11,7 +11,7 @@ from torch import Tensor
 from fastfisher import ops
 from fastfisher.checks import check_generator, is_count
 from fastfisher.host import looking_waits
-from fastfisher.model import class_last
+from fastfisher.outputs import class_last
 
 
 def new_key(generator: torch.Generator | None, device: torch.device) -> Tensor:

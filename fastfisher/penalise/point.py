@@ -18,7 +18,7 @@ from fastfisher.engine.twice import twice_differentiable
 from fastfisher.host import looking_waits
 from fastfisher.inputs import Inputs, count_examples, take_rows
 from fastfisher.labels import Labels, Rows
-from fastfisher.likelihoods import Chosen, Likelihood
+from fastfisher.likelihoods.base import Chosen, Likelihood
 from fastfisher.model import call_copy, call_model, copy_buffers, couples_examples, uncompiled
 from fastfisher.penalise.options import Settings
 from fastfisher.slow_path import warn_slow_path
@@ -70,7 +70,7 @@ class Point:
 
     def draw(self, kind: Labels, likelihood: Likelihood, targets: Any, key: Tensor | None, first: int = 0) -> None:
         """Chooses labels of a kind and takes the loss there; see :class:`fastfisher.labels.Rows`."""
-        self.likelihood = likelihood
+        self.likelihood = likelihood = kind.of(likelihood)
         self.loss, self.labels = kind.loss(Rows(likelihood, self.rows, targets, key, first))
 
     def weigh(self, share: float) -> None:

@@ -14,7 +14,8 @@ from fastfisher.distributed.single import Share, Single
 from fastfisher.engine.fused.forward import fused_forward
 from fastfisher.engine.gradients import scaled
 from fastfisher.inputs import Inputs, input_tensors, requiring_grad
-from fastfisher.model import call_model, chosen_names, class_last
+from fastfisher.model import call_model, chosen_names
+from fastfisher.outputs import Output
 from fastfisher.penalise.derivative import Differences, DoubleBackprop, Training, Wanted, named_gradients
 from fastfisher.penalise.objective import Objective
 from fastfisher.penalise.options import Options
@@ -75,7 +76,10 @@ class Steps:
         """The gradient of scale·(loss + α·(R as it was recomputed last))."""
         shapes = tuple(x.shape for x in input_tensors(inputs))
         with torch.enable_grad():
-            with nullcontext() if shapes in self._all_small else fused_forward(self.model) as fused:
+            with (
+                self.objective.seeing(),
+                nullcontext() if shapes in self._all_small else fused_forward(self.model) as fused,
+            ):
                 logits = call_model(self.model, inputs)
             if fused is not None and not fused.met_large:
                 self._all_small.add(shapes)
@@ -92,7 +96,8 @@ class Steps:
         if not self.settings.of_parameters:
             inputs = requiring_grad(inputs)
         with torch.enable_grad():
-            logits, point = self.sampling.forward(inputs, trainable)
+            with self.objective.seeing():
+                logits, point = self.sampling.forward(inputs, trainable)
             targets, of_rows = self.objective.fit(logits, targets)
             loss = self.objective.at(logits, targets)
             share = self._draw(point, logits, targets, of_rows)
@@ -148,21 +153,32 @@ class Steps:
     def retake(self, forward: WatchedForward, targets: Tensor | None, trainable: Gradients) -> None:
         """Takes ∇R and R from a forward whose graph is the caller's."""
         assert forward.logits is not None and forward.inputs is not None
-        likelihood, logits = self.settings.likelihood, class_last(forward.logits, self.objective.class_dim)
+        reading = self.settings.subject.reading
+        assert isinstance(reading, Output)
+        logits = reading.laid_out(forward.logits)
         if targets is not None:
-            targets = likelihood.fit(logits, targets, class_dim=self.objective.class_dim, model=self.model)
+            targets = self.settings.subject.fit(logits, targets, model=self.model)
         inputs, gates, first_only = forward.inputs, forward.gates, self.settings.first_only
         if gates is not None and not self.sampling.learns_of_autocast(gates):
             point = Point(logits, inputs, first_only, gates, kept=True)
         else:
             buffers = forward.buffers if gates is None else gates.buffers
             point = self.sampling.apart(trainable, inputs, first_only, buffers)
-        true = targets[:1] if first_only and targets is not None else targets
-        self.settings.kind.check_targets(true, self.settings.likelihood)
+        self._retake_at(point, targets[:1] if first_only and targets is not None else targets, trainable)
+
+    def take_apart(self, inputs: Inputs, trainable: Gradients) -> None:
+        """Takes ∇R and R by a forward of their own."""
+        inputs = inputs if self.settings.of_parameters else requiring_grad(inputs)
+        point = self.sampling.apart(trainable, inputs, self.settings.first_only, None)
+        self._retake_at(point, None, trainable)
+
+    def _retake_at(self, point: Point, true: Tensor | None, trainable: Gradients) -> None:
+        kind, likelihood = self.settings.kind, self.settings.likelihood
+        kind.check_targets(true, likelihood)
         with torch.enable_grad():
-            key = self.memory.next_key(logits.device, self.world.rank)
-            point.draw(self.settings.kind, likelihood, true, key)
-        rows = likelihood.counted(point.rows, true)
+            key = self.memory.next_key(point.values.device, self.world.rank)
+            point.draw(kind, likelihood, true, key)
+        rows = point.likelihood.counted(point.rows, true)
         wanted = Wanted(trainable, self.chosen(trainable), first=self.memory.value is None)
         taken = self.derivative.take(point, None, wanted)
         taken.follow(taken.penalty or {})

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fastfisher.engine.gates import Gates
 from fastfisher.inputs import Call
-from fastfisher.model import copy_buffers, logits_of
+from fastfisher.model import copy_buffers
+from fastfisher.outputs import Output
 from fastfisher.penalise.point import Sampling
 from fastfisher.targets import IGNORED
 
@@ -36,14 +37,14 @@ class WatchedForward:
 
 
 @contextmanager
-def watched(model: nn.Module, sampling: Sampling, class_dim: int | None, due: bool) -> Iterator[WatchedForward]:
+def watched(model: nn.Module, sampling: Sampling, reading: Output, due: bool) -> Iterator[WatchedForward]:
     """Watches the one forward of the model that the caller runs within; records what R needs where it is ``due``."""
     forward, recording = WatchedForward(), ExitStack()
 
     def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         forward.calls += 1
         if forward.calls == 1:
-            forward.inputs = Call(args, kwargs, class_dim)  # labels too: a decoder starts from them
+            forward.inputs = Call(args, kwargs, reading)  # labels too: a decoder starts from them
             if due:
                 own = sampling.in_full_precision()
                 forward.buffers = copy_buffers(model) if own else None
@@ -51,7 +52,7 @@ def watched(model: nn.Module, sampling: Sampling, class_dim: int | None, due: bo
 
     def after(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         recording.close()
-        forward.logits = logits_of(output, -1)
+        forward.logits = reading.tensor(output)
 
     hooks = [
         model.register_forward_pre_hook(before, with_kwargs=True),
