@@ -459,8 +459,8 @@ def test_transformers_trains_as_by_hand(accumulate: int, every: int, smoothing: 
         items = sum(int((y != -100).sum()) for _, y in group)
         for x, y in group:
             share = int((y != -100).sum()) / items
-            penalty.loss = lambda logits, y, share=share: (
-                accumulate * share * F.cross_entropy(logits.flatten(0, 1), y.flatten(), label_smoothing=smoothing)
+            penalty.loss = lambda out, y, share=share: (
+                accumulate * share * F.cross_entropy(out.logits.flatten(0, 1), y.flatten(), label_smoothing=smoothing)
             )
             penalty.backward(x, y)
         for p in expected.parameters():

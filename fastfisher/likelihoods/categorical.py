@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fastfisher import ops
 from fastfisher.checks import is_number
+from fastfisher.host import looking_waits
 from fastfisher.likelihoods.base import Chosen, Likelihood, Reduction, Signs
 from fastfisher.ops import reference
 from fastfisher.ops.sampled import sample_cross_entropy
@@ -73,8 +74,10 @@ class Categorical(Likelihood):
         marked = self.ignore_index != IGNORED and isinstance(targets, Tensor) and not targets.is_floating_point()
         if marked:
             out = targets == self.ignore_index
-            check_range(targets.masked_fill(out, 0), output.shape[-1], name, IGNORED - 1)
-            targets = targets.long().masked_fill(out, IGNORED)
+            if not looking_waits(targets):
+                check_range(targets.masked_fill(out, 0), output.shape[-1], name, IGNORED - 1)
+            # Who has another mark does not mean −100 by it: it is as wrong as any other number that is no class.
+            targets = targets.long().masked_fill(targets == IGNORED, IGNORED - 1).masked_fill(out, IGNORED)
         return fit(output, targets, name=name, **how)
 
     def nll(self, output: Tensor, labels: Tensor) -> Tensor:
