@@ -37,6 +37,15 @@ class Sharded(Replicated):
         self.agree("gradients")
         return list(gradients)
 
+    def after_forward(self, model: nn.Module) -> None:
+        """See :meth:`Single.after_forward`: the outermost parameters stay gathered until the backward, which gathers
+        them again where they are not."""
+        reshard(model)
+
+    def for_mean(self, part: Gradients) -> Gradients:
+        """See :meth:`Single.for_mean`: a gradient in shards comes into ``.grad`` as it is."""
+        return part
+
     def squared_norm(self, x: Tensor, in_parameters: bool) -> Tensor:
         """See :meth:`Single.squared_norm`: of parameters each process has a part."""
         return self.total(x)

@@ -29,7 +29,7 @@ from fastfisher.penalise.rho import AdaptiveStep, Difference, Step
 from fastfisher.penalise.shift import Gradients
 from fastfisher.penalise.state import Memory
 from fastfisher.penalise.steps import Steps, Weights
-from fastfisher.penalise.watching import WatchedForward, none_counts, term, watched
+from fastfisher.penalise.watching import WatchedForward, finished, none_counts, term, watched
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -245,7 +245,7 @@ class FisherPenalty:
         """
         memory, world = self._memory, self._world
         with taking_gradients(self.model), undone_on_error(self.model, self.generator), memory.undone_on_error():
-            with world.failing_together(lambda: _doing(self, weight)):
+            with world.failing_together(lambda: _doing(self, "FisherPenalty.backward", weight)):
                 check_number("weight", weight, "a finite number > 0")
                 world.begin(self.model)
                 trainable = trainable_parameters(self.model)
@@ -278,10 +278,10 @@ class FisherPenalty:
 
         Raises:
             ValueError: an option of the penalty needs a forward of its own: ``mixed``, ``examples``, ``graphs``,
-                ``loss``, ``wrt="inputs"``, ``scaler``, several processes.
+                ``loss``, ``wrt="inputs"``, ``scaler``.
         """
-        dataclasses.replace(self._options, loss=self.loss, scaler=self.scaler).check_watched(self._world)
-        return watched(self.model, self._steps.sampling, self.class_dim, self._due())
+        dataclasses.replace(self._options, loss=self.loss, scaler=self.scaler).check_watched()
+        return watched(self.model, self._steps.sampling, self.class_dim, self._due(), self._world)
 
     def term(self, forward: WatchedForward, targets: Tensor | None = None) -> Tensor:
         """A term for the caller's loss: its value is 0, its gradient that of α·R. Counts as a step.
@@ -294,16 +294,28 @@ class FisherPenalty:
             forward: what :meth:`watching` saw.
             targets: where ``labels="true"``, and where some are −100 (padding).
 
+        Several processes. Each calls this once for each of its forwards, and the loop's own backward takes the mean of
+        the gradients over them, as DistributedDataParallel's and ``fully_shard``'s do. That mean is then the gradient
+        of α·R of the batch of all (scope "global"), or the mean of those of each (scope "local").
+
         Raises:
             ValueError: the model was not called exactly once, or targets are missing.
+            RankFailure: another process raised, here or within its :meth:`watching`.
         """
-        if forward.calls != 1 or forward.logits is None or forward.inputs is None:
-            raise ValueError(f"forward: expected one finished call of the model, saw {forward.calls}")
-        memory, trainable = self._memory, trainable_parameters(self.model)
-        if self._due() and not none_counts(targets):
-            with taking_gradients(self.model), undone_on_error(self.model, self.generator), memory.undone_on_error():
-                self._steps.retake(forward, targets, trainable)
-        self.logits = forward.logits.detach()
+        memory, world = self._memory, self._world
+        world.after_forward(self.model)
+        with world.failing_together(lambda: _doing(self, "FisherPenalty.term")):
+            logits = finished(forward)
+            world.begin(self.model)
+            trainable = trainable_parameters(self.model)
+            if world.any_counts(self._due() and not none_counts(targets)):
+                with (
+                    taking_gradients(self.model),
+                    undone_on_error(self.model, self.generator),
+                    memory.undone_on_error(),
+                ):
+                    self._steps.retake(forward, targets, trainable, self.every > 1)
+        self.logits = logits.detach()
         memory.steps += 1
         reused = memory.of(trainable)
         if self.every == 1:
@@ -359,8 +371,8 @@ def _cuda_of(trainable: Gradients) -> torch.device:
     return device
 
 
-def _doing(penalty: FisherPenalty, weight: float) -> Doing:
-    """What this step is, which has to be the same in each process."""
+def _doing(penalty: FisherPenalty, call: str, weight: float | None = None) -> Doing:
+    """What this step is, which has to be the same in each process; ``weight``: None where ``.grad`` is the caller's."""
     due, trainable, shares = penalty._due(), trainable_parameters(penalty.model), penalty._world.shares
     settings = {field.name: getattr(penalty.settings, field.name) for field in dataclasses.fields(penalty.settings)}
     if isinstance(step := penalty.settings.step, AdaptiveStep):  # at scope "local" each process adapts its own
@@ -369,7 +381,8 @@ def _doing(penalty: FisherPenalty, weight: float) -> Doing:
         trainable,
         penalty._world.sharded,
         compared=due,  # when the host waits for the device in any case
-        call="FisherPenalty.backward",
+        accumulates=weight is not None,
+        call=call,
         steps=penalty.steps,
         alpha=penalty.alpha,
         every=penalty.every,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfisher.distributed.single import Share, Single
+from fastfisher.distributed.single import Counts, Share, Single
 from fastfisher.engine.fused.forward import fused_forward
 from fastfisher.engine.gradients import scaled
 from fastfisher.inputs import Inputs, input_tensors, requiring_grad
@@ -145,28 +145,55 @@ class Steps:
         true = self.settings.labels == "true" and self.objective.loss is None
         return Training(scaled(loss, share.loss), again, true and same_rows and share.loss == share.penalised)
 
-    def retake(self, forward: WatchedForward, targets: Tensor | None, trainable: Gradients) -> None:
-        """Takes ∇R and R from a forward whose graph is the caller's."""
+    def retake(self, forward: WatchedForward, targets: Tensor | None, trainable: Gradients, reuses: bool) -> None:
+        """Takes ∇R and R from a forward whose graph is the caller's, who takes the mean over the processes."""
         assert forward.logits is not None and forward.inputs is not None
         likelihood, logits = self.settings.likelihood, class_last(forward.logits, self.objective.class_dim)
         if targets is not None:
             targets = likelihood.fit(logits, targets, class_dim=self.objective.class_dim, model=self.model)
-        inputs, gates, first_only = forward.inputs, forward.gates, self.settings.first_only
-        if gates is not None and not self.sampling.learns_of_autocast(gates):
-            point = Point(logits, inputs, first_only, gates, kept=True)
-        else:
-            buffers = forward.buffers if gates is None else gates.buffers
-            point = self.sampling.apart(trainable, inputs, first_only, buffers)
+        first_only = self.settings.first_only
         true = targets[:1] if first_only and targets is not None else targets
         self.settings.kind.check_targets(true, self.settings.likelihood)
+        key = self.memory.next_key(logits.device, self.world.rank)
+        share = self.world.share(self._watched_counts(logits, true), key)
+        if share.penalised == 0.0 and true is not None:
+            # None of this process's rows counts, and it computes along at weight 0. A mean over no row is NaN.
+            true = torch.zeros_like(true)
+        point = self._watched_point(forward, logits, trainable)
         with torch.enable_grad():
-            key = self.memory.next_key(logits.device, self.world.rank)
-            point.draw(self.settings.kind, likelihood, true, key)
-        rows = likelihood.counted(point.rows, true)
+            point.draw(self.settings.kind, likelihood, true, key, share.first)
+            point.weigh(share.penalised)
         wanted = Wanted(trainable, self.chosen(trainable), first=self.memory.value is None)
         taken = self.derivative.take(point, None, wanted)
-        taken.follow(taken.penalty or {})
-        self.memory.value, self.memory.rows, self.memory.reused = taken.value, rows, taken.penalty
+        penalty = taken.penalty or {}
+        if reuses or isinstance(self.settings.step, AdaptiveStep):
+            (penalty,) = self.world.sum_gradients(trainable, penalty)
+        else:  # the caller's mean is the only sum that it takes
+            penalty = self.world.for_mean(penalty)
+        taken.follow(penalty)
+        self.memory.value, self.memory.rows, self.memory.reused = taken.value, share.rows, penalty
+
+    def _watched_counts(self, logits: Tensor, true: Tensor | None) -> Counts:
+        """What this process has of a batch whose training loss is the caller's; ``true`` as in :meth:`_draw`."""
+        likelihood, first_only = self.settings.likelihood, self.settings.first_only
+        rows = logits[:1] if first_only else logits
+        return Counts(
+            loss=lambda: 0,
+            penalised=lambda: likelihood.counted(rows, true),
+            rows=likelihood.shape_of_labels(rows).numel(),
+            examples=len(rows),
+            batch=len(logits),
+            part=lambda: 1.0,
+            first_only=first_only,
+        )
+
+    def _watched_point(self, forward: WatchedForward, logits: Tensor, trainable: Gradients) -> Point:
+        """The caller's forward, or one of R's own where that was in an autocast."""
+        inputs, gates, first_only = forward.inputs, forward.gates, self.settings.first_only
+        if gates is not None and not self.sampling.learns_of_autocast(gates):
+            return Point(logits, inputs, first_only, gates, kept=True)
+        buffers = forward.buffers if gates is None else gates.buffers
+        return self.sampling.apart(trainable, inputs, first_only, buffers)
 
     def chosen(self, trainable: Gradients) -> frozenset[str]:
         """The names of the parameters in ``params``; one that is frozen meanwhile drops out."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastfisher.distributed.single import Single
 from fastfisher.engine.gates import Gates
 from fastfisher.inputs import Call
 from fastfisher.model import copy_buffers, logits_of
@@ -36,8 +37,13 @@ class WatchedForward:
 
 
 @contextmanager
-def watched(model: nn.Module, sampling: Sampling, class_dim: int | None, due: bool) -> Iterator[WatchedForward]:
-    """Watches the one forward of the model that the caller runs within; records what R needs where it is ``due``."""
+def watched(
+    model: nn.Module, sampling: Sampling, class_dim: int | None, due: bool, world: Single
+) -> Iterator[WatchedForward]:
+    """Watches the one forward of the model that the caller runs within; records what R needs where it is ``due``.
+
+    What is raised within one process ends the step of the others, too, when they come to their term.
+    """
     forward, recording = WatchedForward(), ExitStack()
 
     def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -54,11 +60,14 @@ def watched(model: nn.Module, sampling: Sampling, class_dim: int | None, due: bo
         forward.logits = logits_of(output, -1)
 
     hooks = [
-        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_pre_hook(
+            before, with_kwargs=True, prepend=True
+        ),  # the arguments as the caller gave them
         model.register_forward_hook(after, with_kwargs=True),
     ]
     try:
-        yield forward
+        with world.failing_together():
+            yield forward
     finally:
         recording.close()
         for hook in hooks:
@@ -71,7 +80,7 @@ class _Term(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gradients: list[Tensor], alpha: float, *parameters: Tensor) -> Tensor:
         ctx.gradients, ctx.alpha = gradients, alpha
-        return gradients[0].new_zeros(())
+        return torch.zeros((), dtype=gradients[0].dtype, device=gradients[0].device)  # whole, of shards too
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -84,6 +93,17 @@ def term(gradients: dict[str, Tensor], alpha: float, trainable: dict[str, Tensor
     """A scalar of value 0 whose gradient is α times the gradients by name, times whatever it is multiplied by."""
     parameters = [trainable[name] for name in gradients]
     return _Term.apply(list(gradients.values()), alpha, *parameters)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def finished(forward: WatchedForward) -> Tensor:
+    """The logits of a forward that was watched to its end.
+
+    Raises:
+        ValueError: the model was not called exactly once.
+    """
+    if forward.calls != 1 or forward.logits is None or forward.inputs is None:
+        raise ValueError(f"forward: expected one finished call of the model, saw {forward.calls}")
+    return forward.logits
 
 
 def none_counts(targets: Tensor | None) -> bool:
