@@ -137,6 +137,17 @@ def placed_like(x: Tensor, parameter: Tensor) -> Tensor:
     return x.to(parameter.dtype if is_spread(x) else parameter, copy=True)
 
 
+def whole_state(state: dict[str, Any]) -> dict[str, Any]:
+    """A state with whole tensors for those in shards, which the processes gather: all must call."""
+
+    def whole(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {name: whole(value) for name, value in x.items()}
+        return x.full_tensor() if isinstance(x, Tensor) and is_spread(x) else x  # type: ignore[attr-defined]
+
+    return {name: whole(value) for name, value in state.items()}
+
+
 def _spread_alike(x: Any, y: Any) -> bool:
     same: bool = x.device_mesh == y.device_mesh and x.placements == y.placements
     return same

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher.autocast import autocast_dtype
-from fastfisher.checks import check_callable, check_number
+from fastfisher.checks import check_callable, check_count, check_number
 from fastfisher.distributed.local import Local
 from fastfisher.distributed.messages import TIMEOUT, Doing, digest
 from fastfisher.distributed.replicated import Replicated
@@ -20,16 +20,16 @@ from fastfisher.distributed.sharded import precision_below
 from fastfisher.distributed.sharing import shared_by
 from fastfisher.distributed.single import Single
 from fastfisher.engine.rollback import undone_on_error
-from fastfisher.inputs import Inputs
+from fastfisher.inputs import Inputs, as_call
 from fastfisher.model import as_given, chosen_names, taking_gradients, trainable_parameters
-from fastfisher.penalise.graphs import CudaCapture, places
+from fastfisher.penalise.graphs import CudaCapture, cuda_of, places
 from fastfisher.penalise.options import Method, Options, Settings
 from fastfisher.penalise.outcome import Captured, Eager, add_to_grads, settle
 from fastfisher.penalise.rho import AdaptiveStep, Difference, Step
 from fastfisher.penalise.shift import Gradients
 from fastfisher.penalise.state import Memory
 from fastfisher.penalise.steps import Steps, Weights
-from fastfisher.penalise.watching import WatchedForward, finished, none_counts, term, watched
+from fastfisher.penalise.watching import WatchedForward, term, watched
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -170,7 +170,7 @@ class FisherPenalty:
         self._options = options
         self._world: Single = Local(world) if scope == "local" and isinstance(world, Replicated) else world
         self._memory = Memory(model, options)
-        self._runner = Captured(model, CudaCapture(_cuda_of(trainable))) if graphs else Eager()
+        self._runner = Captured(model, CudaCapture(cuda_of(trainable))) if graphs else Eager()
         self._steps = Steps(model, options, self.params, self._world, self._memory)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -266,7 +266,7 @@ class FisherPenalty:
         memory.note(outcome)
         return outcome.loss
 
-    def watching(self) -> AbstractContextManager[WatchedForward]:
+    def watching(self, call: int | None = None) -> AbstractContextManager[WatchedForward]:
         """Watches the one forward of the model that the caller runs within, for :meth:`term` to share.
 
         For loops that make the loss themselves, such as those of a framework.
@@ -276,14 +276,19 @@ class FisherPenalty:
             ...     loss = F.cross_entropy(model(inputs), targets)
             >>> (loss + penalty.term(forward, targets)).backward()
 
+        Args:
+            call: which call of the model R is taken of, from 0, where it is called several times, as for two views of
+                each example; None: it is called once. Calls without gradients do not count.
+
         Raises:
             ValueError: an option of the penalty needs a forward of its own: ``mixed``, ``examples``, ``graphs``,
-                ``loss``, ``wrt="inputs"``, ``scaler``.
+                ``loss``, ``wrt="inputs"``, ``scaler``; or ``call`` is no integer ≥ 0.
         """
+        check_count("call", call, 0, optional=True)
         dataclasses.replace(self._options, loss=self.loss, scaler=self.scaler).check_watched()
-        return watched(self.model, self._steps.sampling, self.class_dim, self._due(), self._world)
+        return watched(self.model, self._steps.sampling, self.class_dim, self._due(), self._world, call)
 
-    def term(self, forward: WatchedForward, targets: Tensor | None = None) -> Tensor:
+    def term(self, forward: WatchedForward, targets: Tensor | None = None, *, inputs: Any = None) -> Tensor:
         """A term for the caller's loss: its value is 0, its gradient that of α·R. Counts as a step.
 
         The loss keeps its value, and whatever scales it (a gradient scaler, accumulation, an average over processes)
@@ -293,6 +298,8 @@ class FisherPenalty:
         Args:
             forward: what :meth:`watching` saw.
             targets: where ``labels="true"``, and where some are −100 (padding).
+            inputs: what to call the model with for R, in a forward of its own, where that of the caller returned no
+                logits, as a fused head does; as in :meth:`backward`.
 
         Several processes. Each calls this once for each of its forwards, and the loop's own backward takes the mean of
         the gradients over them, as DistributedDataParallel's and ``fully_shard``'s do. That mean is then the gradient
@@ -300,28 +307,22 @@ class FisherPenalty:
 
         Raises:
             ValueError: the model was not called exactly once, or targets are missing.
+            TypeError: what the model returned has no logits.
             RankFailure: another process raised, here or within its :meth:`watching`.
         """
-        memory, world = self._memory, self._world
-        world.after_forward(self.model)
-        with world.failing_together(lambda: _doing(self, "FisherPenalty.term")):
-            logits = finished(forward)
-            world.begin(self.model)
-            trainable = trainable_parameters(self.model)
-            if world.any_counts(self._due() and not none_counts(targets)):
-                with (
-                    taking_gradients(self.model),
-                    undone_on_error(self.model, self.generator),
-                    memory.undone_on_error(),
-                ):
-                    self._steps.retake(forward, targets, trainable, self.every > 1)
-        self.logits = logits.detach()
+        memory, every = self._memory, self.every
+        self._world.after_forward(self.model)
+        with self._world.failing_together(lambda: _doing(self, "FisherPenalty.term")):
+            call = None if inputs is None else as_call(self.model, inputs, self.class_dim)
+            with memory.undone_on_error():
+                trainable = self._steps.retake(forward, call, targets, due=self._due(), reuses=every > 1)
+        self.logits = None if forward.logits is None else forward.logits.detach()
         memory.steps += 1
         reused = memory.of(trainable)
-        if self.every == 1:
+        if every == 1:
             memory.reused = None
         if not reused or self.alpha == 0:
-            return self.logits.new_zeros(())
+            return next(iter(trainable.values())).new_zeros(())
         return term(reused, self.alpha, trainable)
 
     def state_dict(self) -> dict[str, Any]:
@@ -357,18 +358,6 @@ class FisherPenalty:
     def _kind(self, due: bool, weight: float) -> Any:
         """What a captured step depends on beside its batch and the modules' modes."""
         return due, weight, self.alpha, tuple(self._memory.reused or ()), places(self._memory.places)
-
-
-def _cuda_of(trainable: Gradients) -> torch.device:
-    """The CUDA device of the parameters.
-
-    Raises:
-        ValueError: they are on another one.
-    """
-    device = next(iter(trainable.values())).device
-    if device.type != "cuda":
-        raise ValueError(f"graphs: expected False with a model on {device}; graphs are for CUDA devices")
-    return device
 
 
 def _doing(penalty: FisherPenalty, call: str, weight: float | None = None) -> Doing:

@@ -174,7 +174,7 @@ def test_terms_leave_the_caller_s_graph_and_hooks_alone() -> None:
         (loss + term).backward()
         assert reduced and len(set(reduced)) == len(reduced)
         model.zero_grad()
-    assert int(model.module.norm.num_batches_tracked) == 2  # type: ignore[union-attr, arg-type]
+    assert int(model.module.norm.num_batches_tracked) == 2
 
 
 @in_processes(2)
