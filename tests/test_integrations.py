@@ -483,7 +483,9 @@ def test_transformers_resumes_from_a_checkpoint(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True))
     (tmp_path / "checkpoint-2" / "fisher_penalty.pt").unlink()
     fresh = trainer_of(gpt2(), tmp_path, **saving)
-    with pytest.warns(UserWarning, match=r"resume_from_checkpoint: .*no state of a penalty .*fisher_penalty\.pt") as told:
+    with pytest.warns(
+        UserWarning, match=r"resume_from_checkpoint: .*no state of a penalty .*fisher_penalty\.pt"
+    ) as told:
         fresh.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert fresh.penalty.steps == 2 and sum("no state of a penalty" in str(w.message) for w in told) == 1
 

@@ -137,6 +137,14 @@ class Single:
     def after_forward(self, model: nn.Module) -> None:
         """Has the model's parameters where a gradient in them belongs, after a forward of the caller's."""
 
+    def begin_term(self, model: nn.Module) -> None:
+        """:meth:`begin` of a term, whose forward has been. Raises ValueError as that does."""
+        self.begin(model)
+
+    def own_reduction(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Within, gradients are reduced for R alone, whatever the caller's loop has left to reduce later."""
+        return nullcontext()
+
     def any_counts(self, mine: bool) -> bool:
         """Whether R is of something: whether a row counts, here (``mine``) or in a process that shares the batch.
 

@@ -162,10 +162,14 @@ class Steps:
             The trainable parameters.
         """
         forward.check()
-        self.world.begin(self.model)
+        self.world.begin_term(self.model)
         trainable = trainable_parameters(self.model)
         if self.world.any_counts(due and not none_counts(targets)):
-            with taking_gradients(self.model), undone_on_error(self.model, self.memory.generator):
+            with (
+                taking_gradients(self.model),
+                undone_on_error(self.model, self.memory.generator),
+                self.world.own_reduction(self.model),
+            ):
                 point = self._watched_point(forward, inputs, trainable)
                 share = self._draw_watched(point, targets)
                 wanted = Wanted(trainable, self.chosen(trainable), first=self.memory.value is None)

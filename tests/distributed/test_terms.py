@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -119,14 +120,16 @@ def test_rows_that_do_not_count() -> None:
 def test_terms_of_micro_batches_that_accumulate() -> None:
     """Under ``no_sync``, where .grad differs between the processes until the last of them."""
     x = X.double()
-    for every in (1, 2, 3):
-        whole, parts = network(), ddp(network())
+    for every, wrap in itertools.product((1, 2, 3), (ddp, sharded)):
+        whole, parts = network(), wrap(network())
         alone, shared = (FisherPenalty(model, ALPHA, **seeded(every=every)) for model in (whole, parts))
         for number in range(3):
             of_all = torch.cat([torch.arange(24)[rows_of(rank)][4 * number : 4 * number + 4] for rank in range(2)])
             mine = of_all[4 * dist.get_rank() : 4 * dist.get_rank() + 4]
             step(alone, whole, x[of_all], Y[of_all], 1 / 3)
-            with parts.no_sync() if number < 2 else nullcontext():  # type: ignore[operator]
+            if wrap is sharded:
+                parts.set_requires_gradient_sync(number == 2)  # type: ignore[operator]
+            with parts.no_sync() if wrap is ddp and number < 2 else nullcontext():  # type: ignore[operator]
                 step(shared, parts, x[mine], Y[mine], 1 / 3)
         assert error(gradients(parts), gradients(whole)) < 1e-5
 
