@@ -366,7 +366,11 @@ def test_lightning_gives_back_a_training_step_of_the_instance(tmp_path: Path) ->
     ("trainer", "module", "named"),
     [
         ({}, {"automatic_optimization": False}, "pl_module: expected automatic"),
-        ({"world_size": 2}, {}, "trainer: expected one process, got 2"),
+        (
+            {"world_size": 2, "strategy": SimpleNamespace(model=nn.Linear(2, 2))},
+            {},
+            "trainer: expected DistributedDataParallel or fully_shard in 2 processes, got SimpleNamespace with a",
+        ),
         ({"scaler": object(), "precision": "16-mixed"}, {}, "precision: .* '16-mixed'"),
         ({}, {"_compiler_ctx": {}}, "pl_module: .*compiled"),
     ],

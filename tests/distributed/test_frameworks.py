@@ -135,3 +135,198 @@ def test_the_trainer_with_ddp() -> None:
                 assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
                 by_hand(trainer, expected, accumulate, every)
                 moved_alike(model, expected, model_of("gpt2"), 1e-5)
+
+
+# ---- Lightning -------------------------------------------------------------------------------------------------------
+
+X = torch.randn(24, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+Y = torch.arange(24) % 3
+
+
+def network() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+
+
+def lightning_module(model: nn.Module, configure: Callable[[Any], None] = lambda module: None) -> Any:
+    import pytorch_lightning
+
+    class Module(pytorch_lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def configure_model(self) -> None:
+            configure(self)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return F.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.3)
+
+    return Module()
+
+
+def fit(module: Any, callbacks: list[Any], folder: Path, strategy: Any = "ddp", **options: Any) -> None:
+    import pytorch_lightning
+
+    settings = {
+        "logger": False, "max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False, "devices": 2,
+        "enable_model_summary": False, "enable_checkpointing": False, "default_root_dir": folder,
+        "use_distributed_sampler": False,
+    }  # fmt: skip
+    trainer = pytorch_lightning.Trainer(callbacks=callbacks, strategy=strategy, **{**settings, **options})
+    mine = torch.arange(24).view(6, 2, 2)[:, dist.get_rank()].flatten()  # of each four examples, two
+    batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X[mine], Y[mine]), batch_size=2)
+    trainer.fit(module, batches)
+
+
+def lightning_by_hand(model: nn.Module, accumulate: int, clip: float = 0.2, **options: Any) -> None:
+    from fastfisher import FisherPenalty
+
+    penalty = FisherPenalty(model, ALPHA, generator=key(), **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for number, (x, y) in enumerate(zip(X.split(4), Y.split(4), strict=True)):
+        penalty.backward(x, y, weight=1 / accumulate)
+        if (number + 1) % accumulate == 0:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@in_processes(2)
+def test_lightning_with_ddp() -> None:
+    with frameworks("pytorch_lightning") as folder:
+        from fastfisher.integrations.lightning import FisherPenaltyCallback, FisherTraceMonitor
+
+        for strategy in ("ddp", "ddp_find_unused_parameters_true"):
+            for accumulate, every in ((1, 1), (2, 3)):
+                model, expected = network(), network()
+                callback = FisherPenaltyCallback(ALPHA, network="model", every=every, generator=key())
+                monitor = FisherTraceMonitor(2, network="model")
+                fit(
+                    lightning_module(model), [callback, monitor], folder, strategy, accumulate_grad_batches=accumulate,
+                    gradient_clip_val=0.2,
+                )  # fmt: skip
+                assert callback.penalty is not None and callback.penalty.steps == 6
+                lightning_by_hand(expected, accumulate, every=every)
+                moved_alike(model, expected, network(), 1e-6)
+        with pytest.raises(ValueError, match="model: expected DistributedDataParallel without static_graph"):
+            from pytorch_lightning.strategies import DDPStrategy
+
+            callback = FisherPenaltyCallback(ALPHA, network="model")
+            fit(lightning_module(network()), [callback], folder, DDPStrategy(static_graph=True))
+
+
+@in_processes(2)
+def test_lightning_with_fully_shard() -> None:
+    with frameworks("pytorch_lightning") as folder:
+        from pytorch_lightning.strategies import ModelParallelStrategy
+
+        from fastfisher.integrations.lightning import FisherPenaltyCallback
+        from tests.support.shared_batch import sharded
+
+        def configure(module: Any) -> None:
+            sharded(module.model)
+
+        for accumulate, every in ((1, 1), (2, 3)):
+            expected = network()
+            callback = FisherPenaltyCallback(ALPHA, network="model", every=every, generator=key())
+            module = lightning_module(network(), configure)
+            fit(module, [callback], folder, ModelParallelStrategy(), accumulate_grad_batches=accumulate)
+            assert callback.penalty is not None and callback.penalty._world.sharded
+            lightning_by_hand(expected, accumulate, 1e9, every=every)
+            moved_alike(module.model, expected, network(), 1e-6)
+
+
+# ---- Trainers of Transformers once more ------------------------------------------------------------------------------
+
+
+@in_processes(2)
+def test_the_trainer_with_fully_shard() -> None:
+    """Of a model that is in shards already: on a CPU, Accelerate shards none itself."""
+    with frameworks("transformers") as folder:
+        from fastfisher.distributed.sharded import whole_state
+        from fastfisher.integrations.transformers import FisherPenaltyTrainer
+        from tests.support.shared_batch import sharded
+
+        class Around(nn.Module):
+            """What keeps Accelerate from wrapping the model itself."""
+
+            def __init__(self, model: Any) -> None:
+                super().__init__()
+                self.inner = model
+
+            def forward(self, **inputs: Any) -> Any:
+                return self.inner(**inputs)
+
+        class Sharding(FisherPenaltyTrainer):
+            def _wrap_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+                return model if isinstance(model, Around) else Around(model)
+
+        for accumulate, every in ((1, 1), (2, 3)):
+            model, expected = model_of("gpt2"), model_of("gpt2")
+            model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+            expected.lm_head.weight = nn.Parameter(expected.lm_head.weight.detach().clone())
+            start = [p.detach().clone() for p in expected.parameters()]
+            sharded(model)
+            trainer = trainer_of(
+                model, folder, Sharding, options={"every": every, "difference": "central", "step": 1e-5},
+                gradient_accumulation_steps=accumulate,
+            )  # fmt: skip
+            trainer.train()
+            assert trainer.penalty._world.sharded
+            by_hand(trainer, expected, accumulate, every)
+            found = flat([p.full_tensor() for p in model.parameters()]) - flat(start)
+            assert relative_error(found, flat(list(expected.parameters())) - flat(start)) < 1e-5
+            state = whole_state(trainer.penalty.state_dict())
+            assert not any(hasattr(g, "full_tensor") for g in (state["reused"] or {}).values())
+            trainer.penalty.load_state_dict(state)
+
+
+@in_processes(2)
+def test_the_trainer_with_ddp_in_bfloat16() -> None:
+    with frameworks("transformers") as folder:
+        model, expected = model_of("gpt2").float(), model_of("gpt2").float()
+        trainer = trainer_of(model, folder, bf16=True)
+        trainer.train()
+        by_hand(trainer, expected, context=lambda: torch.autocast("cpu", torch.bfloat16))
+        moved_alike(model, expected, model_of("gpt2").float(), 0.05)
+
+
+@in_processes(2)
+def test_the_trainer_with_ddp_resumes() -> None:
+    with frameworks("transformers") as folder:
+        saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+        for scope, files in (
+            ("global", ["fisher_penalty.pt"]),
+            ("local", ["fisher_penalty_0.pt", "fisher_penalty_1.pt"]),
+        ):
+            whole, second = model_of("gpt2"), model_of("gpt2")
+            options = {"every": 3, "scope": scope}
+            trainer_of(whole, folder / scope, options=options, **saving).train()
+            dist.barrier()
+            checkpoint = folder / scope / "checkpoint-2"
+            assert sorted(file.name for file in checkpoint.glob("fisher_penalty*")) == files
+            resumed = trainer_of(second, folder / scope, options=options, **saving)
+            resumed.train(resume_from_checkpoint=str(checkpoint))
+            assert resumed.penalty.steps == 4
+            assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True))
+
+
+@in_processes(2)
+def test_a_trainer_of_which_one_process_fails() -> None:
+    """In its loss: the other raises, too, and does not wait for it."""
+    from fastfisher import RankFailure
+
+    with frameworks("transformers") as folder:
+        from fastfisher.integrations.transformers import FisherPenaltyTrainer
+
+        class Failing(FisherPenaltyTrainer):
+            def penalty_targets(self, inputs: Any) -> Any:
+                if dist.get_rank() == 1:
+                    raise ArithmeticError("stop")
+
+        with pytest.raises(ArithmeticError if dist.get_rank() == 1 else RankFailure):
+            trainer_of(model_of("gpt2"), folder, Failing).train()
