@@ -74,7 +74,7 @@ def watched(
         forward.calls += torch.is_grad_enabled()
         if forward.is_watched:
             forward.inputs = Call(args, kwargs, class_dim)  # labels too: a decoder starts from them
-            if due:
+            if due and not sampling.meets_no_logits:
                 own = sampling.in_full_precision()
                 forward.buffers = copy_buffers(model) if own else None
                 forward.gates = None if own else recording.enter_context(sampling.recording())
@@ -86,6 +86,7 @@ def watched(
                 forward.logits = logits_of(output, -1)
             except TypeError as error:  # which FisherPenalty.term raises, unless it is given other inputs
                 forward.without = error
+                sampling.meets_no_logits = True
 
     try:
         with world.failing_together(), _around_calls(model, before, after):
