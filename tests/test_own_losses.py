@@ -240,7 +240,15 @@ def test_a_network_compiled_in_place(every: int) -> None:
 
         return run
 
-    model, expected = network(), network()
+    class Net(nn.Module):  # PyTorch compiles no Sequential by itself
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = network()
+
+        def forward(self, x: Tensor) -> Any:
+            return self.layers(x)
+
+    model, expected = Net(), Net()
     model.compile(backend=backend)
     compiled = model._compiled_call_impl
     x, y = torch.randn(8, 6, generator=key(), dtype=torch.float64), torch.arange(8) % 3
