@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastfisher.alignment import Alignments, labels_in
-from fastfisher.distributed.sharded import whole_state
 from fastfisher.integrations._tracing import TraceAtSteps
 from fastfisher.penalise.regularizer import FisherPenalty
 from fastfisher.penalise.watching import WatchedForward
@@ -246,8 +245,9 @@ class FisherPenaltyMixin:
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
         own: Any = self
-        state = whole_state(self.penalty.state_dict())  # of shards by all processes together
+        state = self.penalty.state_dict(whole=True)  # by all processes together
         if own.args.should_save or self.penalty.scope == "local":
+            Path(output_dir).mkdir(parents=True, exist_ok=True)  # whichever process comes first
             torch.save(state, Path(output_dir) / self._state_file)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -16,7 +16,7 @@ from fastfisher.checks import check_callable, check_count, check_number
 from fastfisher.distributed.local import Local
 from fastfisher.distributed.messages import TIMEOUT, Doing, digest
 from fastfisher.distributed.replicated import Replicated
-from fastfisher.distributed.sharded import precision_below
+from fastfisher.distributed.sharded import precision_below, whole_state
 from fastfisher.distributed.sharing import shared_by
 from fastfisher.distributed.single import Single
 from fastfisher.engine.rollback import undone_on_error
@@ -325,12 +325,11 @@ class FisherPenalty:
             return next(iter(trainable.values())).new_zeros(())
         return term(reused, self.alpha, trainable)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to be the same run, as tensors and plain values.
-
-        The step count, the key of the labels, the reused gradient, and the adaptive step.
-        """
-        return self._memory.state_dict(self.every > 1)
+    def state_dict(self, whole: bool = False) -> dict[str, Any]:
+        """What a resumed run needs to be the same run: the step count, the key of the labels, the reused gradient, and
+        the adaptive step. ``whole``: what is in shards gathered, by all processes together, for a file of one."""
+        state = self._memory.state_dict(self.every > 1)
+        return whole_state(state) if whole else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` gave.

@@ -247,7 +247,6 @@ def test_lightning_with_fully_shard() -> None:
 def test_the_trainer_with_fully_shard() -> None:
     """Of a model that is in shards already: on a CPU, Accelerate shards none itself."""
     with frameworks("transformers") as folder:
-        from fastfisher.distributed.sharded import whole_state
         from fastfisher.integrations.transformers import FisherPenaltyTrainer
         from tests.support.shared_batch import sharded
 
@@ -280,7 +279,7 @@ def test_the_trainer_with_fully_shard() -> None:
             by_hand(trainer, expected, accumulate, every)
             found = flat([p.full_tensor() for p in model.parameters()]) - flat(start)
             assert relative_error(found, flat(list(expected.parameters())) - flat(start)) < 1e-5
-            state = whole_state(trainer.penalty.state_dict())
+            state = trainer.penalty.state_dict(whole=True)
             assert not any(hasattr(g, "full_tensor") for g in (state["reused"] or {}).values())
             trainer.penalty.load_state_dict(state)
 
