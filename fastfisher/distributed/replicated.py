@@ -106,6 +106,15 @@ class Replicated(Telling, Single):
         summed = iter(self._sum(flat))
         return [{name: next(summed) for name in present} for present in names]
 
+    def any_counts(self, mine: bool) -> bool:
+        """See :meth:`Single.any_counts`."""
+        return any(numbers[0] for numbers in self.agree("whether a row counts", int(mine)))
+
+    def for_mean(self, part: Gradients) -> Gradients:
+        """See :meth:`Single.for_mean`."""
+        torch._foreach_mul_(list(part.values()), float(self.size))
+        return part
+
     def total(self, x: Tensor) -> Tensor:
         """See :meth:`Single.total`."""
         self.agree("a total")

@@ -133,6 +133,33 @@ class Single:
         """The gradient as the optimiser gets it, from ``total``, that of a step with its sums done."""
         return total
 
+    # ---- a term for a loop that reduces gradients itself -------------------------------------------------------------
+
+    def after_forward(self, model: nn.Module) -> None:
+        """Has the model's parameters where a gradient in them belongs, after a forward of the caller's."""
+
+    def begin_term(self, model: nn.Module) -> None:
+        """:meth:`begin` of a term, whose forward has been. Raises ValueError as that does."""
+        self.begin(model)
+
+    def own_reduction(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Within, gradients are reduced for R alone, whatever the caller's loop has left to reduce later."""
+        return nullcontext()
+
+    def any_counts(self, mine: bool) -> bool:
+        """Whether R is of something: whether a row counts, here (``mine``) or in a process that shares the batch.
+
+        All processes come here, also where R is not taken: one that failed is then known of.
+        """
+        return mine
+
+    def for_mean(self, part: Gradients) -> Gradients:
+        """What each process has to add to its gradient for the mean over the processes, which the caller's loop takes,
+        to have the sum of the ``part`` of each."""
+        return part
+
+    # ---- norms and sums ----------------------------------------------------------------------------------------------
+
     def squared_norm(self, x: Tensor, in_parameters: bool) -> Tensor:
         """The squared norm of a gradient of all processes, from ``x``, that of what this process holds of it.
 

@@ -11,16 +11,15 @@ from torch import Tensor, nn
 from fastfisher.checks import check_callable
 from fastfisher.data import paired
 from fastfisher.distributed.messages import TIMEOUT
-from fastfisher.engine.rollback import undone_on_error
 from fastfisher.inputs import Inputs, LoopCall, check_examples, differentiable, map_inputs
 from fastfisher.likelihoods.subject import subject_of
-from fastfisher.model import taking_gradients, trainable_parameters
 from fastfisher.outputs import Losses, OwnLossFunction
 from fastfisher.penalise.norm import OfNorm
 from fastfisher.penalise.options import Method, Options, Settings
+from fastfisher.penalise.point import Point
 from fastfisher.penalise.rho import Difference, Step
+from fastfisher.penalise.shift import Gradients
 from fastfisher.penalise.training import TrainingPenalty
-from fastfisher.penalise.watching import term
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -129,7 +128,7 @@ class GradientPenalty(TrainingPenalty):
         """
         if not callable(closure):
             raise ValueError(f"closure: expected a function that returns the loss, got {type(closure).__name__}")
-        self._refuse(STEP, "wrt", "examples", "graphs")
+        self._refuse(STEP, "wrt", "examples", "graphs", "process_group")
         return self._take(lambda trainable: (LoopCall((), {}, Losses(_loss_of_loop), function=closure), None), weight)
 
     def backward(self, inputs: Inputs, targets: Any = None, *, weight: float = 1.0) -> Tensor:
@@ -155,35 +154,30 @@ class GradientPenalty(TrainingPenalty):
     def term(self, inputs: Inputs, targets: Any = None) -> Tensor:
         """A term for another loss: its value is 0, its gradient that of α·R at these inputs. Counts as a step.
 
-        By a forward of its own, at two plain steps where R is recomputed.
+        By a forward of its own, at two plain steps where R is recomputed. Several processes: as in
+        :meth:`fastfisher.FisherPenalty.term`.
 
         Example:
             >>> gp = fastfisher.GradientPenalty(critic, lambda score, _: score[:, 0], 10.0, wrt="inputs", of=one_sided)
             >>> (critic(fake).mean() - critic(real).mean() + gp.term(mixed)).backward()
 
         Raises:
-            ValueError: the penalty was made without a loss, with ``scaler``, ``graphs``, ``examples`` or ``mixed``, or
-                several processes share the model.
+            ValueError: the penalty was made without a loss, or with ``scaler``, ``graphs``, ``examples`` or ``mixed``.
+            RankFailure: another process raised.
         """
         self._check_loss("term(inputs, targets)")
         self._refuse(TERM, "mixed", "examples", "graphs", "scaler")
-        memory, trainable = self._memory, trainable_parameters(self.model)
-        if self._due():
-            with taking_gradients(self.model), undone_on_error(self.model, None), memory.undone_on_error():
-                call, _ = paired(self.model, inputs, targets, self.settings.subject.reading)
-                call = map_inputs(call, differentiable)
-                check_examples(call)
-                self._steps.take_apart(call, trainable)
-        memory.steps += 1
-        reused = memory.of(trainable)
-        if self.every == 1:
-            memory.reused = None
-        if not reused or self.alpha == 0:
-            return next(iter(trainable.values())).new_zeros(())
-        return term(reused, self.alpha, trainable)
+
+        def point_at(trainable: Gradients) -> Point:
+            call, _ = paired(self.model, inputs, targets, self.settings.subject.reading)
+            call = map_inputs(call, differentiable)
+            check_examples(call)
+            return self._steps.own_point(call, trainable)
+
+        return self._term(point_at, None)
 
     def _refuse(self, why: str, *names: str) -> None:
-        """Raises ValueError where an option of these names, or several processes, need another way."""
+        """Raises ValueError where an option of one of these names needs another way."""
         options = self._options
         asked = {
             "wrt": not self.settings.of_parameters,
@@ -191,12 +185,11 @@ class GradientPenalty(TrainingPenalty):
             "examples": options.examples is not None,
             "graphs": options.graphs,
             "scaler": options.scaler is not None,
+            "process_group": not self._world.alone,
         }
         for name in names:
             if asked[name]:
                 raise ValueError(f"{name}: not with {why}; use backward(inputs, targets)")
-        if not self._world.alone:
-            raise ValueError(f"process_group: expected a single process with {why}; use backward(inputs, targets)")
 
     def _check_loss(self, name: str) -> None:
         if self.penalised is None:

@@ -126,7 +126,7 @@ class Options:
             if clash(self, world):
                 raise ValueError(f"{name}: expected {why.format(o=self, s=self.settings, size=world.size)}")
 
-    def check_watched(self, world: Single) -> None:
+    def check_watched(self) -> None:
         """Raises ValueError where an option needs a forward of its own, and the caller's is to be watched."""
         own = {
             "mixed": self.mixed,
@@ -135,7 +135,6 @@ class Options:
             "loss": self.loss is not None,
             'wrt="inputs"': not self.settings.of_parameters,
             "scaler": self.scaler is not None,
-            "process_group": not world.alone,
         }
         for name, asked in own.items():
             if asked:

@@ -132,13 +132,16 @@ class Sampling:
         world: the processes that share the batch.
         mixed: whether the training gradient is taken at θ + ρd, too.
         rewind: whether a replayed forward puts the random generators back; not within a captured graph.
+
+    Attributes:
+        meets_no_logits: whether a forward of the caller's returned no logits, so that the next is not recorded, either.
     """
 
     def __init__(
         self, model: nn.Module, settings: Settings, few: int | None, world: Single, *, mixed: bool, rewind: bool
     ) -> None:
         self.model, self.settings, self.few, self.world = model, settings, few, world
-        self.mixed, self.rewind = mixed, rewind
+        self.mixed, self.rewind, self.meets_no_logits = mixed, rewind, False
         self._moving: dict[tuple[bool, ...], bool] = {}  # by the modules' modes: whether a forward moves buffers
         self._met_autocast: torch.dtype | None = None  # within the model, where its caller need not know of it
 

@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastfisher.checks import check_callable
+from fastfisher.checks import check_callable, check_count
 from fastfisher.distributed.messages import TIMEOUT
-from fastfisher.engine.rollback import undone_on_error
+from fastfisher.inputs import as_call
 from fastfisher.likelihoods.base import Likelihood
 from fastfisher.likelihoods.subject import LikelihoodName, subject_of
-from fastfisher.model import taking_gradients, trainable_parameters
 from fastfisher.outputs import Output, OwnLossFunction
 from fastfisher.penalise.norm import OfNorm
 from fastfisher.penalise.options import Method, Options, Settings
+from fastfisher.penalise.point import Point
 from fastfisher.penalise.rho import Difference, Step
+from fastfisher.penalise.shift import Gradients
 from fastfisher.penalise.training import TrainingPenalty
-from fastfisher.penalise.watching import WatchedForward, none_counts, term, watched
+from fastfisher.penalise.watching import WatchedForward, watched
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -176,7 +177,7 @@ class FisherPenalty(TrainingPenalty):
             return None
         return self.value * self._memory.rows
 
-    def watching(self) -> AbstractContextManager[WatchedForward]:
+    def watching(self, call: int | None = None) -> AbstractContextManager[WatchedForward]:
         """Watches the one forward of the model that the caller runs within, for :meth:`term` to share.
 
         For loops that make the loss themselves, such as those of a framework.
@@ -186,16 +187,21 @@ class FisherPenalty(TrainingPenalty):
             ...     loss = F.cross_entropy(model(inputs), targets)
             >>> (loss + penalty.term(forward, targets)).backward()
 
+        Args:
+            call: which call of the model R is taken of, from 0, where it is called several times, as for two views of
+                each example; None: it is called once. Calls without gradients do not count.
+
         Raises:
             ValueError: an option of the penalty needs a forward of its own: ``mixed``, ``examples``, ``graphs``,
-                ``loss``, ``wrt="inputs"``, ``scaler``, several processes.
+                ``loss``, ``wrt="inputs"``, ``scaler``; or ``call`` is no integer ≥ 0.
         """
-        dataclasses.replace(self._options, loss=self.loss, scaler=self.scaler).check_watched(self._world)
+        check_count("call", call, 0, optional=True)
+        dataclasses.replace(self._options, loss=self.loss, scaler=self.scaler).check_watched()
         reading = self.settings.subject.reading
         assert isinstance(reading, Output)
-        return watched(self.model, self._steps.sampling, reading, self._due())
+        return watched(self.model, self._steps.sampling, reading, self._due(), self._world, call)
 
-    def term(self, forward: WatchedForward, targets: Tensor | None = None) -> Tensor:
+    def term(self, forward: WatchedForward, targets: Tensor | None = None, *, inputs: Any = None) -> Tensor:
         """A term for the caller's loss: its value is 0, its gradient that of α·R. Counts as a step.
 
         The loss keeps its value, and whatever scales it (a gradient scaler, accumulation, an average over processes)
@@ -205,21 +211,26 @@ class FisherPenalty(TrainingPenalty):
         Args:
             forward: what :meth:`watching` saw.
             targets: where ``labels="true"``, and where some are −100 (padding).
+            inputs: what to call the model with for R, in a forward of its own, where that of the caller returned no
+                logits, as a fused head does; as in :meth:`backward`.
+
+        Several processes. Each calls this once for each of its forwards, and the loop's own backward takes the mean of
+        the gradients over them, as DistributedDataParallel's and ``fully_shard``'s do. That mean is then the gradient
+        of α·R of the batch of all (scope "global"), or the mean of those of each (scope "local").
 
         Raises:
             ValueError: the model was not called exactly once, or targets are missing.
+            TypeError: what the model returned has no logits.
+            RankFailure: another process raised, here or within its :meth:`watching`.
         """
-        if forward.calls != 1 or forward.logits is None or forward.inputs is None:
-            raise ValueError(f"forward: expected one finished call of the model, saw {forward.calls}")
-        memory, trainable = self._memory, trainable_parameters(self.model)
-        if self._due() and not none_counts(targets):
-            with taking_gradients(self.model), undone_on_error(self.model, self.generator), memory.undone_on_error():
-                self._steps.retake(forward, targets, trainable)
-        self.logits = forward.logits.detach()
-        memory.steps += 1
-        reused = memory.of(trainable)
-        if self.every == 1:
-            memory.reused = None
-        if not reused or self.alpha == 0:
-            return self.logits.new_zeros(())
-        return term(reused, self.alpha, trainable)
+        steps = self._steps
+
+        def point_at(trainable: Gradients) -> Point:
+            forward.check()
+            reading = self.settings.subject.reading
+            call = None if inputs is None else as_call(self.model, inputs, reading)
+            return steps.watched_point(forward, call, trainable)
+
+        made = self._term(point_at, targets)
+        self.logits = None if forward.logits is None else forward.logits.detach()
+        return made

@@ -15,20 +15,22 @@ from fastfisher.checks import check_number
 from fastfisher.distributed.local import Local
 from fastfisher.distributed.messages import Doing, digest
 from fastfisher.distributed.replicated import Replicated
-from fastfisher.distributed.sharded import precision_below
+from fastfisher.distributed.sharded import precision_below, whole_state
 from fastfisher.distributed.sharing import shared_by
 from fastfisher.distributed.single import Single
 from fastfisher.engine.rollback import undone_on_error
 from fastfisher.inputs import Inputs
 from fastfisher.model import chosen_names, taking_gradients, trainable_parameters
 from fastfisher.outputs import Output
-from fastfisher.penalise.graphs import CudaCapture, places
+from fastfisher.penalise.graphs import CudaCapture, cuda_of, places
 from fastfisher.penalise.options import Options
 from fastfisher.penalise.outcome import Captured, Eager, add_to_grads, settle
+from fastfisher.penalise.point import Point
 from fastfisher.penalise.rho import AdaptiveStep
 from fastfisher.penalise.shift import Gradients
 from fastfisher.penalise.state import Memory
 from fastfisher.penalise.steps import Steps, Weights
+from fastfisher.penalise.watching import term
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -78,7 +80,7 @@ class TrainingPenalty:
         self._options = options
         self._world: Single = Local(world) if options.scope == "local" and isinstance(world, Replicated) else world
         self._memory = Memory(model, options)
-        self._runner = Captured(model, CudaCapture(_cuda_of(trainable))) if options.graphs else Eager()
+        self._runner = Captured(model, CudaCapture(cuda_of(trainable))) if options.graphs else Eager()
         self._steps = Steps(model, options, self.params, self._world, self._memory)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -133,7 +135,7 @@ class TrainingPenalty:
         """A step on a batch, which is made where other processes know of what it raises."""
         memory, world = self._memory, self._world
         with taking_gradients(self.model), undone_on_error(self.model, self.generator), memory.undone_on_error():
-            with world.failing_together(lambda: _doing(self, weight)):
+            with world.failing_together(lambda: _doing(self, "backward", weight)):
                 check_number("weight", weight, "a finite number > 0")
                 world.begin(self.model)
                 trainable = trainable_parameters(self.model)
@@ -155,12 +157,25 @@ class TrainingPenalty:
         memory.note(outcome)
         return outcome.loss
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to be the same run, as tensors and plain values.
+    def _term(self, point_at: Callable[[Gradients], Point], targets: Tensor | None) -> Tensor:
+        """A term of value 0 for a loss of the caller's, with the gradient of α·R at that point; counts as a step."""
+        memory, every = self._memory, self.every
+        self._world.after_forward(self.model)
+        with self._world.failing_together(lambda: _doing(self, "term")), memory.undone_on_error():
+            trainable = self._steps.retake(point_at, targets, due=self._due(), reuses=every > 1)
+        memory.steps += 1
+        reused = memory.of(trainable)
+        if every == 1:
+            memory.reused = None
+        if not reused or self.alpha == 0:
+            return next(iter(trainable.values())).new_zeros(())
+        return term(reused, self.alpha, trainable)
 
-        The step count, the key of the labels, the reused gradient, and the adaptive step.
-        """
-        return self._memory.state_dict(self.every > 1)
+    def state_dict(self, whole: bool = False) -> dict[str, Any]:
+        """What a resumed run needs to be the same run: the step count, the key of the labels, the reused gradient, and
+        the adaptive step. ``whole``: what is in shards gathered, by all processes together, for a file of one."""
+        state = self._memory.state_dict(self.every > 1)
+        return whole_state(state) if whole else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` gave.
@@ -190,20 +205,8 @@ class TrainingPenalty:
         return due, weight, self.alpha, tuple(self._memory.reused or ()), places(self._memory.places)
 
 
-def _cuda_of(trainable: Gradients) -> torch.device:
-    """The CUDA device of the parameters.
-
-    Raises:
-        ValueError: they are on another one.
-    """
-    device = next(iter(trainable.values())).device
-    if device.type != "cuda":
-        raise ValueError(f"graphs: expected False with a model on {device}; graphs are for CUDA devices")
-    return device
-
-
-def _doing(penalty: TrainingPenalty, weight: float) -> Doing:
-    """What this step is, which has to be the same in each process."""
+def _doing(penalty: TrainingPenalty, call: str, weight: float | None = None) -> Doing:
+    """What this step is, which has to be the same in each process; ``weight``: None where ``.grad`` is the caller's."""
     due, trainable, shares = penalty._due(), trainable_parameters(penalty.model), penalty._world.shares
     settings = {field.name: getattr(penalty.settings, field.name) for field in dataclasses.fields(penalty.settings)}
     settings["likelihood"] = type(settings.pop("subject").likelihood).__name__
@@ -214,7 +217,8 @@ def _doing(penalty: TrainingPenalty, weight: float) -> Doing:
         trainable,
         penalty._world.sharded,
         compared=due,  # when the host waits for the device in any case
-        call=f"{type(penalty).__name__}.backward",
+        accumulates=weight is not None,
+        call=f"{type(penalty).__name__}.{call}",
         steps=penalty.steps,
         alpha=penalty.alpha,
         every=penalty.every,

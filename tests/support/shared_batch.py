@@ -127,7 +127,7 @@ def options_are_those_of_one_process(wrap: Callable[[nn.Module], nn.Module]) -> 
     compare(wrap, every=1, steps=1, reduction="first")
     compare(wrap, every=1, steps=1, of="norm")
     compare(wrap, every=2, steps=1, of=torch.log1p, labels="true", wrt="inputs")
-    weight = torch.linspace(0.2, 2, 4, dtype=torch.float64)
+    weight = torch.linspace(0.2, 2, 10, dtype=torch.float64)
     compare(wrap, every=1, steps=1, likelihood=Categorical(weight, 0.1), equal=False)
     compare(wrap, every=1, steps=1, likelihood=Categorical(weight, 0.1), labels="true", equal=False)
     compare(wrap, every=1, steps=1, likelihood=Categorical(weight), labels="true", equal=False, mixed=True)
