@@ -23,7 +23,11 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 # Which groups a file of results holds, by how their names begin. It is written when there are rows of each.
-FILES = {"cpu": ("sample_cross_entropy", "one training step"), "traces": ("Tr(F)",), "hessian": ("Tr(H)",)}
+FILES = {
+    "cpu": ("sample_cross_entropy", "sample_binary_cross_entropy", "one training step"),
+    "traces": ("Tr(F)",),
+    "hessian": ("Tr(H)",),
+}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""``sample_cross_entropy``: loss, labels and logit gradient against eager PyTorch, torch.compile, and one copy.
+"""``sample_cross_entropy`` and ``sample_binary_cross_entropy``: loss, labels and logit gradient against eager PyTorch,
+torch.compile, and one copy.
 
 First what users call, ``fastfisher.sample_cross_entropy(logits)`` with its backward, a key drawn and arguments checked;
 then the operator alone, which gives loss, labels and gradient at once.
@@ -6,6 +7,8 @@ then the operator alone, which gives loss, labels and gradient at once.
 The floor is to read the logits once and write the gradient once: one ``clone``, which like the operator allocates its
 result. Eager is what one writes without this package: softmax, multinomial, cross-entropy, autograd. The compiled rival
 draws its labels by Gumbel argmax, because multinomial does not fuse.
+
+The binary loss has a loss and a label for each logit: it reads one array and writes three, which is two copies.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from bench.conftest import Bar
 from fastfisher import ops
 
 SIZES = [(128, 10), (128, 100), (128, 1000), (4096, 1000), (512, 50257), (256, 128256)]
+BINARY_SIZES = [(128, 10), (128, 1000), (4096, 1000)]
 KEY = torch.tensor([1, 2])
 
 
@@ -84,6 +88,71 @@ def test_sample_cross_entropy(rows: int, classes: int, compare: Any) -> None:
             "eager": (lambda: eager(logits), Bar(10, True)),
             "torch.compile": (lambda: compiled(logits), Bar(3 if classes == 10 else 4, True)),
             "one copy": (logits.clone, Bar(1.5 if rows * classes >= 2**21 else None, False)),
+        },
+        rounds=21 if small else 9,
+        repeat=50 if small else 2,
+    )
+
+
+def eager_binary(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sampled labels 0 and 1, mean loss and gradient by PyTorch's own functions."""
+    logits = logits.detach().requires_grad_()
+    labels = torch.bernoulli(torch.sigmoid(logits.detach()))
+    loss = F.binary_cross_entropy_with_logits(logits, labels)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    return loss.detach(), labels, gradient
+
+
+def written_out_binary(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with the gradient written out, which torch.compile fuses."""
+    p = logits.sigmoid()
+    labels = (torch.rand_like(p) < p).to(p.dtype)
+    loss = F.binary_cross_entropy_with_logits(logits, labels)
+    return loss, labels, (p - labels) / logits.numel()
+
+
+@pytest.mark.parametrize(("rows", "columns"), BINARY_SIZES, ids=str)
+def test_public_binary_call(rows: int, columns: int, compare: Any) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(rows, columns).requires_grad_()
+    targets = torch.rand(rows, columns).round()
+
+    def ours() -> None:
+        loss, _ = fastfisher.sample_binary_cross_entropy(logits)
+        torch.autograd.grad(loss, logits)
+
+    small = rows * columns < 2**18
+    compare(
+        "sample_binary_cross_entropy, the public call, forward and backward",
+        f"{rows}x{columns}",
+        ours,
+        {
+            "eager": (lambda: eager_binary(logits), Bar(5 if rows == 4096 else None, True)),
+            "the loss with given labels": (
+                lambda: torch.autograd.grad(F.binary_cross_entropy_with_logits(logits, targets), logits),
+                Bar(None, True),
+            ),
+        },
+        rounds=21 if small else 9,
+        repeat=50 if small else 2,
+    )
+
+
+@pytest.mark.parametrize(("rows", "columns"), BINARY_SIZES, ids=str)
+def test_sample_binary_cross_entropy(rows: int, columns: int, compare: Any) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    logits = torch.randn(rows, columns)
+    compiled = torch.compile(written_out_binary, dynamic=False)
+    small = rows * columns < 2**18
+    compare(
+        "sample_binary_cross_entropy, the operator",
+        f"{rows}x{columns}",
+        lambda: ops.sample_binary_cross_entropy(logits, KEY, 1 / logits.numel()),
+        {
+            "eager": (lambda: eager_binary(logits), Bar(None, True)),
+            "torch.compile": (lambda: compiled(logits), Bar(None, True)),
+            "one copy": (logits.clone, Bar(None, False)),
         },
         rounds=21 if small else 9,
         repeat=50 if small else 2,

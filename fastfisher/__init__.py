@@ -14,7 +14,7 @@ from fastfisher.measure.norms import GradInnerProducts, grad_inner_products, per
 from fastfisher.measure.spectrum import TopEigenvalues, top_eigenvalues
 from fastfisher.moved import keep_old_paths
 from fastfisher.ops.head import linear_sample_cross_entropy
-from fastfisher.ops.sampled import sample_cross_entropy
+from fastfisher.ops.sampled import sample_binary_cross_entropy, sample_cross_entropy
 from fastfisher.penalise.function import penalty
 from fastfisher.penalise.gradient_penalty import GradientPenalty
 from fastfisher.penalise.regularizer import FisherPenalty
@@ -45,6 +45,7 @@ __all__ = [
     "penalty",
     "per_example_grad_norms",
     "record_gates",
+    "sample_binary_cross_entropy",
     "sample_cross_entropy",
     "top_eigenvalues",
     "trace_fisher",

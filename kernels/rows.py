@@ -1,4 +1,5 @@
 """Softmax, row by row: a draw with its loss and gradient, that gradient's derivative, and the Rademacher cotangent.
+Last, the draw of labels 0 and 1, for which every element is a row of its own.
 
 At the least, the input is read once and the result written once. Three forms come close to that:
 
@@ -437,6 +438,75 @@ def rademacher_looped(
         tl.store(target + at, cotangent, mask=at < columns, eviction_policy="evict_first")
 
 
+# ---- the sampled binary cross-entropy --------------------------------------------------------------------------------
+
+
+@triton.jit
+def log1p_unit(t):
+    """log(1 + t) for t from 0 to 1.
+
+    In float32 the minimax polynomial of csrc/cpu/rows.cpp: the GPU's own logarithm errs by 2⁻²², however small t is. In
+    float64 the rounding of 1 + t is put back to first order.
+    """
+    if t.dtype == tl.float64:
+        shifted = 1.0 + t
+        return tl.log(shifted) + (t - (shifted - 1.0)) / shifted
+    else:
+        q = t * -3.244024701e-3 + 1.985145919e-2
+        q = q * t - 5.695952848e-2
+        q = q * t + 1.060365438e-1
+        q = q * t - 1.530559212e-1
+        q = q * t + 1.967593879e-1
+        q = q * t - 2.495413423e-1
+        q = q * t + 3.332996368e-1
+        q = q * t - 4.999990165e-1
+        return tl.fma(q * t, t, t)
+
+
+@triton.jit
+def sample_binary_part(logits, nll, labels, dlogits, amount, places, inside, word):
+    """Draw, loss and gradient of the elements at some places, a word of random bits for each.
+
+    Of the two labels one has probability 1 / (1 + t), t = exp(-|z|), and the other, the rare one, t / (1 + t): nothing
+    is lost by subtracting. The same holds of the draw, for which a word and its complement are alike.
+    """
+    z = to_compute(tl.load(logits + places, mask=inside, other=0.0))
+    negative = z < 0
+    size = tl.abs(z)
+    t = exponential(-size)
+    common_p = quotient(tl.full(t.shape, 1.0, t.dtype), t + 1.0)
+    rare_p = t * common_p
+    number = tl.where(negative, word, word ^ 0xFFFFFFFF).to(t.dtype) + 0.5
+    rare = number < rare_p * 4294967296.0
+    one = negative == rare
+    loss = log1p_unit(t) + tl.where(rare, size, 0.0)
+    gradient = tl.where(rare, common_p, rare_p) * amount.to(t.dtype)
+    label = tl.where(one, 1.0, 0.0)
+    tl.store(nll + places, loss, mask=inside)
+    tl.store(labels + places, tl.where(z == z, label, -1.0), mask=inside)
+    tl.store(dlogits + places, tl.where(one, -gradient, gradient), mask=inside)
+
+
+@triton.jit(do_not_specialize=["first", "elements"])
+def sample_binary(
+    logits, key, first: tl.int64, nll, labels, dlogits, elements: tl.int64, scale: tl.float64, GROUPS: tl.constexpr
+):
+    """Draw, loss and gradient of GROUPS groups of 64 elements, whose words come of sixteen Philox calls.
+
+    Blocks follow the groups, so the first is partly masked where ``first`` is no multiple of 64. The calls of a group
+    lie side by side, and so do the elements that each word serves.
+    """
+    group = first // 64 + tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)[:, None]
+    call = tl.arange(0, 16)[None, :]
+    w0, w1, w2, w3 = philox(key, group * 16 + call)
+    amount = tl.full([1, 1], scale, tl.float64)
+    for part in tl.static_range(4):
+        places = group * 64 + (part * 16 + call) - first
+        inside = (places >= 0) & (places < elements)
+        word = w0 if part == 0 else w1 if part == 1 else w2 if part == 2 else w3
+        sample_binary_part(logits, nll, labels, dlogits, amount, places, inside, word)
+
+
 # ---- host functions -------------------------------------------------------------------------------------------------
 
 
@@ -489,6 +559,21 @@ _SIGNS = Configuration(
     sign_words, {"key": "*i64", "words": "*i32", "first_call": "i64", "calls": "i64"}, {"BLOCK": _SIGN_CALLS}
 )
 
+_GROUPS = 32
+"""The groups of 64 elements that a program of ``sample_binary`` takes: 16 elements to a thread."""
+
+
+@functools.cache
+def plan_binary(dtype: torch.dtype) -> Configuration:
+    """The configuration in which ``sample_binary_cross_entropy`` takes logits of a dtype."""
+    kind, loss = f"*{TYPES[dtype]}", "*fp64" if dtype == torch.float64 else "*fp32"
+    signature = {
+        "logits": kind, "key": "*i64", "first": "i64", "nll": loss, "labels": kind, "dlogits": kind, "elements": "i64",
+        "scale": "fp64",
+    }  # fmt: skip
+    return Configuration(sample_binary, signature, {"GROUPS": _GROUPS})
+
+
 _EVERY_WIDTH = [*NARROW, *(TILE * tiles - odd for tiles in (*WIDE, 2 * WIDE[-1]) for odd in (0, 1))]
 _DISTINCT = {
     str(configuration): configuration
@@ -496,7 +581,7 @@ _DISTINCT = {
     for dtype in TYPES
     for configuration in (plan(operator, dtype, columns) for columns in _EVERY_WIDTH)
 }
-CONFIGURATIONS = [_SIGNS, *_DISTINCT.values()]
+CONFIGURATIONS = [_SIGNS, *_DISTINCT.values(), *map(plan_binary, TYPES)]
 
 
 def _launch(operator: str, x: Tensor, arguments: list[Any], rows: int, columns: int, scale: float) -> None:
@@ -573,3 +658,30 @@ def rademacher_cotangent(logits: Tensor, key: Tensor, scale: float, first: int =
             )
         _launch("rademacher_cotangent", x, [words, out], rows, columns, scale)
     return out
+
+
+def sample_binary_cross_entropy(
+    logits: Tensor, key: Tensor, scale: float, first: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`fastfisher.ops.reference.sample_binary_cross_entropy`. A NaN has NaN loss and label -1.
+
+    Raises:
+        ValueError: a dtype that is no float, a scale of 0, a negative ``first``, or something that is no key on the
+            device of the logits.
+    """
+    check_dtype(logits, "logits")
+    check(scale != 0, "scale: expected a number other than 0")
+    check(first >= 0, f"first: expected 0 or more, got {first}")
+    check_key(key, logits.device)
+    x = logits.contiguous()
+    dlogits = torch.empty_like(x, memory_format=torch.contiguous_format)
+    labels = torch.empty_like(dlogits)
+    nll = torch.empty_like(dlogits, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    programs = triton.cdiv(first % 64 + x.numel(), 64 * _GROUPS)
+    if x.numel():
+        chosen = plan_binary(x.dtype)
+        with torch.cuda.device_of(x):
+            chosen.kernel[(programs,)](
+                x, key, first, nll, labels, dlogits, x.numel(), scale, **chosen.constants, num_warps=chosen.num_warps
+            )
+    return nll, labels, dlogits

@@ -78,6 +78,11 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]] 
         fastfisher.sample_cross_entropy,
         {"logits": X, "generator": None, "key": None, "reduction": "mean", "class_dim": None},
     ),
+    "sample_binary_cross_entropy": (
+        fastfisher.sample_binary_cross_entropy,
+        fastfisher.sample_binary_cross_entropy,
+        {"logits": X, "generator": None, "key": None, "reduction": "mean", "first": 0},
+    ),
     "penalty": (
         fastfisher.penalty,
         fastfisher.penalty,

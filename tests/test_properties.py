@@ -22,6 +22,8 @@ from tests.support.operators import (
     DTYPES,
     GRAM_LOSS,
     NORMAL_ERROR,
+    assert_binary_errs_at_most_twice_what_pytorch_errs,
+    assert_binary_labels_are_those_of_the_definition,
     assert_errs_at_most_twice_what_pytorch_errs,
     assert_labels_are_the_exact_inverse_cdf,
     needs_kernels,
@@ -112,6 +114,34 @@ def test_labels_of_sample_cross_entropy(
     labels = ops.sample_cross_entropy(logits, key, 1.0)[1]
     assert not bool(hidden[torch.arange(rows), labels].any())
     assert_labels_are_the_exact_inverse_cdf(logits, labels, key)
+
+
+@given(
+    st.lists(st.integers(1, 9), max_size=3), dtypes, layouts, keys, scales, seeds, st.floats(0.01, 20.0),
+    st.integers(0, 2**40), st.integers(0, 200),
+)  # fmt: skip
+def test_sample_binary_cross_entropy(
+    shape: list[int],
+    dtype: torch.dtype,
+    layout: str,
+    key: Tensor,
+    scale: float,
+    seed: int,
+    size: float,
+    first: int,
+    part: int,
+) -> None:
+    logits = laid_out(normal((40, *shape), dtype, seed, size), layout)  # errors are compared at their worst
+    found = ops.sample_binary_cross_entropy(logits, key, scale, first)
+    assert all(x.shape == logits.shape and x.is_contiguous() for x in found)
+    if layout == "expanded":  # of few values alone PyTorch may happen not to err at all
+        dense = ops.sample_binary_cross_entropy(logits.contiguous(), key, scale, first)
+        assert all(torch.equal(a, b) for a, b in zip(found, dense, strict=True))
+    else:
+        assert_binary_errs_at_most_twice_what_pytorch_errs(logits, *found, scale)
+    assert_binary_labels_are_those_of_the_definition(logits, found[1], key, first)
+    rest = ops.sample_binary_cross_entropy(logits.flatten()[part:], key, scale, first + part)
+    assert all(torch.equal(a, b.flatten()[part:]) for a, b in zip(rest, found, strict=True))
 
 
 @given(few | some, classes, dtypes, layouts, scales, seeds)

@@ -51,6 +51,7 @@ def test_an_operator_has_the_same_bits_for_any_number_of_threads(name: str, thre
 
 BY_EXAMPLE: dict[str, Callable[[int], Any]] = {
     "sample_cross_entropy": lambda n: ops.sample_cross_entropy(LOGITS[:n], KEY, 1.0),
+    "sample_binary_cross_entropy": lambda n: ops.sample_binary_cross_entropy(LOGITS[:n], KEY, 1.0, 5),
     "rademacher_cotangent": lambda n: [ops.rademacher_cotangent(LOGITS[:n], KEY, 1.0)],
     "gate_max_pool": lambda n: ops.gate_max_pool(PLANES[:n], 2, 2, 2, 2, False),
     "grad_sqnorm_linear": lambda n: [ops.grad_sqnorm_linear(SEQUENCES[:n], SEQUENCES[:n], g) for g in (False, True)],

@@ -5,11 +5,8 @@
 // tensors, whatever the threads and the split; it exists only in a tile in the L1 cache, where it is used. Sixteen
 // Philox calls run side by side and serve 64 normal numbers or 2,048 signs: element e of such a group belongs to call e
 // % 16 (see reference.py, which defines it), so that nothing has to be transposed.
+#include "philox_calls.h"
 #include "simd.h"
-
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
 
 namespace fastfisher::FASTFISHER_SIMD {
 
@@ -74,60 +71,10 @@ double sum_squares(Type type, const void* x, int64_t begin, int64_t end) {
 
 namespace {
 
-constexpr int64_t kCalls = 16;
 constexpr int64_t kNormals = 4 * kCalls;
 constexpr int64_t kSigns = 128 * kCalls;  // also the elements of a tile
 
-typedef uint32_t Integers __attribute__((vector_size(64)));
 typedef int32_t Signed __attribute__((vector_size(64)));
-typedef uint64_t Longs __attribute__((vector_size(64)));
-
-// The product of the lower halves of eight 64-bit lanes and a constant; what the upper halves hold is ignored.
-static inline Longs multiply(Longs a, uint32_t constant) {
-#if defined(__AVX512F__)
-  return (Longs)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(constant));
-#elif defined(__AVX2__)
-  struct Halves {
-    __m256i part[2];
-  } halves = __builtin_bit_cast(Halves, a);
-  for (auto& part : halves.part) part = _mm256_mul_epu32(part, _mm256_set1_epi64x(constant));
-  return __builtin_bit_cast(Longs, halves);
-#elif defined(__SSE2__)
-  struct Quarters {
-    __m128i part[4];
-  } quarters = __builtin_bit_cast(Quarters, a);
-  for (auto& part : quarters.part) part = _mm_mul_epu32(part, _mm_set1_epi64x(constant));
-  return __builtin_bit_cast(Longs, quarters);
-#else
-  return (a & 0xFFFFFFFFu) * constant;
-#endif
-}
-
-// Philox of the elements group * 16 + 0 .. 15, the even ones and the odd ones in vectors of their own.
-static inline void philox_calls(Key key, uint64_t group, Integers words[4]) {
-  const uint64_t first = group * kCalls;  // a multiple of 16: the upper word is one for all
-  const Longs even = {0, 2, 4, 6, 8, 10, 12, 14};
-  Longs c[2][4];
-  for (int half = 0; half < 2; ++half) {
-    c[half][0] = even + ((first & 0xFFFFFFFFu) + half);
-    c[half][1] = Longs{} + (first >> 32);
-    c[half][2] = Longs{} + (key.offset & 0xFFFFFFFFu);
-    c[half][3] = Longs{} + (key.offset >> 32);
-  }
-  uint32_t k0 = static_cast<uint32_t>(key.seed), k1 = static_cast<uint32_t>(key.seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    for (auto& s : c) {
-      const Longs product0 = multiply(s[0], 0xD2511F53u), product1 = multiply(s[2], 0xCD9E8D57u);
-      s[0] = (product1 >> 32) ^ s[1] ^ k0;
-      s[1] = product1;
-      s[2] = (product0 >> 32) ^ s[3] ^ k1;
-      s[3] = product0;
-    }
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  for (int w = 0; w < 4; ++w) words[w] = (Integers)((c[0][w] & 0xFFFFFFFFu) | (c[1][w] << 32));
-}
 
 // sqrt(-2 log u) with u = (word + 1/2) / 2^32, to 2 ulp. Above sqrt(1/2) the distance to 1 is taken from the
 // word's complement, so that no digit is lost there.

@@ -10,6 +10,7 @@
 // The draw is an inverse CDF with two uniforms: u0 picks a tile by the tiles' sums, u1 an element inside it.
 // One 32-bit uniform per decision reaches every class of a 262,144-class row; a Gumbel argmax would need a
 // random number per logit.
+#include "philox_calls.h"
 #include "simd.h"
 
 namespace fastfisher::FASTFISHER_SIMD {
@@ -411,6 +412,149 @@ void softmax_hessian_product(Type type, const void* dlogits, const int64_t* labe
       for (int64_t j = 0; j < columns; ++j) result[j] = T::store(T::load(d[j]) * (T::load(v[j]) - mean));
       result[label] = T::store(at_label);
     }
+  });
+}
+
+// ---- labels 0 and 1: every element of the logits is a row of its own ------------------------------------------------
+
+namespace {
+
+// The elements that sixteen Philox calls serve, a word each.
+constexpr int64_t kGroup = 4 * kCalls;
+
+// log(1 + t) for t from 0 to 1, to 1 ulp: t - t^2 / 2 + ..., a minimax polynomial whose error is 5e-9.
+static inline Floats log1p_unit(Floats t) {
+  Floats q = t * -3.244024701e-3f + 1.985145919e-2f;
+  q = q * t - 5.695952848e-2f;
+  q = q * t + 1.060365438e-1f;
+  q = q * t - 1.530559212e-1f;
+  q = q * t + 1.967593879e-1f;
+  q = q * t - 2.495413423e-1f;
+  q = q * t + 3.332996368e-1f;
+  q = q * t - 4.999990165e-1f;
+  return q * t * t + t;
+}
+
+// The same in float64: 2 atanh(s) with (1 + s) / (1 - s) = 1 + t, or half of it from sqrt(2) on, so that |s| <= 0.172;
+// what is left out of the series is below 1e-17.
+static inline Doubles log1p_unit(Doubles t) {
+  const BitsOf<Doubles> large = less(Doubles{} + 0.41421356237309505, t);
+  const Doubles s = select(large, t - 1.0, t) / select(large, t + 3.0, t + 2.0);
+  const Doubles square = s * s;
+  Doubles p = square * (1.0 / 21) + 1.0 / 19;
+  p = p * square + 1.0 / 17;
+  p = p * square + 1.0 / 15;
+  p = p * square + 1.0 / 13;
+  p = p * square + 1.0 / 11;
+  p = p * square + 1.0 / 9;
+  p = p * square + 1.0 / 7;
+  p = p * square + 1.0 / 5;
+  p = p * square + 1.0 / 3;
+  const Doubles twice = s + s;
+  return select(large, Doubles{} + 0.693147180559945309, Doubles{}) + (p * square * twice + twice);
+}
+
+// The words of a vector of elements as integers of its lanes' width, and those as numbers.
+static inline void take(Integers words, int64_t, Integers& lanes) { lanes = words; }
+static inline void take(Integers words, int64_t half, Longs& lanes) {
+  typedef uint32_t Eight __attribute__((vector_size(32)));
+  const Eight low = __builtin_shufflevector(words, words, 0, 1, 2, 3, 4, 5, 6, 7);
+  const Eight high = __builtin_shufflevector(words, words, 8, 9, 10, 11, 12, 13, 14, 15);
+  lanes = __builtin_convertvector(half == 0 ? low : high, Longs);
+}
+// The words plus 1/2 as numbers. With the exponent of 2^23, or 2^52, the last bit of a number counts the units.
+static inline Floats numbers(Integers words) {
+  const Floats high = (Floats)(words >> 16 | 0x4B000000u) - 8388608.0f;
+  const Floats low = (Floats)((words & 0xFFFFu) | 0x4B000000u) - 8388607.5f;
+  return high * 65536.0f + low;  // rounded once: the product and its terms are exact
+}
+static inline Doubles numbers(Longs words) { return (Doubles)(words | 0x4330000000000000u) - 4503599627370496.0 + 0.5; }
+
+template <class T>
+struct Bernoulli {
+  using Storage = typename T::Storage;
+  using Compute = typename T::Compute;
+  using Value = typename Vector<Compute>::Value;
+  using Bits = typename Vector<Compute>::Bits;
+  static constexpr int64_t kLanes = Vector<Compute>::lanes;
+
+  Key key;
+  Compute scale;
+
+  // One whole group. True where a logit is NaN: so are then its loss and gradient, and its label is -1.
+  //
+  // Of the two labels one has probability 1 / (1 + t), t = exp(-|z|), and the other, the rare one, t / (1 + t): nothing
+  // is lost by subtracting. The same holds of the draw, for which a word and its complement are alike.
+  bool run(uint64_t group, const Storage* logits, Compute* nll, Storage* labels, Storage* gradient) const {
+    Integers words[4];
+    philox_calls(key, group, words);
+    Bits bad = {};
+    for (int64_t j = 0; j < kGroup; j += kLanes) {
+      const Value z = T::load(logits + j);
+      const Bits negative = less(z, Value{});
+      const Value size = select(negative, -z, z);
+      const Value t = exp_far(-size);
+      const Value common_p = Compute(1) / (t + Compute(1));
+      const Value rare_p = t * common_p;
+      Bits word;
+      take(words[j / kCalls], j % kCalls / kLanes, word);
+      word ^= ~negative & 0xFFFFFFFFu;
+      const Bits rare = less(numbers(word), rare_p * Compute(4294967296.0));
+      const Bits one = ~(negative ^ rare);
+      const Value loss = log1p_unit(t) + (Value)(rare & (Bits)size);
+      const Value amount = select(rare, common_p, rare_p) * scale;
+      const Bits nan = ~less(-size, Value{} + 1);  // no number is above its size
+      bad |= nan;
+      Same<Compute>::Type::store(nll + j, loss);
+      T::store(labels + j, select(nan, Value{} - 1, (Value)(one & (Bits)(Value{} + 1))));
+      T::store(gradient + j, select(one, -amount, amount));
+    }
+    return any(bad);
+  }
+
+  // A group of which only the elements from `from` up to `to` are there, at these addresses.
+  bool run_some(uint64_t group, int64_t from, int64_t to, const Storage* logits, Compute* nll, Storage* labels,
+                Storage* gradient) const {
+    Storage z[kGroup] = {}, drawn[kGroup], derivative[kGroup];
+    Compute loss[kGroup];
+    for (int64_t j = from; j < to; ++j) z[j] = logits[j - from];
+    const bool bad = run(group, z, loss, drawn, derivative);
+    for (int64_t j = from; j < to; ++j) {
+      nll[j - from] = loss[j];
+      labels[j - from] = drawn[j];
+      gradient[j - from] = derivative[j];
+    }
+    return bad;
+  }
+};
+
+}  // namespace
+
+int64_t sample_binary_cross_entropy(Type type, const void* logits, Key key, uint64_t first, double scale, void* nll,
+                                    void* labels, void* dlogits, int64_t begin, int64_t end) {
+  return dispatch(type, [&](auto tag) {
+    using T = decltype(tag);
+    using Storage = typename T::Storage;
+    const auto* source = static_cast<const Storage*>(logits);
+    auto* losses = static_cast<typename T::Compute*>(nll);
+    auto *drawn = static_cast<Storage*>(labels), *gradient = static_cast<Storage*>(dlogits);
+    const Bernoulli<T> bernoulli{key, static_cast<typename T::Compute>(scale)};
+    int64_t first_bad = -1;
+    for (int64_t j = begin; j < end;) {
+      const uint64_t element = first + static_cast<uint64_t>(j);
+      const int64_t from = static_cast<int64_t>(element % kGroup);
+      const int64_t to = kGroup - from < end - j ? kGroup : from + end - j;
+      const bool bad =
+          to - from == kGroup
+              ? bernoulli.run(element / kGroup, source + j, losses + j, drawn + j, gradient + j)
+              : bernoulli.run_some(element / kGroup, from, to, source + j, losses + j, drawn + j, gradient + j);
+      if (bad && first_bad < 0) {
+        first_bad = j;
+        while (losses[first_bad] == losses[first_bad]) ++first_bad;
+      }
+      j += to - from;
+    }
+    return first_bad;
   });
 }
 

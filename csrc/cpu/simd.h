@@ -47,6 +47,29 @@ using Floats = Vector<float>::Value;
 using Doubles = Vector<double>::Value;
 
 template <class Value>
+using BitsOf = typename Vector<decltype(+Value{}[0])>::Bits;
+
+// All bits of the lanes in which a < b, and a where all bits are set, else b. GCC takes `a < b ? c : d` apart, lane
+// after lane, where vectors are wider than the level's registers; these it does not.
+template <class Value>
+static inline BitsOf<Value> less(Value a, Value b) {
+#ifdef __AVX512F__
+  return (BitsOf<Value>)(a < b);
+#else
+  BitsOf<Value> result;
+  constexpr int lanes = sizeof(Value) / sizeof(a[0]);
+#pragma omp simd
+  for (int k = 0; k < lanes; ++k) result[k] = a[k] < b[k] ? ~decltype(+result[0])(0) : 0;
+  return result;
+#endif
+}
+
+template <class Value>
+static inline Value select(BitsOf<Value> mask, Value a, Value b) {
+  return (Value)((mask & (BitsOf<Value>)a) | (~mask & (BitsOf<Value>)b));
+}
+
+template <class Value>
 static inline Value maximum(Value a, Value b) {
   return a > b ? a : b;  // drops a NaN in a, which callers find in the sum of the exponentials
 }
@@ -106,6 +129,15 @@ static inline int64_t count(Mask mask) {
 }
 #endif
 
+// Whether any bit is set.
+template <class Bits>
+static inline bool any(Bits bits) {
+  decltype(+bits[0]) all = 0;
+#pragma omp simd reduction(| : all)
+  for (uint64_t k = 0; k < sizeof(Bits) / sizeof(bits[0]); ++k) all |= bits[k];
+  return all != 0;
+}
+
 // The largest lane; a lane with NaN may be dropped.
 static inline double horizontal_maximum(Doubles v) {
   typedef double Four __attribute__((vector_size(32)));
@@ -153,7 +185,8 @@ static inline Floats exp_nonpositive(Floats x) {
 static inline Floats exp_nonpositive(Floats x) {
   using Bits = Vector<float>::Bits;
   const Floats lowest = Floats{} - 87.3365448f;
-  const Floats clamped = x < lowest ? lowest : x;
+  const BitsOf<Floats> below = less(x, lowest);
+  const Floats clamped = select(below, lowest, x);
   const Floats shifted = clamped * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
   const Floats n = shifted - 12582912.0f;
   Floats r = clamped - n * 0.693359375f;
@@ -165,15 +198,32 @@ static inline Floats exp_nonpositive(Floats x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   const Floats result = (Floats)((Bits)p + ((Bits)shifted << 23));
-  return x < lowest ? Floats{} : result;
+  return select(below, Floats{}, result);
 }
+#endif
+
+// The same to 2 ulp however far below 0, for what stands alone: in a sum like softmax's the large exponentials count.
+#ifdef __AVX512F__
+// Above, x log2(e) is rounded, which alone costs up to |x| / 2 ulp. What 2 was not raised to, x less that power times
+// ln(2) in two parts, is put back to first order. From -200 down exp is 0; the remainder of -inf would be NaN.
+static inline Floats exp_far(Floats x) {
+  const __m512 clamped = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);
+  const __m512 result = (__m512)exp_nonpositive((Floats)clamped);
+  const __m512 power = _mm512_mul_ps(clamped, _mm512_set1_ps(1.44269504f));
+  const __m512 most = _mm512_fnmadd_ps(power, _mm512_set1_ps(0x1.62e43p-1f), clamped);
+  const __m512 rest = _mm512_fnmadd_ps(power, _mm512_set1_ps(-0x1.05c61p-29f), most);
+  return (Floats)_mm512_fmadd_ps(result, rest, result);
+}
+#else
+static inline Floats exp_far(Floats x) { return exp_nonpositive(x); }
 #endif
 
 // The same in float64: Taylor to degree 13, whose remainder at |r| = ln(2) / 2 is 4e-18.
 static inline Doubles exp_nonpositive(Doubles x) {
   using Bits = Vector<double>::Bits;
   const Doubles lowest = Doubles{} - 708.39641853226408;
-  const Doubles clamped = x < lowest ? lowest : x;
+  const BitsOf<Doubles> below = less(x, lowest);
+  const Doubles clamped = select(below, lowest, x);
   const Doubles shifted = clamped * 1.4426950408889634074 + 6755399441055744.0;  // 1.5 * 2^52
   const Doubles n = shifted - 6755399441055744.0;
   Doubles r = clamped - n * 6.93145751953125e-1;
@@ -191,8 +241,10 @@ static inline Doubles exp_nonpositive(Doubles x) {
   p = p * r + 0.5;
   p = p * (r * r) + r + 1.0;
   const Doubles result = (Doubles)((Bits)p + ((Bits)shifted << 52));
-  return x < lowest ? Doubles{} : result;
+  return select(below, Doubles{}, result);
 }
+
+static inline Doubles exp_far(Doubles x) { return exp_nonpositive(x); }
 
 // How each dtype is stored, and the type its arithmetic is done in.
 struct F32 {
@@ -211,6 +263,18 @@ struct F64 {
   static inline double store(double x) { return x; }
   static inline Doubles load(const double* x) { return *(const Vector<double>::Unaligned*)x; }
   static inline void store(double* target, Doubles x) { *(Vector<double>::Unaligned*)target = x; }
+};
+
+// The tag of a compute type itself.
+template <class Compute>
+struct Same;
+template <>
+struct Same<float> {
+  using Type = F32;
+};
+template <>
+struct Same<double> {
+  using Type = F64;
 };
 
 // A vector of a 16-bit type, element by element: the loops have no branch and become a few vector

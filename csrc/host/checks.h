@@ -79,15 +79,29 @@ T* write(const Tensor& tensor) {
 // An uninitialised contiguous CPU tensor, straight from the C shim: the dispatcher's new_empty costs a
 // microsecond more, which counts at 128 rows of 10. STABLE_TORCH_ERROR_CODE_CHECK came with torch 2.13; for the
 // version that CMakeLists.txt targets it is this macro, which every torch from 2.11 on has.
+inline Tensor empty(int64_t dimensions, const int64_t* sizes, const int64_t* strides, ScalarType dtype) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dimensions, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   int64_t strides[2] = {1, 1};
   if (sizes.size() == 2) strides[0] = std::max<int64_t>(1, sizes.begin()[1]);
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-                               aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return empty(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype);
+}
+
+// The same in the shape of another tensor.
+inline Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
+  std::vector<int64_t> strides(tensor.dim());
+  int64_t next = 1;
+  for (int64_t d = tensor.dim() - 1; d >= 0; --d) {
+    strides[d] = next;
+    next *= std::max<int64_t>(1, tensor.size(d));
+  }
+  return empty(tensor.dim(), tensor.sizes().data(), strides.data(), dtype);
 }
 
 // The tensor itself where it is contiguous already: asking the dispatcher would cost a microsecond here too.

@@ -10,12 +10,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-Reduction = Literal["mean", "sum", "none"]
+from fastfisher.ops.sampled import Reduction
 
 
 @dataclass(frozen=True)
@@ -190,6 +190,20 @@ class Likelihood(ABC):
     def signs_gradient(self, output: Tensor, key: Tensor, first: int = 0) -> Tensor:
         """``gradient`` at random signs: a cotangent whose covariance is the Fisher information of the output."""
         return self.gradient(output, self.draw_signs(output, key, first))
+
+
+class Constant:
+    """A tensor that a likelihood holds, copied once for each device and dtype: a captured step copies nothing."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {(tensor.device, tensor.dtype): tensor.detach()}
+
+    def like(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor on the device of ``x``, in its dtype or another."""
+        place, tensor = (x.device, dtype or x.dtype), next(iter(self._copies.values()))
+        if place not in self._copies:
+            self._copies[place] = tensor.to(*place)
+        return self._copies[place]
 
 
 def check_shape(likelihood: Likelihood, output: Tensor, targets: Any, name: str) -> Tensor:

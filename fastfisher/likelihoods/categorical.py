@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from fastfisher import ops
 from fastfisher.checks import is_number
 from fastfisher.host import looking_waits
-from fastfisher.likelihoods.base import Chosen, Likelihood, Reduction, Signs
+from fastfisher.likelihoods.base import Chosen, Constant, Likelihood, Signs
 from fastfisher.ops import reference
-from fastfisher.ops.sampled import sample_cross_entropy
+from fastfisher.ops.sampled import Reduction, sample_cross_entropy
 from fastfisher.targets import IGNORED, check_classes, check_range, count_targets, fit, ignored
 
 
@@ -40,6 +40,8 @@ class Categorical(Likelihood):
     label_smoothing: float = 0.0
     ignore_index: int = IGNORED
 
+    _weights: Constant | None = field(init=False, repr=False)
+
     row_dims: ClassVar[int] = 1
     what: ClassVar[str] = "logits"
     title: ClassVar[str] = "cross-entropy"
@@ -56,6 +58,7 @@ class Categorical(Likelihood):
             raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {s!r}")
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
             raise ValueError(f"ignore_index: expected an integer, got {self.ignore_index!r}")
+        object.__setattr__(self, "_weights", None if w is None else Constant(w))
 
     @property
     def natural(self) -> bool:  # type: ignore[override]
@@ -102,7 +105,7 @@ class Categorical(Likelihood):
                 return each.view(shape)
             return each.sum() / (signs[:, :1] != 0).sum() if reduction == "mean" else each.sum()
         given = labels.reshape(rows.shape if labels.is_floating_point() else -1)
-        weight = None if self.weight is None else self.weight.to(rows.device, rows.dtype)
+        weight = None if self._weights is None else self._weights.like(rows)
         try:
             found = F.cross_entropy(
                 rows, given, weight=weight, label_smoothing=self.label_smoothing, reduction=reduction
@@ -168,9 +171,9 @@ class Categorical(Likelihood):
 
     def counted(self, output: Tensor, targets: Any) -> int | Tensor:
         """See :meth:`.Likelihood.counted`; with weights, those of the targets' classes."""
-        if self.weight is None or not isinstance(targets, Tensor) or targets.is_floating_point():
+        if self._weights is None or not isinstance(targets, Tensor) or targets.is_floating_point():
             return super().counted(output, targets)
-        weights = self.weight.to(output.device, torch.float64)
+        weights = self._weights.like(output, torch.float64)
         return weights[targets.clamp(min=0)].masked_fill(targets == IGNORED, 0).sum()
 
     def counting(self, targets: Tensor) -> Tensor:
@@ -182,9 +185,9 @@ class Categorical(Likelihood):
         if targets.is_floating_point():
             return count_targets(targets, class_dim)
         counting = self.counting(targets)
-        if self.weight is None:
+        if self._weights is None:
             return int(counting.sum())
-        weights = self.weight.to(targets.device, torch.float64)
+        weights = self._weights.like(targets, torch.float64)
         return float(weights[targets[counting].long().clamp(0, len(weights) - 1)].sum())
 
     def drawn_loss(self, output: Tensor, key: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:

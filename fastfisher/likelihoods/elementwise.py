@@ -7,7 +7,7 @@ parameters of exponential families: the Hessian of the loss in the output is the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from fastfisher import ops
 from fastfisher.checks import check_number
 from fastfisher.host import looking_waits
-from fastfisher.likelihoods.base import Likelihood, Signs, check_shape
-from fastfisher.likelihoods.categorical import CATEGORICAL
+from fastfisher.likelihoods.base import Constant, Likelihood, Signs, check_shape
 from fastfisher.ops import reference
+from fastfisher.ops.sampled import sample_binary_cross_entropy
 
 LARGEST_RATE = 1e9
 """Up to this rate the labels of a Poisson distribution are drawn: beyond, float64 sums of its tail lose too much."""
@@ -90,6 +90,7 @@ class Bernoulli(Elementwise):
     """
 
     pos_weight: Tensor | None = None
+    _weights: Constant | None = field(init=False, repr=False)
 
     what = "logits"
     bends = True
@@ -97,6 +98,7 @@ class Bernoulli(Elementwise):
 
     def __post_init__(self) -> None:
         w = self.pos_weight
+        object.__setattr__(self, "_weights", Constant(w) if isinstance(w, Tensor) else None)
         if w is None:
             return
         if not (isinstance(w, Tensor) and w.is_floating_point() and bool((w.isfinite() & (w >= 0)).all())):
@@ -121,7 +123,7 @@ class Bernoulli(Elementwise):
 
     def nll(self, output: Tensor, labels: Tensor) -> Tensor:
         """−y log p − (1 − y) log(1 − p), with ``pos_weight`` before y."""
-        weight = None if self.pos_weight is None else self.pos_weight.to(output.device, output.dtype)
+        weight = None if self._weights is None else self._weights.like(output)
         return F.binary_cross_entropy_with_logits(output, labels, pos_weight=weight, reduction="none")
 
     def signs(self, output: Tensor, signs: Tensor) -> Tensor:
@@ -136,12 +138,19 @@ class Bernoulli(Elementwise):
 
     def draw(self, output: Tensor, key: Tensor, first: int = 0) -> Tensor:
         """See :meth:`.Likelihood.draw`."""
-        logits = torch.stack([torch.zeros_like(output), output], -1)
-        return CATEGORICAL.draw(logits, key, first).to(output.dtype)
+        return self.drawn_loss(output, key, first)[1]
 
     def draw_uniform(self, output: Tensor, key: Tensor, first: int = 0) -> Tensor:
         """See :meth:`.Likelihood.draw_uniform`: each of the two with probability 1/2."""
         return self.draw(torch.zeros_like(output), key, first)
+
+    def drawn_loss(self, output: Tensor, key: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+        """See :meth:`.Likelihood.drawn_loss`."""
+        return sample_binary_cross_entropy(output, key=key, first=first, reduction="none")
+
+    def drawn_gradient(self, output: Tensor, key: Tensor, first: int = 0) -> Tensor:
+        """σ(logits) − y."""
+        return ops.sample_binary_cross_entropy(output.contiguous(), key, 1.0, first)[2]
 
     def deviation(self, output: Tensor) -> Tensor:
         """√(p(1 − p))."""
@@ -173,9 +182,11 @@ class Gaussian(Elementwise):
     """
 
     variance: float | Tensor = 1.0
+    _variances: Constant | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         v = self.variance
+        object.__setattr__(self, "_variances", Constant(v) if isinstance(v, Tensor) else None)
         if not isinstance(v, Tensor):
             check_number("variance", v, "a positive number or a tensor of such")
         elif not (v.is_floating_point() and bool((v.isfinite() & (v > 0)).all())):
@@ -219,7 +230,7 @@ class Gaussian(Elementwise):
         return found
 
     def _variance(self, output: Tensor) -> Any:
-        return self.variance.to(output.device, output.dtype) if isinstance(self.variance, Tensor) else self.variance
+        return self.variance if self._variances is None else self._variances.like(output)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,8 @@
 """The operators, by family: each is its definition in reference.py, served by the fastest backend that there is.
 
 An operator has a schema and CPU function in csrc/host, kernels in csrc/cpu and kernels/, all in files of its family's
-name; docs/kernels.md says how to add one. :func:`fastfisher.sample_cross_entropy` is the public face of the one that
-users call.
+name; docs/kernels.md says how to add one. :func:`fastfisher.sample_cross_entropy` and
+:func:`fastfisher.sample_binary_cross_entropy` are the public faces of those that users call.
 """
 
 from __future__ import annotations
@@ -35,16 +35,41 @@ def _fake_sample(logits: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     return logits.new_empty(rows, dtype=loss_dtype), logits.new_empty(rows, dtype=torch.long), _contiguous(logits)
 
 
+def _fake_sample_binary(logits: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    like = _contiguous(logits)
+    loss_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return like.new_empty(like.shape, dtype=loss_dtype), torch.empty_like(like), like
+
+
 _sample_cross_entropy = operator("rows", reference.sample_cross_entropy, _fake_sample, derivatives.SAMPLE_CROSS_ENTROPY)
+_sample_binary_cross_entropy = operator(
+    "rows", reference.sample_binary_cross_entropy, _fake_sample_binary, derivatives.SAMPLE_BINARY_CROSS_ENTROPY
+)
+
+
+def _without_autograd(logits: Tensor, name: str) -> bool:
+    """Whether the compiled operator may be called below autograd, which costs microseconds in Python."""
+    differentiated = logits.requires_grad and torch.is_grad_enabled()
+    return not differentiated and served.compiled(name, logits.device)
 
 
 def sample_cross_entropy(logits: Tensor, key: Tensor, scale: float, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`fastfisher.ops.reference.sample_cross_entropy`; differentiable twice in ``logits``."""
-    differentiated = logits.requires_grad and torch.is_grad_enabled()
-    if differentiated or not served.compiled("sample_cross_entropy", logits.device):
+    if not _without_autograd(logits, "sample_cross_entropy"):
         return _sample_cross_entropy(logits, key, scale, first)
-    with torch._C._AutoDispatchBelowAutograd():  # skips the operator's autograd, which costs microseconds in Python
+    with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.fastfisher.sample_cross_entropy.default(logits, key, scale, first)  # type: ignore[no-any-return]
+
+
+def sample_binary_cross_entropy(
+    logits: Tensor, key: Tensor, scale: float, first: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`fastfisher.ops.reference.sample_binary_cross_entropy`; differentiable twice in ``logits``."""
+    if not _without_autograd(logits, "sample_binary_cross_entropy"):
+        return _sample_binary_cross_entropy(logits, key, scale, first)
+    with torch._C._AutoDispatchBelowAutograd():
+        found = torch.ops.fastfisher.sample_binary_cross_entropy.default(logits, key, scale, first)
+        return found  # type: ignore[no-any-return]
 
 
 softmax_hessian_product = operator(

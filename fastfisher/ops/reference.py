@@ -95,6 +95,50 @@ def sample_cross_entropy(logits: Tensor, key: Tensor, scale: float, first: int =
     return nll, torch.where(good, labels, -1), dlogits
 
 
+def uniforms(numel: int, key: Tensor, first: int = 0) -> Tensor:
+    """Numbers between 0 and 1, (word + ½)·2⁻³² in float64, for the elements ``first`` … ``first + numel``.
+
+    Sixteen Philox calls serve a group of 64 elements; element e of the group has word e // 16 of call e % 16.
+    """
+    e = torch.arange(first, first + numel, device=key.device)
+    words = philox(key, e // 64 * 16 + e % 16).gather(-1, (e // 16 % 4)[:, None]).squeeze(-1)
+    return (words.double() + 0.5) * 2.0**-32
+
+
+def sample_bernoulli(logits: Tensor, key: Tensor, first: int = 0) -> Tensor:
+    """Draws y ~ Bernoulli(sigmoid(z)) for each element z: whether its number of :func:`uniforms` is below sigmoid."""
+    drawn = torch.empty_like(logits, dtype=torch.bool, memory_format=torch.contiguous_format)
+    for z, y in zip(torch.split(logits.flatten(), _CHUNK), torch.split(drawn.view(-1), _CHUNK), strict=True):
+        y.copy_(uniforms(len(z), key, first).to(z.device) < z.double().sigmoid())
+        first += len(z)
+    return drawn
+
+
+def sample_binary_cross_entropy(
+    logits: Tensor, key: Tensor, scale: float, first: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per element z: y ~ Bernoulli(sigmoid(z)), −log p(y) = softplus(z) − y z, and (sigmoid(z) − y)·scale.
+
+    Element i, in row-major order, is drawn as element ``first + i`` of more logits, of which these are a part.
+
+    Returns:
+        nll (float64 for float64 logits, else float32), labels (0 or 1, in the logits' dtype) and dlogits (the logits'
+        dtype), each of the logits' shape.
+
+    Raises:
+        ValueError: a logit is NaN. On a GPU, where a check would stall the stream, it has NaN loss and label −1
+            instead.
+    """
+    bad = logits.detach().isnan()
+    if bad.device.type == "cpu" and bool(bad.any()):
+        raise ValueError(f"logits: expected no NaN, got one at {bad.nonzero()[0].tolist()}")
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    y = sample_bernoulli(z.detach(), key, first)
+    nll = -torch.nn.functional.logsigmoid(torch.where(y, z, -z))
+    dlogits = ((z.sigmoid() - y.to(z.dtype)) * scale).to(logits.dtype)
+    return nll, torch.where(bad, -1, y.to(logits.dtype)), dlogits
+
+
 def linear_sample_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

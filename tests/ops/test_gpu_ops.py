@@ -55,6 +55,14 @@ test_draws_follow_the_softmax = test_rows.test_draws_follow_the_softmax
 test_each_tile_of_the_widest_row_is_drawn_within = test_rows.test_each_tile_of_the_widest_row_is_drawn_within
 test_extreme_and_masked_logits = test_rows.test_extreme_and_masked_logits
 test_derivatives_to_second_order = test_rows.test_derivatives_to_second_order
+test_binary_values_err_at_most_twice_what_pytorch_errs = (
+    test_rows.test_binary_values_err_at_most_twice_what_pytorch_errs
+)
+test_binary_labels_are_those_of_the_definition = test_rows.test_binary_labels_are_those_of_the_definition
+test_binary_draws_follow_the_sigmoid = test_rows.test_binary_draws_follow_the_sigmoid
+test_a_part_of_the_elements_is_drawn_as_in_the_whole = test_rows.test_a_part_of_the_elements_is_drawn_as_in_the_whole
+test_infinite_logits_are_certain = test_rows.test_infinite_logits_are_certain
+test_binary_derivatives_to_third_order = test_rows.test_binary_derivatives_to_third_order
 test_relu_gates_agree_with_the_reference = test_gates.test_relu_gates_agree_with_the_reference
 test_differences_and_sums_agree_with_the_reference = test_lists.test_differences_and_sums_agree_with_the_reference
 test_max_pool_agrees_with_the_reference = test_gates.test_max_pool_agrees_with_the_reference
@@ -130,6 +138,16 @@ def test_a_row_without_a_softmax_is_marked_and_harms_no_other(classes: int, bad:
     assert all(torch.equal(x[others], y[others]) for x, y in zip(found, good, strict=True))
     cotangent = ops.rademacher_cotangent(logits, KEY.cuda(), 1.0)
     assert bool(cotangent[17].isnan().all()) and bool(cotangent[others].isfinite().all())
+
+
+def test_a_nan_among_binary_logits_is_marked_and_harms_no_other() -> None:
+    logits = torch.randn(50, 130, device="cuda")
+    good = ops.sample_binary_cross_entropy(logits, KEY.cuda(), 1.0, 5)
+    logits[17, 3] = math.nan
+    nll, labels, dlogits = found = ops.sample_binary_cross_entropy(logits, KEY.cuda(), 1.0, 5)
+    assert labels[17, 3] == -1 and bool(nll[17, 3].isnan()) and bool(dlogits[17, 3].isnan())
+    others = ~logits.isnan()
+    assert all(torch.equal(x[others], y[others]) for x, y in zip(found, good, strict=True))
 
 
 def test_rows_beyond_2_31_elements() -> None:

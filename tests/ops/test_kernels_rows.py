@@ -28,9 +28,14 @@ from fastfisher.ops import reference
 from tests.support.operators import (
     KEY,
     SIGNIFICANCE,
+    assert_binary_errs_at_most_twice_what_pytorch_errs,
+    assert_binary_labels_are_those_of_the_definition,
     assert_errs_at_most_twice_what_pytorch_errs,
     assert_labels_are_the_exact_inverse_cdf,
+    binary_logits_for,
+    exact_binary,
     logits_for,
+    precise,
 )
 
 # The interpreter divides by the zeros of masked rows as numpy does: with a warning.
@@ -225,6 +230,79 @@ def test_draws_follow_the_softmax() -> None:
     assert scipy.stats.chi2.sf(float(((observed - mean) ** 2 / mean).sum()), alone) > SIGNIFICANCE
 
 
+# ---- labels 0 and 1 -------------------------------------------------------------------------------------------------
+
+# Less than a group of 64, one, one more; a program's 2,048 less and more by one; maps.
+BINARY_SHAPES = [(63,), (64,), (65,), (2047,), (2049,), (2, 3, 5, 70)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", BINARY_SHAPES, ids=str)
+@pytest.mark.parametrize("first", [0, 5, 2**34 + 777])
+def test_binary_values_and_labels(shape: tuple[int, ...], dtype: torch.dtype, first: int) -> None:
+    logits = binary_logits_for(shape, dtype)
+    nll, labels, dlogits = rows.sample_binary_cross_entropy(logits, KEY, -0.5, first)
+    assert_binary_errs_at_most_twice_what_pytorch_errs(logits, nll, labels, dlogits, -0.5)
+    assert_binary_labels_are_those_of_the_definition(logits, labels, KEY, first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_improbable_labels_are_nearly_as_exact_as_others(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    if dtype == torch.float32:
+        monkeypatch.setattr(InterpreterBuilder, "create_fma", fma)
+        monkeypatch.setattr(InterpreterBuilder, "create_exp2", exp2)
+    logits = torch.linspace(-80, 80, 20_001, dtype=dtype)
+    nll, labels, dlogits = rows.sample_binary_cross_entropy(logits, KEY, 1.0)
+    # The exponential's own error, as above, and three roundings.
+    allowed = torch.finfo(dtype).eps * (4 + precise(logits.abs()) / 43)
+    for found, exact in zip((nll, dlogits), exact_binary(logits, labels), strict=True):
+        assert bool((abs(precise(found) / exact - 1) <= allowed).all())
+
+
+@pytest.mark.parametrize("key", KEYS, ids=str)
+def test_every_key_draws_the_labels_of_the_reference(key: Tensor) -> None:
+    logits = binary_logits_for((1000,), torch.float32)
+    labels = rows.sample_binary_cross_entropy(logits, key, 1.0)[1]
+    assert_binary_labels_are_those_of_the_definition(logits, labels, key)
+
+
+def test_a_part_of_the_elements_is_drawn_as_in_the_whole() -> None:
+    logits = binary_logits_for((2500,), torch.float32)
+    whole = rows.sample_binary_cross_entropy(logits, KEY, 0.5)
+    for first in (1, 3, 16, 63, 64, 65, 2047, 2499):
+        part = rows.sample_binary_cross_entropy(logits[first:], KEY, 0.5, first)
+        assert all(torch.equal(found, expected[first:]) for found, expected in zip(part, whole, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinite_logits_are_certain_and_nan_is_marked(dtype: torch.dtype) -> None:
+    logits = torch.tensor([math.inf, -math.inf, math.nan] * 40, dtype=dtype)
+    nll, labels, dlogits = (x.view(-1, 3) for x in rows.sample_binary_cross_entropy(logits, KEY, 1.0))
+    assert bool((labels == torch.tensor([1, 0, -1])).all()) and labels.dtype == dtype
+    assert not nll[:, :2].any() and not dlogits[:, :2].any()
+    assert bool(nll[:, 2].isnan().all()) and bool(dlogits[:, 2].isnan().all())
+
+
+def test_binary_draws_follow_the_sigmoid() -> None:
+    draws, logits = 4000, torch.linspace(-4, 4, 33)
+    labels = rows.sample_binary_cross_entropy(logits.expand(draws, -1), KEY, 1.0)[1]
+    ones, p = labels.double().sum(0), logits.double().sigmoid()
+    chi2 = float(((ones - draws * p) ** 2 / (draws * p * (1 - p))).sum())
+    assert scipy.stats.chi2.sf(chi2, len(p)) > SIGNIFICANCE
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (0, 3), (2, 3, 1)], ids=str)
+def test_any_shape_and_layout_has_labels(shape: tuple[int, ...]) -> None:
+    logits = binary_logits_for(shape, torch.float32)
+    expected = reference.sample_binary_cross_entropy(logits, KEY, 1.0)
+    for layout in (logits, torch.stack([logits, logits], -1)[..., 0], logits.transpose(0, -1) if shape else logits):
+        found = rows.sample_binary_cross_entropy(layout, KEY, 1.0)
+        assert all(x.shape == layout.shape and x.is_contiguous() for x in found)
+        if layout.shape == shape:
+            for x, y in zip(found, expected, strict=True):
+                torch.testing.assert_close(x, y)
+
+
 def test_any_layout_and_no_rows() -> None:
     logits = logits_for(10, torch.float32, rows=6)
     strided = torch.stack([logits, logits], 2)[:, :, 0]
@@ -244,6 +322,8 @@ def test_every_plan_is_among_the_configurations_that_are_compiled() -> None:
         for operator in ("sample_cross_entropy", "softmax_hessian_product", "rademacher_cotangent"):
             for dtype in (*DTYPES, torch.bfloat16):
                 assert str(rows.plan(operator, dtype, classes)) in known
+    for dtype in (*DTYPES, torch.bfloat16):
+        assert str(rows.plan_binary(dtype)) in known
 
 
 def test_bad_arguments_are_named() -> None:
@@ -260,5 +340,13 @@ def test_bad_arguments_are_named() -> None:
         rows.rademacher_cotangent(logits, KEY.int(), 1.0)
     with pytest.raises(ValueError, match="dlogits and vector"):
         rows.softmax_hessian_product(logits, torch.zeros(2).long(), torch.zeros(2, 4), 1.0)
+    for arguments, message in (
+        ((logits.long(), KEY, 1.0), "logits: expected float32, float64, bfloat16 or float16"),
+        ((logits, KEY, 0.0), "scale: expected a number other than 0"),
+        ((logits, KEY, 1.0, -1), "first: expected 0 or more, got -1"),
+        ((logits, KEY.int(), 1.0), "key: expected a contiguous int64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rows.sample_binary_cross_entropy(*arguments)
     with pytest.raises(ValueError, match="labels: expected one int64 label per row"):
         rows.softmax_hessian_product(logits, torch.zeros(3).long(), logits, 1.0)

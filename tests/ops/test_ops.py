@@ -33,7 +33,11 @@ def test_every_schema_has_a_function() -> None:
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name: str) -> None:
     for arguments in cases()[name]:
-        if name in ("sample_cross_entropy", "softmax_hessian_product"):  # those with a derivative
+        if name in (
+            "sample_cross_entropy",
+            "sample_binary_cross_entropy",
+            "softmax_hessian_product",
+        ):  # those with a derivative
             arguments = tree_map_only(Tensor, lambda x: x.requires_grad_(x.is_floating_point()), arguments)
         torch.library.opcheck(getattr(torch.ops.fastfisher, name).default, arguments)
 
@@ -87,6 +91,9 @@ def test_every_simd_level_gives_the_same_labels(level: str) -> None:
         "    nll, labels, d = ops.sample_cross_entropy(logits_for(c, torch.float32), KEY, 1.0)\n"
         "    x = logits_for(c, torch.float64); e = (x.softmax(1) - torch.nn.functional.one_hot(labels, c))\n"
         "    print(labels.tolist(), bool((d - e).abs().max() < 3e-7))\n"
+        "x = logits_for(1000, torch.float32); nll, labels, d = ops.sample_binary_cross_entropy(x, KEY, 1.0)\n"
+        "e = x.double().sigmoid() - labels\n"
+        "print(labels.sum(1).tolist(), bool((d - e).abs().max() < 3e-7))\n"
         "y = torch.arange(-40., 45.); out, bits = ops.gate_relu(y)\n"
         "assert torch.equal(out, y.relu()) and torch.equal(ops.gate_apply(y, bits), out)\n"
         "x = torch.randn(3, 40, 41); pool = (2, 2, 2, 2, False)\n"

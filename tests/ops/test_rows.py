@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import scipy.stats
 import torch
@@ -18,11 +21,17 @@ from tests.support.operators import (
     CLASSES,
     DTYPES,
     KEY,
+    SHAPES,
     SIGNIFICANCE,
+    assert_binary_errs_at_most_twice_what_pytorch_errs,
+    assert_binary_labels_are_those_of_the_definition,
     assert_errs_at_most_twice_what_pytorch_errs,
     assert_labels_are_the_exact_inverse_cdf,
+    binary_logits_for,
+    exact_binary,
     logits_for,
     needs_kernels,
+    precise,
 )
 
 
@@ -204,6 +213,225 @@ def test_one_compilation_for_many_keys() -> None:
     function = torch.compile(lambda x, key: torch.ops.fastfisher.sample_cross_entropy(x, key, 1.0)[1], backend=counter)
     for seed in range(5):
         function(torch.randn(4, 6), torch.tensor([seed, 0]))
+    assert counter.frame_count == 1
+
+
+# ---- labels 0 and 1 -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_binary_values_err_at_most_twice_what_pytorch_errs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for scale, first, size in ((0.5, 0, 3.0), (-3.0, 5, 30.0)):
+        logits = binary_logits_for(shape, dtype, size)
+        nll, labels, dlogits = ops.sample_binary_cross_entropy(logits, KEY, scale, first)
+        assert_binary_errs_at_most_twice_what_pytorch_errs(logits, nll, labels, dlogits, scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_binary_labels_are_those_of_the_definition(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    logits = binary_logits_for(shape, dtype)
+    for first in (0, 3, 2**34 + 777):
+        labels = ops.sample_binary_cross_entropy(logits, KEY, 1.0, first)[1]
+        assert_binary_labels_are_those_of_the_definition(logits, labels, KEY, first)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_improbable_labels_are_as_exact_as_others(dtype: torch.dtype) -> None:
+    """To 4 units of their own last place, where sigmoid(z) − y has no digit left: an exponential's error is 2 units,
+    and a sum, a quotient, and two products, or the logarithm's sums, are rounded."""
+    logits = torch.linspace(-80, 80, 20_001, dtype=dtype)
+    nll, labels, dlogits = ops.sample_binary_cross_entropy(logits, KEY, 1.0)
+    for found, exact in zip((nll, dlogits), exact_binary(logits, labels), strict=True):
+        assert float(abs(precise(found) / exact - 1).max()) <= 4 * torch.finfo(dtype).eps
+
+
+def test_binary_draws_follow_the_sigmoid() -> None:
+    draws = 100_000
+    logits = torch.cat([torch.linspace(-6, 6, 41), torch.tensor([-math.inf, math.inf])])
+    ones = torch.zeros(len(logits), dtype=torch.float64)
+    for chunk in range(4):
+        labels = ops.sample_binary_cross_entropy(logits.expand(draws // 4, -1), torch.tensor([99, chunk]), 1.0)[1]
+        ones += labels.double().sum(0)
+    assert ones[-2] == 0 and ones[-1] == draws
+    p = logits[:-2].double().sigmoid()
+    chi2 = float(((ones[:-2] - draws * p) ** 2 / (draws * p * (1 - p))).sum())
+    assert scipy.stats.chi2.sf(chi2, len(p)) > SIGNIFICANCE
+
+
+@pytest.mark.parametrize("distance", [1, 16])  # neighbours, and those that share a Philox call
+def test_binary_draws_are_independent(distance: int) -> None:
+    labels = ops.sample_binary_cross_entropy(torch.zeros(64 * 20_000), KEY, 1.0)[1].view(-1, 64).long()
+    four = labels.view(-1, 16, 4) if distance == 1 else labels.view(-1, 4, 16).mT
+    patterns = (four << torch.arange(4)).sum(-1).flatten()
+    counts, mean = torch.bincount(patterns, minlength=16).double(), len(patterns) / 16
+    assert scipy.stats.chi2.sf(float(((counts - mean) ** 2 / mean).sum()), 15) > SIGNIFICANCE
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (7, 1), (0, 3), (1, 1, 16)], ids=str)
+def test_any_shape_has_labels(shape: tuple[int, ...]) -> None:
+    logits = binary_logits_for(shape, torch.float32)
+    expected = reference.sample_binary_cross_entropy(logits, KEY, 0.5, 7)
+    for found, other in zip(ops.sample_binary_cross_entropy(logits, KEY, 0.5, 7), expected, strict=True):
+        torch.testing.assert_close(found, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_part_of_the_elements_is_drawn_as_in_the_whole(dtype: torch.dtype) -> None:
+    logits = binary_logits_for((40, 10), dtype).flatten()
+    whole = ops.sample_binary_cross_entropy(logits, KEY, 0.5)
+    for first in (*range(1, 66), 128, 399, 400):
+        part = ops.sample_binary_cross_entropy(logits[first:], KEY, 0.5, first)
+        assert all(torch.equal(found, expected[first:]) for found, expected in zip(part, whole, strict=True))
+    assert not torch.equal(ops.sample_binary_cross_entropy(logits[13:], KEY, 0.5)[1], whole[1][13:])
+
+
+def test_many_elements_are_drawn_in_chunks_with_the_same_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = binary_logits_for((30, 33), torch.float32)
+    whole = reference.sample_bernoulli(logits, KEY, 3)
+    monkeypatch.setattr(reference, "_CHUNK", 70)
+    assert torch.equal(reference.sample_bernoulli(logits, KEY, 3), whole)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_elements_are_counted_in_their_order_whatever_the_layout(dtype: torch.dtype) -> None:
+    logits = binary_logits_for((3, 4, 5, 6), dtype)
+    expected = ops.sample_binary_cross_entropy(logits, KEY, 0.5)
+    laid_out = [logits.contiguous(memory_format=torch.channels_last), logits.mT.contiguous().mT]
+    for other in (*laid_out, torch.stack([logits, logits], -1)[..., 0]):
+        found = ops.sample_binary_cross_entropy(other, KEY, 0.5)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinite_logits_are_certain(dtype: torch.dtype) -> None:
+    for implementation in (ops, reference):
+        logits = torch.tensor([math.inf, -math.inf, torch.finfo(dtype).max, torch.finfo(dtype).min] * 20, dtype=dtype)
+        nll, labels, dlogits = implementation.sample_binary_cross_entropy(logits, KEY, 0.5)
+        assert torch.equal(labels, (logits > 0).to(dtype))
+        assert not nll.any() and not dlogits.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_logit_that_is_nan_is_named(dtype: torch.dtype) -> None:
+    logits = binary_logits_for((50, 30), dtype)
+    logits[41, 3] = logits[17, 29] = logits[17, 4] = math.nan
+    for implementation in (ops, reference):
+        with pytest.raises(ValueError, match=r"logits: expected no NaN, got one at \[17, 4\]"):
+            implementation.sample_binary_cross_entropy(logits, KEY, 1.0)
+        with pytest.raises(ValueError, match=r"logits: expected no NaN, got one at \[\]"):
+            implementation.sample_binary_cross_entropy(logits[17, 4], KEY, 1.0)
+    large = torch.zeros(3, 100_000, dtype=dtype)  # of several tasks
+    large[2, 5] = large[1, 99_999] = -math.nan
+    with pytest.raises(ValueError, match=r"one at \[1, 99999\]"):
+        ops.sample_binary_cross_entropy(large, KEY, 1.0)
+
+
+def test_bad_arguments_of_the_binary_loss() -> None:
+    function: Any = fastfisher.sample_binary_cross_entropy
+    with pytest.raises(ValueError, match='reduction: expected "mean", "sum" or "none", got \'max\''):
+        function(torch.zeros(3), reduction="max")
+    with pytest.raises(ValueError, match="key and generator"):
+        function(torch.zeros(3), key=KEY, generator=torch.Generator())
+    with pytest.raises(ValueError, match="first: expected a number >= 0, got -1"):
+        function(torch.zeros(3), first=-1)
+    with pytest.raises(ValueError, match="logits: expected a tensor, got list"):
+        function([0.0])
+    assert bool(function(torch.zeros(0, 3))[0].isnan())
+    if ops.UNAVAILABLE is None:
+        with pytest.raises(ValueError, match="logits: expected float32, float64, bfloat16 or float16"):
+            function(torch.zeros(3).long())
+        with pytest.raises(ValueError, match="key: expected"):
+            function(torch.zeros(3), key=torch.zeros(3))
+        with pytest.raises(ValueError, match="scale: expected a number other than 0"):
+            ops.sample_binary_cross_entropy(torch.zeros(3), KEY, 0.0)
+        with pytest.raises(ValueError, match="first: expected 0 or more, got -1"):
+            ops.sample_binary_cross_entropy(torch.zeros(3), KEY, 1.0, -1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (7,), (4, 5, 10)], ids=str)
+def test_the_public_binary_loss(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    logits = binary_logits_for(shape, dtype).requires_grad_()
+    torch.manual_seed(3)
+    loss, labels = fastfisher.sample_binary_cross_entropy(logits)
+    torch.manual_seed(3)
+    again, same = fastfisher.sample_binary_cross_entropy(logits.detach())
+    assert torch.equal(labels, same) and labels.shape == shape and labels.dtype == dtype
+    torch.testing.assert_close(loss.detach(), again)
+    low = logits.to(loss.dtype)
+    torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(low, labels.to(loss.dtype)))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    expected = (low.detach().sigmoid() - labels) / max(1, logits.numel())
+    torch.testing.assert_close(gradient, expected.to(dtype))
+    key = KEY + 1
+    each, drawn = fastfisher.sample_binary_cross_entropy(logits, key=key, reduction="none")
+    total, _ = fastfisher.sample_binary_cross_entropy(logits, key=key, reduction="sum")
+    assert each.shape == shape
+    torch.testing.assert_close(each.sum(), total)
+    weights = torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=loss.dtype)
+    (gradient,) = torch.autograd.grad(each, logits, weights)
+    torch.testing.assert_close(gradient, ((low.detach().sigmoid() - drawn) * weights).to(dtype))
+
+
+@needs_kernels
+@pytest.mark.parametrize("numel", [1, 6, 130])
+def test_binary_derivatives_to_third_order(numel: int) -> None:
+    x = binary_logits_for((numel,), torch.float64).requires_grad_()
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        nll, _, dlogits = ops.sample_binary_cross_entropy(x, KEY, 0.7)
+        return nll, dlogits
+
+    fast = numel > 100
+    assert torch.autograd.gradcheck(function, (x,), fast_mode=fast)
+    assert torch.autograd.gradgradcheck(function, (x,), fast_mode=fast)
+
+    def third(implementation: Any) -> Tensor:
+        derivative = implementation.sample_binary_cross_entropy(x, KEY, 0.7)[0].sum()
+        for _ in range(3):
+            (derivative,) = torch.autograd.grad(derivative.sum(), x, create_graph=True)
+        return derivative.detach()
+
+    torch.testing.assert_close(third(ops), third(reference))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_double_backward_of_the_binary_loss(reduction: Any, dtype: torch.dtype) -> None:
+    """∇‖∇ of the loss‖² against autograd's through the definition, in float64."""
+    logits = binary_logits_for((9, 7), dtype)
+    weights = torch.linspace(-1, 2, 63, dtype=torch.float64).view(9, 7)
+
+    def derivative(x: Tensor, loss: Tensor) -> Tensor:
+        used = loss if reduction != "none" else (loss * weights.to(loss.dtype)).sum()
+        (gradient,) = torch.autograd.grad(used, x, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.to(loss.dtype).square().sum(), x)
+        return second
+
+    x = logits.clone().requires_grad_()
+    found = derivative(x, fastfisher.sample_binary_cross_entropy(x, key=KEY, reduction=reduction)[0])
+    y = logits.double().requires_grad_()
+    nll = reference.sample_binary_cross_entropy(y, KEY, 1.0)[0]
+    exact = derivative(y, nll.mean() if reduction == "mean" else nll.sum() if reduction == "sum" else nll)
+    # A gradient, its double, and two factors, each rounded to the dtype.
+    assert float((found.double() - exact).abs().max()) <= 4 * torch.finfo(dtype).eps * float(exact.abs().max())
+
+
+@needs_kernels
+def test_one_compilation_of_the_binary_loss_for_many_keys() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    function = torch.compile(lambda x, key: fastfisher.sample_binary_cross_entropy(x, key=key), backend=counter)
+    for seed in range(5):
+        key = torch.tensor([seed, 0])
+        x = torch.randn(4, 6, requires_grad=True)
+        loss, labels = function(x, key)
+        expected, drawn = fastfisher.sample_binary_cross_entropy(x, key=key)
+        assert torch.equal(labels, drawn)
+        torch.testing.assert_close(torch.autograd.grad(loss, x), torch.autograd.grad(expected, x))
     assert counter.frame_count == 1
 
 

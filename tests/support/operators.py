@@ -40,6 +40,7 @@ def cases(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
     same = ([3, 3], [1, 1], [1, 1], [1, 1], 1)
     return {
         "sample_cross_entropy": [(x, key, 0.5)],
+        "sample_binary_cross_entropy": [(x, key, 0.5), (images, key, 0.5, 2**33 + 5)],
         "softmax_hessian_product": [(x, labels, x + 1, 0.5)],
         "rademacher_cotangent": [(x, key, 0.5)],
         "gate_relu": [(x,)],
@@ -118,6 +119,57 @@ def assert_labels_are_the_exact_inverse_cdf(logits: Tensor, labels: Tensor, key:
         distance = min((by_tile - u[0]).abs().min(), (within / within[-1] - u[1]).abs().min())
         assert distance < 2e-6, f"row {row}: {labels[row]} instead of {expected[row]}"
     assert (labels != expected).float().mean() < 0.05
+
+
+# The group of 64 less and more by one, several groups, several tasks; maps. Enough elements to find the worst error.
+SHAPES = [(63,), (64,), (65,), (1, 130), (100, 33), (3, 4, 5, 7), (50_001,)]
+
+
+def binary_logits_for(shape: tuple[int, ...], dtype: torch.dtype, size: float = 3.0) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (size * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def exact_binary(logits: Tensor, labels: Tensor) -> tuple[Any, Any]:
+    """The loss at the labels and sigmoid − label, in more digits than float64 has and without a subtraction."""
+    z, y = precise(logits.cpu()), labels.cpu().double().numpy()
+    against = numpy.where(y > 0, -z, z)
+    t = numpy.exp(-numpy.abs(z))
+    missed = numpy.where(against >= 0, 1, t) / (1 + t)  # the probability of the other label
+    return numpy.maximum(against, 0) + numpy.log1p(t), numpy.where(y > 0, -missed, missed)
+
+
+def assert_binary_errs_at_most_twice_what_pytorch_errs(
+    logits: Tensor, nll: Tensor, labels: Tensor, dlogits: Tensor, scale: float
+) -> None:
+    assert nll.shape == labels.shape == dlogits.shape == logits.shape
+    assert nll.dtype == (torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    assert labels.dtype == dlogits.dtype == logits.dtype
+    assert bool(((labels == 0) | (labels == 1)).all())
+    exact_nll, exact_dlogits = exact_binary(logits, labels)
+    exact_dlogits = exact_dlogits * numpy.longdouble(scale)
+    low = logits.to(nll.dtype)
+    pytorch = F.binary_cross_entropy_with_logits(low, labels.to(nll.dtype), reduction="none")
+    for found, theirs, exact in (
+        (nll, pytorch, exact_nll),
+        (dlogits, (logits.sigmoid() - labels) * scale, exact_dlogits),
+    ):
+        mine, other = (float(numpy.abs(precise(x.cpu()) - exact).max()) for x in (found, theirs))
+        # Half a unit in the last place of the largest, as above.
+        assert mine <= 2 * other + torch.finfo(found.dtype).eps / 2 * float(numpy.abs(exact).max())
+
+
+def assert_binary_labels_are_those_of_the_definition(
+    logits: Tensor, labels: Tensor, key: Tensor, first: int = 0
+) -> None:
+    """Equal, but where the uniform number lies within rounding of the probability: for either of them, a few units of
+    the smaller of p and 1 − p in what the kernel computes in."""
+    expected = reference.sample_bernoulli(logits.cpu(), key, first)
+    differ = (labels.cpu() > 0) != expected
+    p, u = logits.cpu().double().sigmoid(), reference.uniforms(logits.numel(), key, first).view(logits.shape)
+    unit = torch.finfo(torch.promote_types(logits.dtype, torch.float32)).eps
+    assert bool(((u - p).abs() <= 8 * unit * torch.minimum(p, 1 - p))[differ].all())
+    assert int(differ.sum()) <= 3 + differ.numel() // 100_000  # at random, within 16 units of 2⁻²⁴ at most
 
 
 # ---- lists ----------------------------------------------------------------------------------------------------------
