@@ -46,8 +46,8 @@ class Likelihood(ABC):
         ...         return output.exp() * labels - output
         ...
         ...     def draw(self, output, key, first=0):
-        ...         generator = torch.Generator().manual_seed(int(key[0] + key[1]) + first)
-        ...         return -torch.rand(output.shape, generator=generator).log() * (-output).exp()
+        ...         z = fastfisher.Gaussian().draw(torch.zeros_like(output), key, first)  # normal, row by row
+        ...         return -torch.special.log_ndtr(z) * (-output).exp()
         ...
         ...     def root(self, output):
         ...         yield torch.ones_like(output)  # the Fisher information of log(rate) is 1

@@ -60,8 +60,8 @@ class GradientPenalty(TrainingPenalty):
         alpha: the coefficient α ≥ 0.
         wrt: what the gradient is taken with respect to.
         of: φ: "squared_norm", "norm", or a function of a tensor of norms, element by element.
-        every, start, method, gates, step, difference, mixed, examples, params, graphs, scaler, scope, process_group,
-            timeout, verify: as in :class:`fastfisher.FisherPenalty`.
+        every, start, method, gates, step, difference, mixed: as in :class:`fastfisher.FisherPenalty`.
+        examples, params, graphs, scaler, scope, process_group, timeout, verify: as there.
 
     Attributes:
         value: R at the last recomputation, a float64 scalar tensor; None before.
