@@ -75,7 +75,9 @@ class Output(Reading):
         """
         if found.dim() < 1 + self.row_dims:
             wanted = "logits (N, ..., C)" if self.row_dims else "an output (N, ...)"
-            raise ValueError(f"model: expected {wanted}, got shape {tuple(found.shape)}")
+            hint = "; of one number an example say likelihood='bernoulli', 'gaussian' or 'poisson'"
+            hint = hint if found.dim() else ""
+            raise ValueError(f"model: expected {wanted}, got shape {tuple(found.shape)}{hint}")
         return class_last(found, self.class_dim) if self.row_dims == 1 else found
 
     def as_given(self, logits: Tensor) -> Tensor:

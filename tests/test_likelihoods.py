@@ -553,3 +553,19 @@ def test_arguments_that_mean_nothing_are_named(options: dict[str, Any], message:
 def test_arguments_of_likelihoods_are_named(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["bernoulli", "gaussian", "poisson"])
+def test_in_low_precision_labels_and_losses_are_not_rounded(name: str, dtype: torch.dtype) -> None:
+    likelihood = likelihood_of(name)
+    output, y = output_of(50, 4).to(dtype), targets_of(name, 50, 4)
+    wide = output.double()
+    fitting = likelihood.fit(output, y * 1.0)
+    torch.testing.assert_close(fitting.double(), y.double(), rtol=1e-7, atol=0)
+    loss, exact = likelihood.loss(output, fitting), likelihood.loss(wide, likelihood.fit(wide, y * 1.0))
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
+    drawn = likelihood.draw(output, torch.tensor([1, 2]))
+    torch.testing.assert_close(
+        drawn.double(), likelihood.draw(wide, torch.tensor([1, 2])).double(), rtol=1e-5, atol=1e-5
+    )

@@ -54,7 +54,7 @@ class Elementwise(Likelihood):
         found = check_shape(self, output, targets, name)
         if found.is_complex():
             raise ValueError(f"{name}: expected real numbers, got {found.dtype}")
-        found = found.to(output.dtype if output.dtype.is_floating_point else torch.get_default_dtype())
+        found = found.to(self._dtype(output))
         if not looking_waits(found):
             wrong = ~self._possible(found)
             if bool(wrong.any()):
@@ -62,6 +62,10 @@ class Elementwise(Likelihood):
         return found
 
     _labels = "finite numbers"
+
+    def _dtype(self, output: Tensor) -> torch.dtype:
+        """Of labels: at least float32, in which a loss of numbers in 8 or 11 bits is taken, too."""
+        return torch.promote_types(output.dtype, torch.float32)
 
     def _possible(self, labels: Tensor) -> Tensor:
         return labels.isfinite()
@@ -123,7 +127,9 @@ class Bernoulli(Elementwise):
 
     def nll(self, output: Tensor, labels: Tensor) -> Tensor:
         """−y log p − (1 − y) log(1 − p), with ``pos_weight`` before y."""
+        output = output.to(self._dtype(output))
         weight = None if self._weights is None else self._weights.like(output)
+        labels = labels.to(output.dtype)  # drawn ones are of the logits' own
         return F.binary_cross_entropy_with_logits(output, labels, pos_weight=weight, reduction="none")
 
     def signs(self, output: Tensor, signs: Tensor) -> Tensor:
@@ -207,6 +213,7 @@ class Gaussian(Elementwise):
 
     def nll(self, output: Tensor, labels: Tensor) -> Tensor:
         """½(y − output)²/σ²."""
+        output = output.to(self._dtype(output))
         losses: Tensor = (labels - output).square() / (2 * self._variance(output))
         return losses
 
@@ -217,7 +224,7 @@ class Gaussian(Elementwise):
     def draw(self, output: Tensor, key: Tensor, first: int = 0) -> Tensor:
         """output + σz, z the normal numbers of the probe of the key."""
         z = noise(output, key, first, "gaussian")
-        found: Tensor = (output + self._variance(z) ** 0.5 * z).to(output.dtype)
+        found: Tensor = output + self._variance(z) ** 0.5 * z
         return found
 
     def drawn_gradient(self, output: Tensor, key: Tensor, first: int = 0) -> Tensor:
@@ -245,6 +252,7 @@ class Poisson(Elementwise):
 
     def nll(self, output: Tensor, labels: Tensor) -> Tensor:
         """λ − y·output."""
+        output = output.to(self._dtype(output))
         return output.exp() - labels * output
 
     def signs(self, output: Tensor, signs: Tensor) -> Tensor:
@@ -264,7 +272,7 @@ class Poisson(Elementwise):
             middle = ((low + high) / 2).floor()
             enough = torch.special.gammaincc(middle + 1, rate) >= u
             low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
-        return high.to(output.dtype)
+        return high.to(self._dtype(output))
 
     def deviation(self, output: Tensor) -> Tensor:
         """√λ."""
