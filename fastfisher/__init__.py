@@ -3,6 +3,9 @@
 from fastfisher.distributed.messages import RankFailure
 from fastfisher.engine.gates import Gates, record_gates
 from fastfisher.engine.recording import AccuracyWarning
+from fastfisher.likelihoods.base import Likelihood
+from fastfisher.likelihoods.categorical import Categorical
+from fastfisher.likelihoods.elementwise import Bernoulli, Gaussian, Poisson
 from fastfisher.measure.covariance import GradientCovariance, gradient_covariance
 from fastfisher.measure.estimate import TraceEstimate
 from fastfisher.measure.fisher import FisherTrace, trace_fisher
@@ -13,6 +16,7 @@ from fastfisher.moved import keep_old_paths
 from fastfisher.ops.head import linear_sample_cross_entropy
 from fastfisher.ops.sampled import sample_binary_cross_entropy, sample_cross_entropy
 from fastfisher.penalise.function import penalty
+from fastfisher.penalise.gradient_penalty import GradientPenalty
 from fastfisher.penalise.regularizer import FisherPenalty
 from fastfisher.penalise.rho import AdaptiveStep
 from fastfisher.slow_path import SlowPathWarning
@@ -20,11 +24,17 @@ from fastfisher.slow_path import SlowPathWarning
 __all__ = [
     "AccuracyWarning",
     "AdaptiveStep",
+    "Bernoulli",
+    "Categorical",
     "FisherPenalty",
     "FisherTrace",
     "Gates",
+    "Gaussian",
     "GradInnerProducts",
     "GradientCovariance",
+    "GradientPenalty",
+    "Likelihood",
+    "Poisson",
     "RankFailure",
     "SlowPathWarning",
     "TopEigenvalues",

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from fastfisher.engine.random_state import RandomState
 from fastfisher.inputs import Call, known_of, map_inputs
-from fastfisher.model import call_copy, class_last, logits_of
+from fastfisher.model import call_copy
+from fastfisher.outputs import class_last, logits_of
 from fastfisher.targets import IGNORED
 
 WAY_OUT = "state the targets of the logits yourself"
@@ -165,7 +166,7 @@ def _forward(model: nn.Module, call: Call) -> tuple[Tensor, Any]:
     own: list[tuple[Tensor, Any]] = []
 
     def see(output: Any, logits: Tensor) -> None:
-        own.append((logits_of(output, -1), getattr(output, "loss", None)))
+        own.append((logits_of(output), getattr(output, "loss", None)))
 
     random = RandomState.on_devices_of(model.parameters())
     try:

@@ -46,8 +46,8 @@ from fastfisher.inputs import (
     takes,
     takes_any_name,
 )
-from fastfisher.likelihoods import CATEGORICAL
-from fastfisher.model import check_class_dim
+from fastfisher.likelihoods.base import Likelihood
+from fastfisher.outputs import OUTPUT, Reading
 
 Pair = tuple[Call, Tensor | None]
 """How the model is called with the inputs and, where there are any, the targets."""
@@ -60,7 +60,7 @@ class Batches:
         model: what they are called with; its ``forward`` decides what its arguments are.
         data: a batch or an iterable of batches, as this module says, taken batch by batch as it comes.
         device: where the batches go.
-        class_dim: the dimension of the logits that holds the classes; None where it was not said.
+        reading: what is read of the model's output.
         samples: at most so many examples: a random choice of a batch's, the first of an iterable's.
         batch_size: how many examples at a time, where ``data`` is no iterable; all by default.
         generator: chooses the examples.
@@ -79,7 +79,7 @@ class Batches:
         data: Any,
         device: torch.device,
         *,
-        class_dim: int | None = None,
+        reading: Reading = OUTPUT,
         samples: int | None = None,
         batch_size: int | None = None,
         generator: torch.Generator | None = None,
@@ -87,14 +87,13 @@ class Batches:
     ) -> None:
         check_count("samples", samples, optional=True)
         check_count("batch_size", batch_size, optional=True)
-        check_class_dim(class_dim)
-        self.model, self.class_dim = model, class_dim
+        self.model, self.reading = model, reading
         self.data, self.samples, self.batch_size, self.device = data, samples, batch_size, device
         self.fraction = 1.0
         self.whole = is_batch(data)
         self.exhausted = False
         if self.whole:
-            self.inputs, self.targets = split(model, data, class_dim)
+            self.inputs, self.targets = split(model, data, reading)
             examples = _check_lengths(self.inputs, self.targets)
             self.order: Tensor | None = None
             if samples is not None and samples < examples:
@@ -133,7 +132,7 @@ class Batches:
         self.exhausted = iter(self.data) is self.data
         left = self.samples if self.samples is not None else math.inf
         for batch in self.data:
-            inputs, targets = split(self.model, batch, self.class_dim)
+            inputs, targets = split(self.model, batch, self.reading)
             size = _check_lengths(inputs, targets)
             if size:
                 yield self._take(inputs, targets, None if size <= left else slice(0, int(left)))
@@ -148,10 +147,10 @@ class Batches:
         if rows is not None:
             _check_lists(inputs, count_examples(inputs, "data"))
             inputs = take_rows(inputs, rows)
-            if targets is not None:
+            if isinstance(targets, Tensor):
                 targets = targets[rows.to(targets.device) if isinstance(rows, Tensor) else rows]
         inputs = map_inputs(inputs, lambda x: differentiable(x.to(self.device)))
-        return inputs, None if targets is None else differentiable(targets.to(self.device))
+        return inputs, differentiable(targets.to(self.device)) if isinstance(targets, Tensor) else targets
 
 
 def is_batch(data: Any) -> bool:
@@ -161,7 +160,7 @@ def is_batch(data: Any) -> bool:
     )
 
 
-def split(model: nn.Module, batch: Any, class_dim: int | None = None, name: str = "data") -> Pair:
+def split(model: nn.Module, batch: Any, reading: Reading = OUTPUT, name: str = "data") -> Pair:
     """A batch as inputs and targets, by the rules of this module.
 
     Raises:
@@ -169,14 +168,14 @@ def split(model: nn.Module, batch: Any, class_dim: int | None = None, name: str 
         ValueError: the model cannot be called with these inputs.
     """
     if isinstance(batch, Tensor | Mapping | PackedSequence):
-        return paired(model, batch, None, class_dim, name)
+        return paired(model, batch, None, reading, name)
     if isinstance(batch, list | tuple) and batch:
         *inputs, last = batch
         if not inputs:
             if isinstance(last, Tensor | Mapping | list | tuple):
-                return paired(model, last, None, class_dim, name)
-        elif last is None or isinstance(last, Tensor):
-            return paired(model, inputs[0] if len(inputs) == 1 else tuple(inputs), last, class_dim, name)
+                return paired(model, last, None, reading, name)
+        elif last is None or isinstance(last, Tensor) or reading.takes_targets:
+            return paired(model, inputs[0] if len(inputs) == 1 else tuple(inputs), last, reading, name)
         raise TypeError(
             f"{name}: expected tensors or pairs (inputs, targets), got a {type(batch).__name__} whose last item, the "
             f"targets, is of type {type(last).__name__}; expected a tensor or None there"
@@ -185,7 +184,7 @@ def split(model: nn.Module, batch: Any, class_dim: int | None = None, name: str 
 
 
 def paired(
-    model: nn.Module, inputs: Any, targets: Any, class_dim: int | None = None, name: str = "inputs"
+    model: nn.Module, inputs: Any, targets: Any, reading: Reading = OUTPUT, name: str = "inputs"
 ) -> tuple[Call, Any]:
     """The call of the model that the inputs mean, and the targets: those given, or else the ``labels`` in a mapping.
 
@@ -194,24 +193,29 @@ def paired(
         ValueError: the model cannot be called with them, or its own loss does not tell whose targets the labels are.
     """
     if not (isinstance(inputs, Mapping) and "labels" in inputs):
-        return as_call(model, inputs, class_dim, name), targets
+        return _beside(as_call(model, inputs, reading, name), targets)
     batch = inputs
     signature = signature_of(model)
     if signature is not None and not (takes(signature, "labels") or takes_any_name(signature)):
         rest = {key: value for key, value in inputs.items() if key != "labels"}
         if any(takes(signature, str(key)) for key in rest):
             inputs = rest
-    call = as_call(model, inputs, class_dim, name)
+    call = as_call(model, inputs, reading, name)
     labels = labels_in(batch) if targets is None else None
     if labels is not None:
-        asked = "labels" in call.kwargs and not labels.is_floating_point()
+        asked = "labels" in call.kwargs and not labels.is_floating_point() and reading.row_dims == 1
         targets = targets_within(model, call, labels) if asked else labels
-    return call, targets
+    return _beside(call, targets)
 
 
-def check_own_loss(model: nn.Module, call: Call, targets: Tensor) -> Call:
-    """The call, whose forward raises where the model makes another loss of the labels in it than the mean cross-entropy
-    of its logits: one with a term that balances experts, say, or smoothed labels.
+def _beside(call: Call, targets: Any) -> tuple[Call, Any]:
+    """The call with the targets in it, too, where they are needed to read what the model returns."""
+    return (dataclasses.replace(call, targets=targets) if call.reading.takes_targets else call), targets
+
+
+def check_own_loss(model: nn.Module, call: Call, targets: Tensor, likelihood: Likelihood) -> Call:
+    """The call, whose forward raises where the model makes another loss of the labels in it than the mean loss of the
+    likelihood: one with a term that balances experts, say, or smoothed labels.
 
     Looked for once for each model and kind of call, in that forward itself.
     """
@@ -228,14 +232,14 @@ def check_own_loss(model: nn.Module, call: Call, targets: Tensor) -> Call:
             return
         if isinstance(own, Tensor) and own.numel() == 1:
             wide = logits.detach() if logits.dtype == torch.float64 else logits.detach().float()
-            ours = CATEGORICAL.loss(wide, CATEGORICAL.fit(logits, targets, class_dim=call.class_dim))
+            ours = likelihood.loss(wide, likelihood.fit(logits, targets, class_dim=call.class_dim))
             own, tolerance = own.detach(), max(1e-5, 8 * torch.finfo(own.dtype).eps)
             if not math.isclose(float(own), float(ours), rel_tol=tolerance, abs_tol=tolerance):
                 raise ValueError(
-                    f"model: its own loss at the labels, {float(own):.6g}, is not the mean cross-entropy of its "
-                    f"logits, {float(ours):.6g}, which would be trained in its place; make the loss yourself, with "
-                    "FisherPenalty.watching() and term(), or give the targets beside the inputs to train the "
-                    "cross-entropy"
+                    f"model: its own loss at the labels, {float(own):.6g}, is not the mean {likelihood.title} of "
+                    f"its {likelihood.what}, {float(ours):.6g}, which would be trained in its place; make the loss "
+                    "yourself, with FisherPenalty.watching() and term(), or give the targets beside the inputs to "
+                    f"train the {likelihood.title}"
                 )
         known[kind] = True
 
@@ -252,9 +256,11 @@ def _check_lengths(inputs: Call, targets: Tensor | None) -> int:
         ValueError: there are not as many targets.
     """
     examples = count_examples(inputs, "data")
-    if targets is not None and targets.dim() == 0:
+    if not isinstance(targets, Tensor):
+        return examples
+    if targets.dim() == 0:
         raise ValueError("data: expected one target per input, got a scalar tensor")
-    if targets is not None and len(targets) != examples:
+    if len(targets) != examples:
         raise ValueError(
             f"data: expected one target per input, got {len(targets)} for {examples}; the last of several tensors are "
             "the targets: of inputs alone make ((x, w), None)"

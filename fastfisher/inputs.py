@@ -14,32 +14,65 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from fastfisher.outputs import OUTPUT, Reading
+
 See = Callable[[Any, Tensor], None]
 """Gets what a forward returned and the logits in it."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """How a model is called, and where the logits that it returns have their classes.
+    """How a model is called, and what is read of that which it returns.
 
     Attributes:
         args, kwargs: the arguments, batch first. They may hold tuples, lists and mappings of tensors, and anything
             else, which the model gets as it is.
-        class_dim: the dimension of the logits that holds the classes; None where it was not said.
+        reading: which tensor that is.
+        targets: those of the examples, where the reading needs them.
         see: called after each forward, before anything else is done with its output.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    class_dim: int | None = None
+    reading: Reading = OUTPUT
+    targets: Any = None
     see: See | None = field(default=None, repr=False)
+
+    @property
+    def class_dim(self) -> int | None:
+        """The dimension of the logits that holds the classes; None where it was not said."""
+        return self.reading.class_dim
+
+    def run(self, model: nn.Module) -> Any:
+        """What the model returns."""
+        return model(*self.args, **self.kwargs)
+
+    def read(self, output: Any) -> Tensor:
+        """The tensor in it that all is about."""
+        examples = count_examples(self) if self.reading.takes_targets else 0
+        return self.reading.read(output, self.targets, examples)
+
+
+@dataclass(frozen=True)
+class LoopCall(Call):
+    """A forward of the caller's own, of nothing that could be taken apart: it counts as one example.
+
+    Attributes:
+        function: returns the loss, by whatever calls of the model.
+    """
+
+    function: Callable[[], Any] = field(default=lambda: None)
+
+    def run(self, model: nn.Module) -> Any:
+        """See :meth:`Call.run`."""
+        return self.function()
 
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | Call
 """What a caller gives a model: a tensor, several arguments by position or by name, or a :class:`Call`."""
 
 
-def as_call(model: nn.Module, inputs: Any, class_dim: int | None = None, name: str = "inputs") -> Call:
+def as_call(model: nn.Module, inputs: Any, reading: Reading = OUTPUT, name: str = "inputs") -> Call:
     """The call of ``model`` that ``inputs`` mean; the signature of ``forward`` decides.
 
     A tensor is the one argument. The items of a tuple or list are arguments by position, those of a mapping arguments
@@ -61,16 +94,16 @@ def as_call(model: nn.Module, inputs: Any, class_dim: int | None = None, name: s
                     "last of several tensors of a batch are its targets: of inputs alone make ((x, w), None)"
                 )
             known["one argument"] = True
-        return Call((inputs,), {}, class_dim)
+        return Call((inputs,), {}, reading)
     if isinstance(inputs, PackedSequence):
         raise TypeError(
             f"{name}: expected tensors batch first, got a PackedSequence, whose examples lie one in another; "
             "give the padded sequences and the lengths, and pack them in the model's forward"
         )
     if isinstance(inputs, Mapping):
-        return _by_name(model, inputs, class_dim, name)
+        return _by_name(model, inputs, reading, name)
     if isinstance(inputs, tuple | list):
-        return _by_position(model, inputs, class_dim, name)
+        return _by_position(model, inputs, reading, name)
     raise TypeError(f"{name}: expected a tensor, a tuple, a list or a dict of tensors, got {type(inputs).__name__}")
 
 
@@ -102,16 +135,16 @@ def _binds(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
     return True
 
 
-def _by_name(model: nn.Module, inputs: Mapping[str, Any], class_dim: int | None, name: str) -> Call:
+def _by_name(model: nn.Module, inputs: Mapping[str, Any], reading: Reading, name: str) -> Call:
     signature = signature_of(model)
     names = all(isinstance(key, str) for key in inputs)
     if names and (signature is None or _binds(signature, **inputs)):
-        return Call((), dict(inputs), class_dim)
+        return Call((), dict(inputs), reading)
     if signature is None:
-        return Call((inputs,), {}, class_dim)
+        return Call((inputs,), {}, reading)
     known = [key for key in inputs if isinstance(key, str) and takes(signature, key)]
     if not known and _binds(signature, inputs):
-        return Call((inputs,), {}, class_dim)
+        return Call((inputs,), {}, reading)
     forward = f"{type(model).__name__}.forward{signature}"
     unknown = [key for key in inputs if key not in known]
     if unknown and not takes_any_name(signature):
@@ -119,14 +152,14 @@ def _by_name(model: nn.Module, inputs: Mapping[str, Any], class_dim: int | None,
     raise ValueError(f"{name}: expected all arguments that {forward} needs, got {list(inputs)}")
 
 
-def _by_position(model: nn.Module, inputs: tuple[Any, ...] | list[Any], class_dim: int | None, name: str) -> Call:
+def _by_position(model: nn.Module, inputs: tuple[Any, ...] | list[Any], reading: Reading, name: str) -> Call:
     signature = signature_of(model)
     if signature is None or _binds(signature, *inputs):
-        return Call(tuple(inputs), {}, class_dim)
+        return Call(tuple(inputs), {}, reading)
     first = next(iter(signature.parameters.values()), None)
     of_a_tensor = first is not None and first.annotation in (Tensor, "Tensor", "torch.Tensor")
     if _binds(signature, inputs) and not of_a_tensor:
-        return Call((inputs,), {}, class_dim)
+        return Call((inputs,), {}, reading)
     forward = f"{type(model).__name__}.forward{signature}"
     raise ValueError(f"{name}: expected the arguments of {forward}, got {len(inputs)} of them")
 
@@ -143,7 +176,7 @@ def map_inputs(inputs: Any, function: Callable[[Tensor], Any]) -> Any:
     if isinstance(inputs, Call):
         args = tuple(map_inputs(value, function) for value in inputs.args)
         kwargs = {name: map_inputs(value, function) for name, value in inputs.kwargs.items()}
-        return dataclasses.replace(inputs, args=args, kwargs=kwargs)
+        return dataclasses.replace(inputs, args=args, kwargs=kwargs, targets=map_inputs(inputs.targets, function))
     if isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence):
         values = [map_inputs(value, function) for value in inputs]
         return type(inputs)(*values) if hasattr(inputs, "_fields") else type(inputs)(values)
@@ -180,6 +213,8 @@ def count_examples(inputs: Any, name: str = "inputs") -> int:
     Raises:
         ValueError: there is no tensor, or it is a scalar; ``name`` is the argument that is named.
     """
+    if isinstance(inputs, LoopCall):
+        return 1
     tensors = input_tensors(inputs)
     if not tensors:
         raise ValueError(f"{name}: expected at least one tensor, found none")
@@ -233,7 +268,10 @@ def take_rows(inputs: Any, rows: Any) -> Any:
 
 
 def requiring_grad(inputs: Any) -> Any:
-    """The inputs with every floating-point tensor detached and requiring a gradient."""
+    """The inputs with every floating-point tensor detached and requiring a gradient, which targets do not."""
+    if isinstance(inputs, Call):
+        args, kwargs = requiring_grad(inputs.args), requiring_grad(inputs.kwargs)
+        return dataclasses.replace(inputs, args=args, kwargs=kwargs, targets=map_inputs(inputs.targets, Tensor.detach))
     return map_inputs(inputs, lambda x: x.detach().requires_grad_() if x.is_floating_point() else x)
 
 

@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from fastfisher.likelihoods import CATEGORICAL, Chosen, Likelihood
+from fastfisher.likelihoods.base import Chosen, Likelihood
+from fastfisher.likelihoods.categorical import CATEGORICAL
 
 NO_LABEL = ", which is an expectation over all labels; here a gradient is taken at one label of each row"
 
@@ -72,6 +73,10 @@ class Labels:
 
     def check_targets(self, targets: Any, likelihood: Likelihood = CATEGORICAL) -> None:
         """Raises ValueError where the labels are the targets, the likelihood needs some, and there are none."""
+
+    def of(self, likelihood: Likelihood) -> Likelihood:
+        """The likelihood whose loss is taken at such labels: where they are not given, the distribution alone."""
+        return likelihood.distribution if self.drawn or self.of_model else likelihood
 
     def fitted(self, likelihood: Likelihood, output: Tensor, **how: Any) -> Labels:
         """The same, where labels are given as the loss takes them; ``how`` as in :meth:`.Likelihood.fit`."""

@@ -15,78 +15,20 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from fastfisher.checks import check_model
 from fastfisher.inputs import Call, as_call, known_of
+from fastfisher.outputs import tensors_within
 from fastfisher.placement import check_held
 from fastfisher.slow_path import warn_slow_path
 
 Result = TypeVar("Result")
 
 
-# ---- logits ----------------------------------------------------------------------------------------------------------
-
-
-def logits_of(output: Any, class_dim: int | None = None) -> Tensor:
-    """The logits (N, …, C) among what a model returned: the tensor itself, or its ``logits``, as models of Transformers
-    have it; the dimension of the classes last.
-
-    Raises:
-        TypeError: there are none.
-        ValueError: they have no dimension of examples and one of classes, or the latter has to be said.
-    """
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        held = ""
-        if isinstance(output, Mapping):
-            held = f" with the keys {list(output)}"
-        elif isinstance(output, tuple | list):
-            held = f" of {len(output)} items"
-        raise TypeError(
-            f"model: expected it to return logits or an object with .logits, got {type(output).__name__}{held}; wrap "
-            "it in a module whose forward returns the tensor of logits alone"
-        )
-    if logits.dim() < 2:
-        raise ValueError(f"model: expected logits (N, ..., C), got shape {tuple(logits.shape)}")
-    return class_last(logits, class_dim)
-
-
-def class_last(logits: Tensor, class_dim: int | None, least: int = 1) -> Tensor:
-    """The logits with the dimension of the classes last: a view.
-
-    Raises:
-        ValueError: ``class_dim`` is no dimension of theirs from ``least`` on, or it is None where four dimensions or
-            more leave open which it is.
-    """
-    shape, dims = tuple(logits.shape), logits.dim()
-    if class_dim is None:
-        if dims >= 4:
-            raise ValueError(
-                f"class_dim: expected the dimension of the logits {shape} that holds the classes, got None; say "
-                "class_dim=1 for (N, C, H, W), class_dim=-1 where they are last"
-            )
-        return logits
-    check_class_dim(class_dim)
-    position = class_dim % dims if -dims <= class_dim < dims else -1
-    if position < least:
-        other = " other than that of the examples" if least else ""
-        raise ValueError(f"class_dim: expected a dimension of the logits {shape}{other}, got {class_dim}")
-    return logits if position == dims - 1 else logits.movedim(position, -1)
-
-
-def as_given(logits: Tensor, class_dim: int | None) -> Tensor:
-    """What :func:`class_last` made of some logits as it was."""
-    position = -1 if class_dim is None else class_dim % logits.dim() - logits.dim()
-    return logits if position == -1 else logits.movedim(-1, position)
-
-
-def check_class_dim(class_dim: Any) -> None:
-    """Raises ValueError where ``class_dim`` is neither an integer nor None."""
-    if class_dim is not None and (isinstance(class_dim, bool) or not isinstance(class_dim, int)):
-        raise ValueError(f"class_dim: expected an integer or None, got {class_dim!r}")
+# ---- calls -----------------------------------------------------------------------------------------------------------
 
 
 def call_model(model: nn.Module, inputs: Any) -> Tensor:
     """The logits, the classes last, of the model called as :func:`as_call` says."""
     call = as_call(model, inputs)
-    return _seen(call, model(*call.args, **call.kwargs))
+    return _seen(call, call.run(model))
 
 
 def copy_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -113,28 +55,23 @@ def call_copy(
 def call_with(model: nn.Module, state: dict[str, Tensor], inputs: Any) -> Tensor:
     """The logits of the model with other parameters and buffers, of which it moves those in ``state``."""
     call = as_call(model, inputs)
-    return _seen(call, stateless(model, state, call.args, call.kwargs))
-
-
-def stateless(model: nn.Module, state: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the model returns with other parameters and buffers: ``torch.func.functional_call``, put back the right way.
-
-    A module that is registered under two names (the embedding of a prompt-tuned model) has its tensors taken out twice,
-    the second time those that were put in. PyTorch's function puts them back in the order in which they were taken, so
-    that the model keeps the other tensors; here the first one taken out is the last one put back.
-    """
-    with _reparametrize_module(model, state, tie_weights=True, stack_weights=True):
-        return model(*args, **kwargs)
+    return call_within(model, state, lambda: _seen(call, call.run(model)))
 
 
 def call_within(model: nn.Module, state: dict[str, Tensor], function: Callable[[], Result]) -> Result:
-    """``function()``, while the model has the tensors of ``state`` in the places of its own."""
+    """``function()``, while the model has the tensors of ``state`` in the places of its own.
+
+    Put back the right way: a module that is registered under two names (the embedding of a prompt-tuned model) has its
+    tensors taken out twice, the second time those that were put in. ``torch.func.functional_call`` puts them back in
+    the order in which they were taken, so that the model keeps the other tensors; here the first one taken out is the
+    last one put back.
+    """
     with _reparametrize_module(model, state, tie_weights=True, stack_weights=True):
         return function()
 
 
 def _seen(call: Call, output: Any) -> Tensor:
-    logits = logits_of(output, call.class_dim)
+    logits = call.read(output)
     if call.see is not None:
         with torch._C.DisableTorchFunction():  # what it does is no part of a forward that is recorded
             call.see(output, logits)
@@ -152,7 +89,7 @@ def heads_beside(model: nn.Module, output: Any, logits: Tensor) -> list[str]:
     seen: set[Any] = set()
     _reached([logits], seen)
     held = output if isinstance(output, Mapping | tuple | list) else getattr(output, "__dict__", {})
-    others = [x for x in _tensors_within(held) if x.requires_grad]
+    others = [x for x in tensors_within(held) if x.requires_grad]
     return list(dict.fromkeys(names[i] for i in _reached(others, seen) if i in names))
 
 
@@ -177,20 +114,11 @@ def check_heads(model: nn.Module, call: Call, trainable: int) -> Call:
                 f"model: expected it to return logits alone where loss= is not given, got further outputs with "
                 f"parameters of their own ({', '.join(heads[:3])}{', ...' if len(heads) > 3 else ''}), which would not "
                 "be trained; make the loss of all outputs yourself, with FisherPenalty.watching() and term(), or give "
-                "loss= if the logits alone are to be trained"
+                "loss=, which gets all that the model returns"
             )
         known[kind] = True
 
     return dataclasses.replace(call, see=see)
-
-
-def _tensors_within(value: Any) -> Iterator[Tensor]:
-    """The tensors at any depth of tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | tuple | list):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors_within(item)
 
 
 def _reached(tensors: Iterable[Tensor], seen: set[Any]) -> list[int]:

@@ -91,6 +91,21 @@ def placement_of(model: nn.Module) -> Placement:
     return Placement(_WithoutDDP(inner, ddp), ddp, False)
 
 
+def check_reduced_as_mean(model: nn.Module) -> None:
+    """Checks a model whose own backward reduces the gradients, before a penalty is taken of its forward.
+
+    Raises:
+        ValueError: as :func:`placement_of`; or its ``DistributedDataParallel`` has ``static_graph``, whose first
+            backward, in which it learns the graph, may be that of a part of the loss.
+    """
+    ddp = placement_of(model).ddp
+    if ddp is not None and getattr(ddp, "static_graph", False):
+        raise ValueError(
+            "model: expected DistributedDataParallel without static_graph, which learns the graph in the first "
+            "backward, be it of a part of the loss; leave it out"
+        )
+
+
 def whole(model: nn.Module, purpose: str) -> nn.Module:
     """The module that this process runs, where what is measured is of one process: it holds all of the model alone.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastfisher.host import looking_waits
 from fastfisher.inputs import known_of
-from fastfisher.model import as_given, class_last
+from fastfisher.outputs import as_given, class_last
 
 IGNORED = -100
 """The target of a row that does not count, as in ``F.cross_entropy``."""
@@ -51,7 +51,7 @@ def fit(
     if targets.dtype == torch.bool or targets.is_complex():
         raise ValueError(
             f"{name}: expected class indices or class probabilities, got {targets.dtype}; of two classes give "
-            f"{name}.long(); several labels at once have a loss of their own, to be given as loss="
+            f"{name}.long(); several labels at once are those of likelihood='bernoulli'"
         )
     check_certain(logits, targets, class_dim, name)
     if targets.shape != logits.shape[:-1]:
@@ -68,8 +68,8 @@ def check_classes(logits: Tensor) -> None:
     if logits.shape[-1] < 2:
         raise ValueError(
             f"model: expected logits of at least two classes, got shape {tuple(logits.shape)}, and a softmax over one "
-            "class is 1 whatever the logit, so that every gradient is 0; of a binary model with logit z give (0, z): "
-            "torch.cat([torch.zeros_like(z), z], -1)"
+            "class is 1 whatever the logit, so that every gradient is 0; of a binary model with logit z say "
+            "likelihood='bernoulli', or give (0, z): torch.cat([torch.zeros_like(z), z], -1)"
         )
 
 
@@ -98,8 +98,8 @@ def _misfit(logits: Tensor, targets: Tensor, class_dim: int | None, name: str) -
     hint = ""
     if targets.is_floating_point():
         hint = (
-            f"; class indices are integers, {name}.long(); numbers to regress have a loss of their own, to be given as "
-            "loss=; of inputs alone that are several tensors make ((x, w), None)"
+            f"; class indices are integers, {name}.long(); numbers to regress are those of "
+            "likelihood='gaussian', or of a loss=; of inputs alone that are several tensors make ((x, w), None)"
         )
     elif shape == (*rows, 1):
         hint = f"; give {name}.squeeze(-1)"
@@ -115,9 +115,9 @@ def _misfit(logits: Tensor, targets: Tensor, class_dim: int | None, name: str) -
     )
 
 
-def check_range(targets: Tensor, classes: int, name: str) -> None:
-    """Raises ValueError where a class index is out of range."""
-    wrong = (targets != IGNORED) & ((targets < 0) | (targets >= classes))
+def check_range(targets: Tensor, classes: int, name: str, ignored: int = IGNORED) -> None:
+    """Raises ValueError where a class index is out of range, and not the one of rows that do not count."""
+    wrong = (targets != ignored) & ((targets < 0) | (targets >= classes))
     if bool(wrong.any()):
         found = int(targets[wrong][0])
         raise ValueError(
@@ -144,7 +144,7 @@ def _fitting_probabilities(
         raise ValueError(
             f"{name}: expected class probabilities, each row >= 0 and with the sum 1, got {targets.dtype} with row "
             f"{row} from {float(values.min()):g} to {float(values.max()):g} and the sum {float(values.sum()):.6g}; "
-            "several labels at once, and numbers to regress, have a loss of their own, to be given as loss="
+            "several labels at once are those of likelihood='bernoulli', numbers to regress of 'gaussian' or a loss="
         )
     _looked_at(targets, logits.shape, model)
     return targets

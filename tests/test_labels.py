@@ -16,7 +16,8 @@ from fastfisher import FisherPenalty
 from fastfisher.host import looking_waits
 from fastfisher.inputs import known_of
 from fastfisher.labels import Rows, labels_of
-from fastfisher.likelihoods import CATEGORICAL, Signs
+from fastfisher.likelihoods.base import Signs
+from fastfisher.likelihoods.categorical import CATEGORICAL
 from fastfisher.ops.sampled import new_key
 from fastfisher.targets import fit
 

@@ -14,7 +14,8 @@ from fastfisher import FisherPenalty
 from fastfisher.alignment import Alignments
 from fastfisher.data import split
 from fastfisher.labels import Rows, labels_of
-from fastfisher.likelihoods import CATEGORICAL, Signs
+from fastfisher.likelihoods.base import Signs
+from fastfisher.likelihoods.categorical import CATEGORICAL
 from fastfisher.ops.sampled import new_key
 from tests.support.networks import flat, relative_error
 from tests.support.transformer_models import KINDS, batch_of, model_of, penalised, targets_of
@@ -71,7 +72,8 @@ def seeded(**options: Any) -> dict[str, Any]:
     return {"generator": torch.Generator().manual_seed(9), **options}
 
 
-def smoothed(logits: Tensor, targets: Tensor) -> Tensor:
+def smoothed(output: Any, targets: Tensor) -> Tensor:
+    logits = output if isinstance(output, Tensor) else output.logits
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=0.1)
 
 

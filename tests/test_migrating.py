@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import fastfisher
 from fastfisher.measure.estimate import TraceEstimate
-from tests.support.networks import flat
+from tests.support.networks import flat, torchvision_operators
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,7 +26,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 def identity(block: str) -> str:
-    imported = re.findall(r"import (\w+)$", block, re.MULTILINE)
+    imported = re.findall(r"^from (?!torch)\S+ import (\w+)", block, re.MULTILINE)
     return imported[-1] if imported else "SAM"
 
 
@@ -38,20 +38,24 @@ def network() -> nn.Sequential:
 
 
 def test_the_page_has_a_block_for_each_row_of_its_table() -> None:
-    rows = re.findall(r"^\| (?!there|---).*\|$", PAGE, re.MULTILINE)
-    assert len(rows) == len(BLOCKS) == 8
+    table = PAGE.partition("\n\n## ")[0]
+    rows = re.findall(r"^\| (?!there|---).*\|$", table, re.MULTILINE)
+    assert len(rows) == len(BLOCKS) == 17
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[f"{i}-{identity(b)}" for i, b in enumerate(BLOCKS)])
 @pytest.mark.filterwarnings("ignore")  # the peers' own
 def test_theirs_is_ours(block: str) -> None:
-    for package in re.findall(r"^from (\w+)", block, re.MULTILINE):
-        pytest.importorskip(package, reason=f"{package}: pip install .[peers]")
+    with torchvision_operators():  # laplace imports torchmetrics, and that torchvision where it is
+        for package in re.findall(r"^from (\w+)", block, re.MULTILINE):
+            pytest.importorskip(package, reason=f"{package}: pip install .[peers]")
     model, labels = network().eval(), torch.arange(6) % 5
     images = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    values = torch.randn(6, 5, generator=torch.Generator().manual_seed(2))
+    flags = (values > 0.3).float()
     scope: dict[str, Any] = {
         "torch": torch, "nn": nn, "F": F, "copy": copy, "math": math, "fastfisher": fastfisher,
-        "model": model, "images": images, "labels": labels,
+        "model": model, "images": images, "labels": labels, "values": values, "flags": flags,
     }  # fmt: skip
     torch.manual_seed(7)
     with warnings.catch_warnings():

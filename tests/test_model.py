@@ -15,7 +15,8 @@ from torch.nn import functional as F
 import fastfisher
 from fastfisher import FisherPenalty
 from fastfisher.inputs import Call, as_call, input_tensors, map_inputs, signature_of, take_rows
-from fastfisher.model import as_given, check_heads, class_last, heads_beside, unhooked
+from fastfisher.model import check_heads, heads_beside, unhooked
+from fastfisher.outputs import as_given, class_last
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -143,12 +144,33 @@ def test_what_models_return_beside_logits_is_no_head(name: str) -> None:
 
 @pytest.mark.parametrize("name", HEADS)
 def test_a_loss_of_the_callers_may_be_of_the_logits_alone(name: str) -> None:
-    penalty, expected = trained(HEADS[name], loss=F.cross_entropy), trained(NO_HEADS["logits alone"])
+    of_logits = lambda output, y: F.cross_entropy(output.logits, y)  # noqa: E731
+    penalty, expected = trained(HEADS[name], loss=of_logits), trained(NO_HEADS["logits alone"])
     assert penalty.backward(X, Y) == expected.backward(X, Y)
     assert penalty.model.other.weight.grad is None
     model = penalty.model  # the penalty and the measurements are of the logits
     assert float(fastfisher.penalty(model, X, Y, labels="true").detach()) > 0
     assert fastfisher.trace_fisher(model, X).value > 0
+
+
+def test_a_loss_of_the_callers_gets_what_the_model_returns() -> None:
+    """So that another head has its part in it; what takes a tensor alone says so."""
+    both = lambda output, y: F.cross_entropy(output.logits, y) + F.cross_entropy(output.rest, y)  # noqa: E731
+    penalty = trained(HEADS["a namedtuple"], loss=both, every=1)
+    loss = penalty.backward(X, Y)
+    found = {name: p.grad for name, p in penalty.model.named_parameters()}
+    model = Returning(HEADS["a namedtuple"])
+    total = both(model(X), Y)
+    assert loss == total.detach()
+    gradients = torch.autograd.grad(total, list(model.parameters()), materialize_grads=True)
+    r = fastfisher.penalty(model, X, labels="sampled", generator=torch.Generator().manual_seed(0))
+    assert found["other.weight"] is not None
+    torch.testing.assert_close(found["other.weight"], dict(zip(found, gradients, strict=True))["other.weight"])
+    assert float(r.detach()) > 0
+    with pytest.raises(
+        TypeError, match=r"loss: it gets what the model returns, a Named, .* loss=lambda output, targets"
+    ):
+        trained(HEADS["a namedtuple"], loss=F.cross_entropy).backward(X, Y)
 
 
 def test_a_head_is_looked_for_once_and_again_where_it_thaws() -> None:
@@ -186,11 +208,11 @@ def test_heads_beside() -> None:
     [
         (
             lambda z, c, h: (z, c),
-            "got tuple of 2 items; wrap it in a module whose forward returns the tensor of logits",
+            "got tuple of 2 items; say where they are, logits_of=lambda output: ..., or wrap the model in a module",
         ),
-        (lambda z, c, h: {"logits": z}, r"got dict with the keys \['logits'\]; wrap"),
-        (lambda z, c, h: None, "got NoneType; wrap"),
-        (lambda z, c, h: Bare(None), "got Bare; wrap"),  # type: ignore[arg-type]
+        (lambda z, c, h: {"logits": z}, r"got dict with the keys \['logits'\]; say where"),
+        (lambda z, c, h: None, "got NoneType; say where"),
+        (lambda z, c, h: Bare(None), "got Bare; say where"),  # type: ignore[arg-type]
     ],
 )
 def test_outputs_without_logits_are_refused_with_the_way_out(how: Callable[..., Any], message: str) -> None:

@@ -30,6 +30,11 @@ class Local(Single):
         """See :meth:`Single.begin`."""
         self.others.begin(model)
 
+    def any_counts(self, mine: bool) -> bool:
+        """See :meth:`Single.any_counts`: each process has an R of its own."""
+        self.others.any_counts(mine)
+        return mine
+
     def at_end(self, trainable: Gradients, total: Gradients) -> Gradients:
         """See :meth:`Single.at_end`: the mean over the processes, which all count the same."""
         (summed,) = self.others.sum_gradients(trainable, total)

@@ -60,10 +60,19 @@ class Doing:
     gradients: float = 0.0
 
     @classmethod
-    def of(cls, trainable: Gradients, sharded: bool = False, *, compared: bool = True, **settings: Any) -> Doing:
+    def of(
+        cls,
+        trainable: Gradients,
+        sharded: bool = False,
+        *,
+        compared: bool = True,
+        accumulates: bool = True,
+        **settings: Any,
+    ) -> Doing:
         """``settings``, with what is known of the parameters ``trainable``. Whole ones have to be the same in all
-        processes, if ``compared``; shards (``sharded``) differ."""
-        grads = {name: p.grad for name, p in trainable.items() if p.grad is not None}
+        processes, if ``compared``; shards (``sharded``) differ. So must ``.grad`` be, where this package adds to it
+        (``accumulates``); what a loop of the caller's has there it may still have to reduce."""
+        grads = {name: p.grad for name, p in trainable.items() if accumulates and p.grad is not None}
         everything = {
             **settings,
             "trainable parameters": digest(f"{name}{tuple(p.shape)}" for name, p in trainable.items()),

@@ -16,6 +16,9 @@ from fastfisher.distributed.single import Counts, Share, Single
 
 T = TypeVar("T")
 
+_FINE = 1 << 24
+"""Messages are of integers, and what a mean divides by may be a sum of class weights: it is told in such parts of 1."""
+
 
 class Replicated(Telling, Single):
     """The processes of a group, each with all parameters: gradients are summed by messages.
@@ -54,9 +57,9 @@ class Replicated(Telling, Single):
     def share(self, counts: Counts, key: Tensor | None) -> Share:
         """See :meth:`Single.share`: from the counts of each process."""
         has = not counts.first_only or self.rank == 0
-        mine = (int(counts.penalised()), counts.rows, counts.examples) if has else (0, 0, 0)
+        mine = (_fine(counts.penalised()), counts.rows, counts.examples) if has else (0, 0, 0)
         drawn = [0, 0] if key is None else key.tolist()
-        told = self.agree("the shares of a batch", counts.loss(), *mine, counts.batch, *drawn)
+        told = self.agree("the shares of a batch", _fine(counts.loss()), *mine, counts.batch, *drawn)
         losses, weights, rows, examples, batches = ([process[i] for process in told] for i in range(5))
         if key is not None:
             key.copy_(torch.tensor(told[0][-2:]))
@@ -64,14 +67,14 @@ class Replicated(Telling, Single):
             loss=self.weight(losses[self.rank], sum(losses)),
             penalised=self.weight(weights[self.rank], sum(weights)),
             first=sum(rows[: self.rank]),
-            rows=sum(weights),
+            rows=sum(weights) // _FINE,
             examples=sum(examples),
             fraction=1.0 if counts.first_only else sum(examples) / max(1, sum(batches)),
         )
 
-    def loss_weight(self, count: Callable[[], int]) -> float:
+    def loss_weight(self, count: Callable[[], float]) -> float:
         """See :meth:`Single.loss_weight`."""
-        mine = count()
+        mine = _fine(count())
         told = self.agree("the rows of a loss", mine)
         return self.weight(mine, sum(numbers[0] for numbers in told))
 
@@ -102,6 +105,15 @@ class Replicated(Telling, Single):
         ]
         summed = iter(self._sum(flat))
         return [{name: next(summed) for name in present} for present in names]
+
+    def any_counts(self, mine: bool) -> bool:
+        """See :meth:`Single.any_counts`."""
+        return any(numbers[0] for numbers in self.agree("whether a row counts", int(mine)))
+
+    def for_mean(self, part: Gradients) -> Gradients:
+        """See :meth:`Single.for_mean`."""
+        torch._foreach_mul_(list(part.values()), float(self.size))
+        return part
 
     def total(self, x: Tensor) -> Tensor:
         """See :meth:`Single.total`."""
@@ -154,3 +166,7 @@ class Replicated(Telling, Single):
             for (position, x), part in zip(alike, parts, strict=True):
                 out[position] = part.view(x.shape)
         return out
+
+
+def _fine(count: float | Tensor) -> int:
+    return round(float(count) * _FINE)

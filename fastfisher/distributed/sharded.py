@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +38,35 @@ class Sharded(Replicated):
         self.agree("gradients")
         return list(gradients)
 
+    def after_forward(self, model: nn.Module) -> None:
+        """See :meth:`Single.after_forward`: the outermost parameters stay gathered until the backward, which gathers
+        them again where they are not."""
+        reshard(model)
+
+    @contextmanager
+    def own_reduction(self, model: nn.Module) -> Iterator[None]:
+        """See :meth:`Single.own_reduction`: what micro-batches under ``set_requires_gradient_sync(False)`` have left in
+        the gathered parameters is taken out, and back at the end."""
+        groups = list(_parameter_groups(model))
+        reduced = [(group.reduce_grads, group.all_reduce_grads) for group in groups]  # one call sets both
+        left = [(parameter, _left_by_backwards(parameter)) for group in groups for parameter in group.fsdp_params]
+        try:
+            for group in groups:
+                group.reduce_grads = group.all_reduce_grads = True
+            for parameter, _ in left:
+                _leave(parameter, None, None)
+            _check_reduction(model)
+            yield
+        finally:
+            for group, was in zip(groups, reduced, strict=True):
+                group.reduce_grads, group.all_reduce_grads = was
+            for parameter, grads in left:
+                _leave(parameter, *grads)
+
+    def for_mean(self, part: Gradients) -> Gradients:
+        """See :meth:`Single.for_mean`: a gradient in shards comes into ``.grad`` as it is."""
+        return part
+
     def squared_norm(self, x: Tensor, in_parameters: bool) -> Tensor:
         """See :meth:`Single.squared_norm`: of parameters each process has a part."""
         return self.total(x)
@@ -52,6 +82,9 @@ class Sharded(Replicated):
         _check_reduction(model)
         reshard(model)
         self.agree("the beginning")
+
+    def begin_term(self, model: nn.Module) -> None:
+        """See :meth:`Single.begin_term`."""
 
 
 def local_part(x: Tensor) -> Tensor:
@@ -95,13 +128,25 @@ def _check_reduction(model: nn.Module) -> None:
                     "undo it before FisherPenalty.backward, which accumulates micro-batches by its weight"
                 )
         for parameter in group.fsdp_params:
-            whole = getattr(parameter, "_unsharded_param", None)
-            if parameter.unsharded_accumulated_grad is not None or (whole is not None and whole.grad is not None):
+            if any(grad is not None for grad in _left_by_backwards(parameter)):
                 raise ValueError(
                     "model: expected every gradient reduced, got one of a backward before under "
                     "set_requires_gradient_sync(False); take each micro-batch by FisherPenalty.backward(weight=...), "
                     "or the last one before it with the gradients reduced"
                 )
+
+
+def _left_by_backwards(parameter: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients that backwards without a reduction have left for a parameter of ``fully_shard``: the one in the
+    dtype of the reduction, and the one in its own."""
+    whole = getattr(parameter, "_unsharded_param", None)
+    return parameter.unsharded_accumulated_grad, None if whole is None else whole.grad
+
+
+def _leave(parameter: Any, accumulated: Tensor | None, grad: Tensor | None) -> None:
+    parameter.unsharded_accumulated_grad = accumulated
+    if getattr(parameter, "_unsharded_param", None) is not None:
+        parameter._unsharded_param.grad = grad
 
 
 def _parameter_groups(model: nn.Module) -> Iterator[Any]:
@@ -126,6 +171,17 @@ def placed_like(x: Tensor, parameter: Tensor) -> Tensor:
         mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
         return distribute_tensor(x, mesh, placements, src_data_rank=None)  # each process has all of x: nothing is sent
     return x.to(parameter.dtype if is_spread(x) else parameter, copy=True)
+
+
+def whole_state(state: dict[str, Any]) -> dict[str, Any]:
+    """A state with whole tensors for those in shards, which the processes gather: all must call."""
+
+    def whole(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {name: whole(value) for name, value in x.items()}
+        return x.full_tensor() if isinstance(x, Tensor) and is_spread(x) else x  # type: ignore[attr-defined]
+
+    return {name: whole(value) for name, value in state.items()}
 
 
 def _spread_alike(x: Any, y: Any) -> bool:

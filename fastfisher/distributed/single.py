@@ -31,7 +31,8 @@ class Counts:
     A number that is on the GPU is given as a function, so that only a world that needs it waits for it.
 
     Attributes:
-        loss: how many terms its training loss is a mean of: rows of logits, or examples where the loss is a callable.
+        loss: what its mean training loss divides by: rows of logits, a sum of class weights, or examples where the loss
+            is a callable.
         penalised: how many rows the penalised loss is a mean of: those in ``rows`` whose target is not −100.
         rows: how many rows of logits are penalised, with those whose target is −100.
         examples: how many examples have these rows.
@@ -40,7 +41,7 @@ class Counts:
         first_only: whether of all processes together a single example is penalised, the first of rank 0.
     """
 
-    loss: Callable[[], int]
+    loss: Callable[[], float]
     penalised: Callable[[], int | Tensor]
     rows: int
     examples: int
@@ -116,7 +117,7 @@ class Single:
         """The share of this process in the batch. The ``key`` of the labels becomes that of rank 0, in place."""
         return Share(1.0, 1.0, 0, counts.penalised(), counts.examples, counts.part())
 
-    def loss_weight(self, count: Callable[[], int]) -> float:
+    def loss_weight(self, count: Callable[[], float]) -> float:
         """The weight of a mean over ``count()`` rows of this process in the mean over the rows of all."""
         return 1.0
 
@@ -131,6 +132,33 @@ class Single:
     def at_end(self, trainable: Gradients, total: Gradients) -> Gradients:
         """The gradient as the optimiser gets it, from ``total``, that of a step with its sums done."""
         return total
+
+    # ---- a term for a loop that reduces gradients itself -------------------------------------------------------------
+
+    def after_forward(self, model: nn.Module) -> None:
+        """Has the model's parameters where a gradient in them belongs, after a forward of the caller's."""
+
+    def begin_term(self, model: nn.Module) -> None:
+        """:meth:`begin` of a term, whose forward has been. Raises ValueError as that does."""
+        self.begin(model)
+
+    def own_reduction(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Within, gradients are reduced for R alone, whatever the caller's loop has left to reduce later."""
+        return nullcontext()
+
+    def any_counts(self, mine: bool) -> bool:
+        """Whether R is of something: whether a row counts, here (``mine``) or in a process that shares the batch.
+
+        All processes come here, also where R is not taken: one that failed is then known of.
+        """
+        return mine
+
+    def for_mean(self, part: Gradients) -> Gradients:
+        """What each process has to add to its gradient for the mean over the processes, which the caller's loop takes,
+        to have the sum of the ``part`` of each."""
+        return part
+
+    # ---- norms and sums ----------------------------------------------------------------------------------------------
 
     def squared_norm(self, x: Tensor, in_parameters: bool) -> Tensor:
         """The squared norm of a gradient of all processes, from ``x``, that of what this process holds of it.

@@ -20,7 +20,7 @@ from fastfisher.engine.layers import Layer, flat_rows
 from fastfisher.engine.one_by_one import gradients_of_each
 from fastfisher.engine.random_state import RandomState
 from fastfisher.engine.watching import Known
-from fastfisher.inputs import Inputs, input_tensors, known_of
+from fastfisher.inputs import Call, Inputs, input_tensors, known_of
 from fastfisher.model import call_model, call_within, uncompiled
 
 SHAPES = 8
@@ -40,7 +40,8 @@ def verified_capture(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> 
     device = tensors[0].device.type
     autocast = autocast_dtype(device)
     precisions = tuple(p.dtype for p in model.parameters())
-    kind = "capture", tuple(names), precisions, autocast, tuple((x.dim(), x.dtype, x.device) for x in tensors)
+    reading = inputs.reading.kind if isinstance(inputs, Call) else None
+    kind = "capture", reading, tuple(names), precisions, autocast, tuple((x.dim(), x.dtype, x.device) for x in tensors)
     sizes = tuple(x.shape for x in tensors)
     seen: dict[tuple[torch.Size, ...], Known] = known_of(model).setdefault(kind, {})
     if sizes in seen:
@@ -108,7 +109,7 @@ class _Verification:
         while True:
             logits, ordinary = self._ordinary()
             seen = _Seen(self._capture(), ordinary, left_out)
-            fitting = logits.dim() >= 2 and len(logits) == seen.capture.examples
+            fitting = logits.dim() >= 1 and len(logits) == seen.capture.examples
             if not fitting or not all(bool(g.isfinite().all()) for g in ordinary.values()):
                 return seen, logits, False  # the caller refuses such logits, and refuses or returns NaN
             seen.look(self._capture)

@@ -6,10 +6,12 @@ import inspect
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fastfisher.checks import check_count, check_generator
 from fastfisher.measure.fisher import trace_fisher
+from fastfisher.placement import is_initialised, is_sharded
 
 
 class TraceAtSteps:
@@ -38,7 +40,9 @@ class TraceAtSteps:
         return step % self.every_n_steps == 0
 
     def measure(self, model: nn.Module, data: Any, step: int) -> dict[str, float]:
-        """What goes into the log."""
+        """What goes into the log: of the data of all processes that train the model."""
         generator = torch.Generator().manual_seed(self._seed + step)
-        trace = trace_fisher(model, data, generator=generator, **self.options)
+        shared = is_initialised() and dist.get_world_size() > 1 and not is_sharded(model)
+        group = {"process_group": dist.group.WORLD} if shared else {}
+        trace = trace_fisher(model, data, generator=generator, **{**group, **self.options})
         return {"fisher_trace": trace.value, "fisher_trace_error": trace.standard_error}

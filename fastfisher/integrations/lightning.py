@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from fastfisher.alignment import Alignments, labels_in
 from fastfisher.inputs import Call
 from fastfisher.integrations._tracing import TraceAtSteps
-from fastfisher.model import logits_of
+from fastfisher.outputs import Output, logits_of
 from fastfisher.penalise.regularizer import FisherPenalty
+from fastfisher.placement import check_reduced_as_mean, is_sharded, placement_of
 
 
 def _callback_class() -> Any:
@@ -54,7 +55,7 @@ def _called(name: str | None, calls: int) -> str:
     network = "the module itself" if name is None else name
     return (
         f"network: expected training_step to call {network} once, it did {calls} times; give the name of the submodule "
-        "that makes the logits"
+        "that makes the logits, or by call= the number of the call that R is of"
     )
 
 
@@ -90,17 +91,23 @@ class FisherPenaltyCallback(_Callback):  # type: ignore[misc]
         targets: the targets of the logits of a batch, −100 where a position does not count; None of it: all count.
             Otherwise the labels are the second of a pair or "labels" of a dict, and the loss of the first batch says
             how they lie to the logits (:func:`fastfisher.alignment.alignment_of`).
+        call: which call of the network in a training step R is of, from 0, where there are several, as for two views of
+            each example; None: there is one. Calls without gradients do not count.
         options: as in :class:`fastfisher.FisherPenalty`, but for ``mixed``, ``examples``, ``graphs``, ``loss`` and
             ``wrt="inputs"``, which need a forward of their own.
+
+    Several processes, with Lightning's DDP strategies or a network that ``configure_model`` has given to
+    ``fully_shard``: R is of the batch of all (``scope="global"``), and the update that of one process with this batch.
 
     Attributes:
         penalty: the :class:`fastfisher.FisherPenalty` once training has started; None before.
 
     Raises:
-        ValueError: at the start of the training: an option is out of range, the optimisation is manual, there are
-            several processes, gradients are scaled (16-mixed) or the module is compiled. In training: the network or
-            the training step is not called exactly once for a batch, or the loss is no cross-entropy of its logits and
-            ``targets`` is not given. It is named.
+        ValueError: at the start of the training: an option is out of range, the optimisation is manual, a strategy of
+            several processes is neither of these, gradients are scaled (16-mixed) or the module is compiled. In
+            training: the network is not called exactly once for a batch, or not as often as ``call`` says, the training
+            step is called again, or the loss is no cross-entropy of its logits and ``targets`` is not given. It is
+            named.
     """
 
     def __init__(
@@ -109,9 +116,10 @@ class FisherPenaltyCallback(_Callback):  # type: ignore[misc]
         *,
         network: str | None = None,
         targets: Callable[[Any], Tensor | None] | None = None,
+        call: int | None = None,
         **options: Any,
     ) -> None:
-        self.alpha, self.network, self.targets, self.options = alpha, network, targets, options
+        self.alpha, self.network, self.targets, self.call, self.options = alpha, network, targets, call, options
         self.penalty: FisherPenalty | None = None
         self._state: dict[str, Any] | None = None
         self._give_back: Callable[[], None] | None = None
@@ -120,8 +128,9 @@ class FisherPenaltyCallback(_Callback):  # type: ignore[misc]
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Takes its place around the training step."""
         _check_trainer(trainer, pl_module)
-        penalty = FisherPenalty(_network(pl_module, self.network), self.alpha, **self.options)
-        with penalty.watching():  # refuses an option now, not at the first step
+        network = _network(pl_module, self.network)
+        penalty = FisherPenalty(network, self.alpha, **{**_group_of(trainer, network), **self.options})
+        with penalty.watching(self.call):  # refuses an option now, not at the first step
             pass
         if self._state is not None:
             penalty.load_state_dict(self._state)
@@ -140,14 +149,17 @@ class FisherPenaltyCallback(_Callback):  # type: ignore[misc]
                     "as LBFGS does: the value of the loss is without the penalty"
                 )
             self._stepped = True
-            with penalty.watching() as forward:
+            with penalty.watching(self.call) as forward:  # what is raised within, other processes are told
                 output = training_step(batch, *args, **kwargs)
-            loss = output.get("loss") if isinstance(output, Mapping) else output
-            if loss is None:  # the step is left out
-                return output
-            if forward.calls != 1 or forward.logits is None:
-                raise ValueError(_called(self.network, forward.calls))
-            term = penalty.term(forward, targets.of(batch, loss, forward.logits))
+                loss = output.get("loss") if isinstance(output, Mapping) else output
+                if loss is None:  # the step is left out
+                    return output
+                if not forward.is_finished:
+                    raise ValueError(_called(self.network, forward.calls))
+                if forward.without is not None:
+                    raise forward.without
+                aligned = None if forward.logits is None else targets.of(batch, loss, forward.logits)
+            term = penalty.term(forward, aligned)
             return {**output, "loss": loss + term} if isinstance(output, Mapping) else loss + term
 
         replaced = vars(pl_module).get("training_step")
@@ -188,10 +200,6 @@ def _check_trainer(trainer: Any, pl_module: Any) -> None:
     """Raises ValueError where the trainer does not go with a penalty."""
     if not pl_module.automatic_optimization:
         raise ValueError("pl_module: expected automatic optimization; where it is manual, call FisherPenalty.backward")
-    if trainer.world_size != 1:
-        raise ValueError(
-            f"trainer: expected one process, got {trainer.world_size}; for several, call FisherPenalty.backward"
-        )
     if trainer.scaler is not None:
         raise ValueError(
             f"precision: expected gradients that are not scaled, got {trainer.precision!r}: in float16 they have to be "
@@ -202,6 +210,26 @@ def _check_trainer(trainer: Any, pl_module: Any) -> None:
             "pl_module: expected one that is not compiled, since compiled code hides the calls of the layers; compile "
             "the network in it, of which the steps that do not recompute the penalty run compiled"
         )
+
+
+def _group_of(trainer: Any, network: nn.Module) -> dict[str, Any]:
+    """The ``process_group`` of a penalty, where ``DistributedDataParallel`` is around the LightningModule.
+
+    Raises:
+        ValueError: several processes share the training in another way.
+    """
+    if trainer.world_size == 1 or is_sharded(network):  # fully_shard says itself which processes share the network
+        return {}
+    around = trainer.strategy.model
+    check_reduced_as_mean(around)
+    ddp = placement_of(around).ddp
+    if ddp is None:
+        raise ValueError(
+            f"trainer: expected DistributedDataParallel or fully_shard in {trainer.world_size} processes, got "
+            f"{type(trainer.strategy).__name__} with a {type(around).__name__}; use strategy='ddp', or "
+            "ModelParallelStrategy with fully_shard of the network in configure_model"
+        )
+    return {"process_group": ddp.process_group}
 
 
 class FisherTraceMonitor(_Callback):  # type: ignore[misc]
@@ -266,7 +294,7 @@ class FisherTraceMonitor(_Callback):  # type: ignore[misc]
             if next(network.parameters(), None) is not own:  # a penalty's forward at other parameters
                 return
             self._calls += 1
-            self._inputs, self._logits = Call(args, kwargs, self._class_dim), logits_of(output, -1)
+            self._inputs, self._logits = Call(args, kwargs, Output(self._class_dim)), logits_of(output)
 
         self._hook = network.register_forward_hook(note, with_kwargs=True)
 

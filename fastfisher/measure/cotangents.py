@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfisher.checks import check_callable
 from fastfisher.distributed.single import Single
 from fastfisher.inputs import differentiable
 from fastfisher.labels import KINDS, Labels, Rows, labels_of
-from fastfisher.likelihoods import CATEGORICAL, CallersLoss, EachLoss, Likelihood
+from fastfisher.likelihoods.subject import Subject
 from fastfisher.ops.sampled import new_key
 
 
@@ -55,18 +54,17 @@ class Cotangents:
         ValueError: targets or labels do not fit the logits, or no label can be drawn of them.
     """
 
-    def __init__(
-        self, logits: Tensor, labels: Labels, likelihood: Likelihood, targets: Any, keys: Keys, class_dim: int | None
-    ) -> None:
+    def __init__(self, logits: Tensor, labels: Labels, subject: Subject, targets: Any, keys: Keys) -> None:
+        likelihood = subject.likelihood
         likelihood.check(logits)
         if targets is not None:
             targets = differentiable(targets) if isinstance(targets, Tensor) else targets
-            targets = likelihood.fit(logits, targets, class_dim=class_dim)
+            targets = subject.fit(logits, targets)
         if labels.of_model:
             likelihood.check_drawable(logits)
-        self.labels = labels.fitted(likelihood, logits, class_dim=class_dim)
+        self.labels = labels.fitted(likelihood, logits, class_dim=subject.reading.class_dim)
         self.labels.check_targets(targets, likelihood)
-        self._rows, self._keys, self._draws = Rows(likelihood, logits, targets), keys, 0
+        self._rows, self._keys, self._draws = Rows(labels.of(likelihood), logits, targets), keys, 0
 
     def draw(self) -> Iterator[Tensor]:
         """Those of one draw."""
@@ -78,16 +76,13 @@ class Cotangents:
         return self.labels.cotangents(rows)
 
 
-def labels_and_likelihood(
-    labels: Any, loss: EachLoss | None, class_dim: int | None, names: Sequence[str] = tuple(KINDS)
-) -> tuple[Labels, Likelihood]:
-    """What the arguments ``labels`` and ``loss`` of a measurement mean.
+def labels_beside(loss: Any, labels: Any, names: Sequence[str] = tuple(KINDS), *, given: bool = True) -> Labels:
+    """What the argument ``labels`` of a measurement means beside ``loss``.
 
     Raises:
-        ValueError: they mean nothing, or do not go together.
+        ValueError: it means nothing, or they do not go together.
     """
-    kind = labels_of(labels, names)
-    check_callable("loss", loss)
+    kind = labels_of(labels, names, given=given)
     if loss is not None and kind.name != "true":
         raise ValueError(f'loss: expected None with labels={labels!r}, which are drawn; a loss goes with labels="true"')
-    return kind, CATEGORICAL if loss is None else CallersLoss(loss, class_dim)
+    return kind

@@ -20,12 +20,15 @@ from fastfisher.data import Batches, Pair
 from fastfisher.engine.layers import chunks, computing, flat_rows
 from fastfisher.engine.rollback import undoing
 from fastfisher.inputs import count_examples
-from fastfisher.labels import KINDS, Labels, Rows, labels_of
-from fastfisher.likelihoods import CATEGORICAL
-from fastfisher.measure.norms import one_backward, parameter_names
+from fastfisher.labels import KINDS, Labels, Rows
+from fastfisher.likelihoods.base import Likelihood
+from fastfisher.likelihoods.subject import LikelihoodName, Subject, subject_of
+from fastfisher.measure.cotangents import labels_beside
+from fastfisher.measure.norms import EACH, one_backward, parameter_names
 from fastfisher.measure.per_example import Side
 from fastfisher.model import call_model, eval_mode
 from fastfisher.ops.sampled import new_key
+from fastfisher.outputs import Output, OwnLossFunction
 from fastfisher.placement import whole
 
 EXAMPLES_AT_ONCE = 128
@@ -79,8 +82,11 @@ def gradient_covariance(
     labels: Literal["true", "sampled"] = "true",
     samples: int | None = None,
     params: Iterable[Tensor] | None = None,
+    likelihood: LikelihoodName | Likelihood = "categorical",
+    loss: OwnLossFunction | None = None,
     generator: torch.Generator | None = None,
     class_dim: int | None = None,
+    logits_of: Callable[[Any], Tensor] | None = None,
     verify: bool = True,
 ) -> GradientCovariance:
     """The covariance K of the gradients of single examples, or of mini-batches.
@@ -100,8 +106,9 @@ def gradient_covariance(
             are the batches of an iterable. What is left at the end and too few is left out.
         labels: "true" takes the targets; "sampled" draws ŷ ~ p(y|x), once for each example.
         samples: at most so many examples: a random choice of a pair's, the first of an iterable's.
+        loss: as in :func:`fastfisher.per_example_grad_norms`.
         generator: where examples and labels are drawn; torch's default generator otherwise.
-        model, params, class_dim, verify: see docs/traces.md, "Arguments in common".
+        model, params, likelihood, logits_of, class_dim, verify: see docs/traces.md, "Arguments in common".
 
     Returns:
         Trace and eigenvalues; NaN where a gradient is not finite.
@@ -109,17 +116,18 @@ def gradient_covariance(
     Raises:
         ValueError, TypeError, NotImplementedError: as there.
     """
-    kind = labels_of(labels, ("true", "sampled"), given=False)
+    kind = labels_beside(loss, labels, ("true", "sampled"), given=False)
+    subject = subject_of(likelihood, class_dim, logits_of, loss, each=EACH)
     check_count("batch_size", batch_size, optional=True)
     check_flags(verify=verify)
     model = whole(model, "the covariance of gradients")
     together = batch_size if batch_size is not None and batch_size != 1 else None
-    gradients = _Gradients(model, parameter_names(model, params), verify)
+    gradients = _Gradients(model, parameter_names(model, params), kind.of(subject.likelihood), verify)
     device, size = next(model.parameters()).device, together or EXAMPLES_AT_ONCE
-    how: dict[str, Any] = {"class_dim": class_dim, "samples": samples, "generator": generator}
+    how: dict[str, Any] = {"reading": subject.reading, "samples": samples, "generator": generator}
     source = Batches(model, data, device, batch_size=size, **how)
     with eval_mode(model):
-        batches = [_labelled(model, pair, kind, generator) for pair in source]
+        batches = [_labelled(model, pair, kind, subject, generator) for pair in source]
         batches = batches if together is None else _complete(batches, together)
         if not batches:
             raise ValueError("data: expected at least one example, got none")
@@ -136,8 +144,8 @@ class _Gradients:
         fallbacks: which parameters went a slower way, and why.
     """
 
-    def __init__(self, model: nn.Module, names: list[str], verify: bool) -> None:
-        self.model, self.names, self.verify = model, names, verify
+    def __init__(self, model: nn.Module, names: list[str], likelihood: Likelihood, verify: bool) -> None:
+        self.model, self.names, self.likelihood, self.verify = model, names, likelihood, verify
         found = dict(model.named_parameters())
         self.elements = sum(found[name].numel() for name in names)
         self.precision = max(torch.finfo(found[name].dtype).eps for name in names)
@@ -153,7 +161,8 @@ class _Gradients:
         return _gram(groups, lambda group: torch.stack([self._mean(pair) for pair in group]), _products)
 
     def _side(self, pair: Pair) -> Side:
-        side = one_backward(self.model, *pair, self.names, KINDS["true"], CATEGORICAL, verify=self.verify)
+        subject = Subject(self.likelihood, pair[0].reading)
+        side = one_backward(self.model, *pair, self.names, KINDS["true"], subject, verify=self.verify)
         self.fallbacks.update(side.capture.fallbacks)
         return side
 
@@ -164,21 +173,25 @@ class _Gradients:
         return torch.cat([flat_rows(computing(totals[name])[None])[0] / side.of.examples for name in self.names])
 
 
-def _labelled(model: nn.Module, pair: Pair, labels: Labels, generator: torch.Generator | None) -> Pair:
+def _labelled(
+    model: nn.Module, pair: Pair, labels: Labels, subject: Subject, generator: torch.Generator | None
+) -> Pair:
     """The batch with the labels of its gradients, drawn here once so that gradients can be taken again."""
     inputs, targets = pair
     if labels.drawn:
         with torch.no_grad():
             logits = call_model(model, inputs)
             if targets is not None:  # those of -100 are left out
-                targets = CATEGORICAL.fit(logits, targets, class_dim=inputs.class_dim, model=model)
-            CATEGORICAL.check(logits)
-            drawn = labels.choose(Rows(CATEGORICAL, logits, targets, new_key(generator, logits.device)))
+                targets = subject.fit(logits, targets, model=model)
+            likelihood = labels.of(subject.likelihood)
+            likelihood.check(logits)
+            drawn = labels.choose(Rows(likelihood, logits, targets, new_key(generator, logits.device)))
         assert isinstance(drawn, Tensor)
-        if inputs.class_dim is None:  # it was certain for these logits; the shape of drawn labels says nothing
-            inputs = dataclasses.replace(inputs, class_dim=-1)
+        if isinstance(reading := inputs.reading, Output) and reading.class_dim is None:
+            # It was certain for these logits; the shape of drawn labels says nothing.
+            inputs = dataclasses.replace(inputs, reading=dataclasses.replace(reading, class_dim=-1))
         targets = drawn
-    elif targets is None:
+    elif targets is None and subject.likelihood.needs_targets:
         raise ValueError('data: expected targets beside the inputs with labels="true", got none')
     return inputs, targets
 

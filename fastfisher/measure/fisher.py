@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,14 @@ from fastfisher.distributed.sharing import shared_by
 from fastfisher.distributed.single import Single
 from fastfisher.engine.rollback import undoing
 from fastfisher.labels import LabelName, Labels, labels_of
-from fastfisher.likelihoods import CATEGORICAL
+from fastfisher.likelihoods.base import Likelihood
+from fastfisher.likelihoods.subject import LikelihoodName, Subject, subject_of
 from fastfisher.measure.cotangents import Cotangents, Keys
 from fastfisher.measure.estimate import TraceEstimate
 from fastfisher.measure.norms import draws_of, parameter_names
 from fastfisher.measure.per_example import Captured
 from fastfisher.memory import BATCH, held, may_double
-from fastfisher.model import check_class_dim, eval_mode, trainable_parameters
+from fastfisher.model import eval_mode, trainable_parameters
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -65,14 +66,17 @@ def trace_fisher(
     tolerance: float | None = None,
     minibatch: bool = False,
     params: Iterable[Tensor] | None = None,
+    likelihood: LikelihoodName | Likelihood = "categorical",
     generator: torch.Generator | None = None,
     class_dim: int | None = None,
+    logits_of: Callable[[Any], Tensor] | None = None,
     process_group: ProcessGroup | None = None,
     verify: bool = True,
 ) -> FisherTrace:
     """Tr(F) = E_x E_ŷ ‖∇_θ ℓ(x, ŷ)‖², ŷ ~ p(y|x): the trace of the Fisher Information Matrix (eq. 2 of the paper).
 
-    One draw costs about a plain forward and backward of the data, "exact" C − 1 backwards. Memory is that of one batch.
+    One draw costs about a plain forward and backward of the data, "exact" one backward for each column of the root of
+    the output's Fisher information: C − 1 of C classes, K of K numbers. Memory is that of one batch.
 
     Example:
         >>> print(fastfisher.trace_fisher(model, loader))
@@ -88,7 +92,8 @@ def trace_fisher(
             however the data are cut into batches.
         tolerance: go on drawing (at least two draws in all) until standard_error ≤ tolerance·value.
         minibatch: also Tr(F_B), for about a third more, of a single process.
-        model, data, params, generator, class_dim, process_group, verify: see docs/traces.md, "Arguments in common".
+        model, data, params, likelihood, logits_of, generator, class_dim, process_group, verify: see docs/traces.md,
+            "Arguments in common".
 
     Returns:
         The estimate over the data of all processes, split by parameter, with the parameters that took a slower way.
@@ -99,7 +104,7 @@ def trace_fisher(
     kind = labels_of(labels, given=False)
     check_count("draws", draws)
     check_flags(minibatch=minibatch, verify=verify)
-    check_class_dim(class_dim)
+    subject = subject_of(likelihood, class_dim, logits_of)
     if tolerance is not None:
         check_number("tolerance", tolerance)
     world, model = whole_model(model, process_group)
@@ -107,12 +112,13 @@ def trace_fisher(
         raise ValueError("minibatch: expected False where several processes share the data, got True")
     names, trainable = parameter_names(model, params), trainable_parameters(model)
     told = {"labels": labels, "draws": draws, "tolerance": tolerance, "params": digest(names)}
+    told["likelihood"] = type(subject.likelihood).__name__
     with world.measuring_together("trace_fisher", model, trainable, **told), eval_mode(model):
         size, device = BATCH if batch_size is None else batch_size, next(iter(trainable.values())).device
         how: dict[str, Any] = {"samples": samples, "batch_size": size, "generator": generator}
-        batches = Batches(model, data, device, class_dim=class_dim, **how)
+        batches = Batches(model, data, device, reading=subject.reading, **how)
         grows = batch_size is None and not minibatch and world.alone
-        passes = _Passes(batches, names, kind, Keys(generator, world), minibatch, grows, verify)
+        passes = _Passes(batches, names, kind, subject, Keys(generator, world), minibatch, grows, verify)
         return passes.estimate(passes.until(tolerance, draws))
 
 
@@ -140,6 +146,7 @@ class _Passes:
     batches: Batches
     names: list[str]
     labels: Labels
+    subject: Subject
     keys: Keys
     minibatch: bool
     grows: bool
@@ -174,7 +181,7 @@ class _Passes:
         before = held(device)
         captured = Captured(batches.model, inputs, self.names, self.verify)
         activations = held(device) - before
-        cotangents = Cotangents(captured.logits, self.labels, CATEGORICAL, targets, self.keys, batches.class_dim)
+        cotangents = Cotangents(captured.logits, self.labels, self.subject, targets, self.keys)
         sums.add(draws_of(captured, cotangents, draws, sums.means if self.minibatch else None), captured.zeros())
         sums.fallbacks.update(captured.capture.fallbacks)
         full = captured.examples == batches.batch_size

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from fastfisher.distributed.single import Single
 from fastfisher.engine.checkpointing import graph_nodes, refuse_recomputed
 from fastfisher.engine.gates import record_gates
 from fastfisher.engine.taylor import NoRule, Tape
+from fastfisher.engine.twice import differentiable_gradients, second_derivatives
 from fastfisher.measure.estimate import TraceEstimate
 from fastfisher.measure.mean_loss import BatchLoss, Labelled, check_after, forward
 from fastfisher.model import call_copy
@@ -44,7 +45,7 @@ class Hutchinson:
         key: of the probes, which are counted: each batch gets fresh ones.
         probes: how many at a time.
         product: "taylor", "autograd" or "finite_difference"; "reduced", without the terms of mean 0; "split", without
-            the Gauss-Newton part, too.
+            the Gauss-Newton part, too; "ggn", that part alone.
         used: how many probes were drawn.
         samples: how many examples the data have.
         fallbacks: why another product served than was asked for.
@@ -76,15 +77,15 @@ class Hutchinson:
         Raises:
             ValueError: there are no data, or a value is not finite.
         """
-        sums, rows, samples = [0.0] * self.probes, 0, 0
+        sums, rows, samples = [0.0] * self.probes, 0.0, 0
+        device = next(iter(self.parameters.values())).device
         for loss in self.data.losses(self.parameters):
             quadratic_form = self._quadratic_form(loss)
             for i in range(self.probes):
-                key = (self.key + torch.tensor([0, self.used])).to(loss.targets.device)  # kernels read it there
+                key = (self.key + torch.tensor([0, self.used])).to(device)  # kernels read it there
                 sums[i] += loss.rows * float(quadratic_form(key))
                 self.used += 1
-            rows, samples = rows + loss.rows, samples + len(loss.targets)
-        device = next(iter(self.parameters.values())).device
+            rows, samples = rows + loss.rows, samples + loss.examples
         mine = torch.tensor([*sums, rows, samples, self.used], dtype=torch.float64, device=device)
         everyone = self.world.gather(mine).view(self.world.size, -1)
         *sums, all_rows, all_samples, _ = everyone.sum(0).tolist()
@@ -102,6 +103,8 @@ class Hutchinson:
 
     def _quadratic_form(self, loss: BatchLoss) -> QuadraticForm:
         """That of one batch; where an operation has no rule, autograd serves from now on."""
+        if self.product == "ggn":
+            return gauss_newton(loss, self.distribution)
         if self.product == "finite_difference":
             return by_difference(loss, self.distribution)
         if self.product != "autograd":
@@ -119,6 +122,7 @@ class Hutchinson:
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
         name = f"hutchinson, {self.distribution} probes"
         name = f"reduced {name}" if self.product in ("reduced", "split") else f"{name}, hvp={self.product}"
+        name = f"ggn, {self.distribution} probes" if self.product == "ggn" else name
         fallbacks = self.fallbacks
         if fisher is not None:
             mean, error = mean + fisher.value, math.hypot(error, fisher.standard_error)
@@ -172,6 +176,37 @@ def by_autograd(loss: BatchLoss, distribution: str) -> QuadraticForm:
     return quadratic_form
 
 
+def gauss_newton(loss: BatchLoss, distribution: str) -> QuadraticForm:
+    """zᵀJᵀ(∇²ℓ)Jz: J the Jacobian of what the model returns, ∇²ℓ the Hessian of the loss in that (Schraudolph, 2002).
+
+    Jz by a second backward through the first, which is linear in its cotangent.
+    """
+    leaves, way_out = list(loss.parameters.values()), 'method="auto"'
+    with torch.enable_grad(), second_derivatives(way_out):
+        outputs, logits = loss.outputs()
+        slopes = differentiable_gradients(loss.at(logits, loss.fitting(logits)), outputs, way_out=way_out)
+        cotangents = [torch.zeros_like(x, requires_grad=True) for x in outputs]
+        joined = torch.stack([(x * u).sum() for x, u in zip(outputs, cotangents, strict=True)]).sum()
+        pulled = differentiable_gradients(joined, leaves, way_out=way_out)
+    z = _like(loss.parameters)
+
+    def products(gradients: Sequence[Tensor | None], directions: Sequence[Tensor], sources: list[Tensor]) -> Any:
+        """Σ ⟨g, d⟩ as a function of the sources, differentiated there."""
+        terms = [(g * d).sum() for g, d in zip(gradients, directions, strict=True) if g is not None and g.requires_grad]
+        if not terms:
+            return [torch.zeros_like(x) for x in sources]
+        with second_derivatives(way_out):
+            return torch.autograd.grad(torch.stack(terms).sum(), sources, retain_graph=True, materialize_grads=True)
+
+    def quadratic_form(key: Tensor) -> Tensor:
+        ops.perturb(z, [], key, 1.0, distribution)
+        moved = products(pulled, z, cotangents)
+        curved = products(slopes, moved, outputs)
+        return torch.stack([(h.double() * v).sum() for h, v in zip(curved, moved, strict=True)]).sum()
+
+    return quadratic_form
+
+
 def by_difference(loss: BatchLoss, distribution: str) -> QuadraticForm:
     """A central difference of gradients, with the gates of the forward at θ replayed."""
     model, parameters = loss.model, loss.parameters
@@ -190,8 +225,10 @@ def by_difference(loss: BatchLoss, distribution: str) -> QuadraticForm:
         ops.perturb(leaves, [p.detach() for p in parameters.values()], key, step, distribution)
         for leaf in leaves:
             leaf.requires_grad_()
-        with torch.enable_grad(), gates.replay():
-            value = loss.at(call_copy(model, dict(zip(parameters, leaves, strict=True)), loss.inputs), targets)
+        with torch.enable_grad():
+            with gates.replay():
+                logits = call_copy(model, dict(zip(parameters, leaves, strict=True)), loss.inputs)
+            value = loss.at(logits, targets)
         found = torch.autograd.grad(value, leaves, materialize_grads=True)
         return ops.probe_dot(list(found), key, distribution)
 

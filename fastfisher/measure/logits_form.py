@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastfisher.distributed.single import Single
 from fastfisher.engine.taylor import NoRule, Tape
 from fastfisher.inputs import Call, count_examples, take_rows
+from fastfisher.likelihoods.base import Likelihood
 from fastfisher.measure.mean_loss import forward
 from fastfisher.model import call_copy
 
@@ -24,20 +25,22 @@ class LogitsForm:
     """What a forward shows of how the logits depend on the parameters.
 
     Attributes:
-        classes: how many classes there are.
+        columns: how many backwards an example takes where its Fisher information is taken whole, by its root.
+        rows: how many rows of output an example has: 1 of a classifier, positions, or numbers.
         curved: why they may not be piecewise linear in every single parameter; None where they are.
-        coupled: why the trace of the Gauss-Newton part may not be Tr(F), as it is for one row of logits an example that
-            depends on this example alone, in eval mode; None where it is.
+        coupled: why the trace of the Gauss-Newton part may not be that of the Fisher matrix, as it is of natural
+            parameters that depend on their own example alone, in eval mode; None where it is.
         unknown: whether an operation has no rule in :mod:`fastfisher.engine.taylor`.
     """
 
-    classes: int
+    columns: int
+    rows: int
     curved: str | None
     coupled: str | None
     unknown: bool
 
 
-def logits_form(model: nn.Module, parameters: dict[str, Tensor], inputs: Call) -> LogitsForm:
+def logits_form(model: nn.Module, parameters: dict[str, Tensor], inputs: Call, likelihood: Likelihood) -> LogitsForm:
     """Looks at the operations that a forward really runs; see :meth:`.taylor.Tape.why_not_multilinear`."""
     tape, unknown = Tape(parameters), False
     try:
@@ -47,13 +50,14 @@ def logits_form(model: nn.Module, parameters: dict[str, Tensor], inputs: Call) -
         curved, unknown = str(error), True
         logits = forward(model, inputs)
     coupled = None
-    if logits.dim() != 2:
-        coupled = f"the model gives logits of shape {tuple(logits.shape)}, not one row for each example"
+    if not likelihood.natural:
+        coupled = f"the Hessian of the loss of {type(likelihood).__name__} in the output depends on the targets"
     elif any(module.training for module in model.modules()):
         coupled = "the model is in train mode, and Tr(F) is taken in eval mode"
     elif not _same_alone(model, inputs, logits.detach()):
         coupled = "the logits of an example are not the same in another batch"
-    return LogitsForm(logits.shape[-1], curved, coupled, unknown)
+    rows = likelihood.shape_of_labels(logits)[1:].numel()
+    return LogitsForm(rows * likelihood.columns(logits), rows, curved, coupled, unknown)
 
 
 def agreed_form(form: LogitsForm, world: Single, device: torch.device) -> LogitsForm:
@@ -63,7 +67,8 @@ def agreed_form(form: LogitsForm, world: Single, device: torch.device) -> Logits
     curved, coupled, unknown = (bool(flag) for flag in everyone.any(0))
     elsewhere = "another process found so"
     return LogitsForm(
-        form.classes,
+        form.columns,
+        form.rows,
         form.curved or (elsewhere if curved else None),
         form.coupled or (elsewhere if coupled else None),
         unknown,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,33 +18,37 @@ from fastfisher.data import Batches, Pair
 from fastfisher.engine.random_state import RandomState
 from fastfisher.engine.taylor import Tape
 from fastfisher.engine.twice import differentiable_gradients, second_derivatives, twice_differentiable
-from fastfisher.inputs import Call, take_rows
-from fastfisher.likelihoods import CATEGORICAL, Likelihood
+from fastfisher.inputs import Call, count_examples, take_rows
+from fastfisher.likelihoods.subject import Subject
 from fastfisher.model import call_copy, chosen_names, eval_mode, trainable_parameters, uncompiled, unhooked
+from fastfisher.outputs import tensors_within
 
 
 class Labelled:
     """Inputs with their targets, as often as they are iterated; where ``counted``, without the targets −100."""
 
-    def __init__(self, batches: Batches, *, counted: bool = False) -> None:
-        self.batches, self.counted = batches, counted
+    def __init__(self, batches: Batches, subject: Subject, *, counted: bool = False) -> None:
+        self.batches, self.subject, self.counted = batches, subject, counted
 
     @classmethod
-    def of(cls, model: nn.Module, data: Any, targets: Any, batch_size: int | None, class_dim: int | None) -> Labelled:
+    def of(cls, model: nn.Module, data: Any, targets: Any, batch_size: int | None, subject: Subject) -> Labelled:
         """``data`` with the targets in it, or beside it, on the device of the model's parameters."""
         if targets is not None:
-            if not isinstance(targets, Tensor):
+            if not isinstance(targets, Tensor) and not subject.is_loss:
                 raise ValueError(f"targets: expected a tensor or None, got {type(targets).__name__}")
             data = (data, targets)
         device = next(iter(trainable_parameters(model).values())).device
-        return cls(Batches(model, data, device, class_dim=class_dim, batch_size=batch_size, keep=True))
+        batches = Batches(model, data, device, reading=subject.reading, batch_size=batch_size, keep=True)
+        return cls(batches, subject)
 
-    def __iter__(self) -> Iterator[tuple[Call, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Call, Any]]:
+        likelihood = self.subject.likelihood
         for inputs, targets in self.batches:
-            if targets is None:
+            if targets is None and likelihood.needs_targets:
                 raise ValueError("targets: expected labels beside the inputs, got None")
-            kept = targets != -100 if self.counted and targets.dim() == 1 else None
-            if kept is None or kept.all():
+            by_example = self.counted and isinstance(targets, Tensor) and targets.dim() == 1
+            kept = likelihood.counting(targets) if by_example and targets is not None else None
+            if kept is None or kept.all() or targets is None:
                 yield inputs, targets
             elif kept.any():
                 yield take_rows(inputs, kept), targets[kept]
@@ -55,14 +60,14 @@ class Labelled:
             ValueError: there is none.
         """
         for batch in self:
-            if len(batch[1]):
+            if count_examples(batch[0]):
                 return batch
         raise ValueError("data: expected at least one example, got none")
 
     def losses(self, parameters: dict[str, Tensor]) -> Iterator[BatchLoss]:
         """The mean loss of each batch that has rows that count, as a function of these parameters."""
         for inputs, targets in self:
-            loss = BatchLoss(self.batches.model, parameters, inputs, targets)
+            loss = BatchLoss(self.batches.model, parameters, inputs, targets, self.subject)
             if loss.rows:
                 yield loss
 
@@ -74,21 +79,42 @@ class BatchLoss:
     model: nn.Module
     parameters: dict[str, Tensor]
     inputs: Call
-    targets: Tensor
-    likelihood: Likelihood = CATEGORICAL
+    targets: Any
+    subject: Subject
 
     @functools.cached_property
-    def rows(self) -> int:
-        """How many rows the mean is over."""
-        return self.likelihood.counted_targets(self.targets, self.inputs.class_dim)
+    def rows(self) -> float:
+        """How much the mean is over: rows, or examples where it is a loss of the caller's."""
+        if self.subject.is_loss:
+            return self.examples
+        return self.subject.likelihood.counted_targets(self.targets, self.inputs.class_dim)
 
-    def fitting(self, logits: Tensor) -> Tensor:
+    @property
+    def examples(self) -> int:
+        """How many examples there are."""
+        return count_examples(self.inputs)
+
+    def fitting(self, logits: Tensor) -> Any:
         """The targets as :meth:`at` takes them."""
-        return self.likelihood.fit(logits, self.targets, class_dim=self.inputs.class_dim, model=self.model)
+        return self.subject.fit(logits, self.targets, model=self.model)
 
-    def at(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def at(self, logits: Tensor, targets: Any) -> Tensor:
         """The loss at these logits."""
-        return self.likelihood.loss(logits, targets)
+        return self.subject.likelihood.loss(logits, targets)
+
+    def outputs(self) -> tuple[list[Tensor], Tensor]:
+        """Of a forward that can be differentiated twice, the tensors that the model returns, and what is read of them:
+        the first are what the Gauss-Newton matrix linearises."""
+        found: list[Tensor] = []
+
+        def see(output: Any, logits: Tensor) -> None:
+            held = [logits] if not self.subject.is_loss else tensors_within(output)
+            found.extend(x for x in held if x.requires_grad and x.is_floating_point())
+
+        logits = forward(self.model, dataclasses.replace(self.inputs, see=see), twice_differentiable())
+        if not found:
+            raise ValueError("model: expected it to return tensors that depend on the parameters, got none")
+        return found, logits
 
     def hessian_product(self, *, way_out: str) -> Callable[[Sequence[Tensor]], Sequence[Tensor | None]]:
         """The function z ↦ Hz, both by parameter, None where it is 0 whatever z is.
@@ -143,9 +169,9 @@ def check_after(model: nn.Module) -> Callable[[Tensor], Tensor]:
                 )
         unusable = ~(logits.detach() < math.inf)
         if bool(unusable.any()):
-            rows = int(unusable.any(-1).sum())
+            rows = unusable if unusable.dim() == 1 else unusable.any(-1)
             raise ValueError(
-                f"model: expected logits that are numbers, got NaN or inf in {rows} of {unusable[..., 0].numel()} "
+                f"model: expected logits that are numbers, got NaN or inf in {int(rows.sum())} of {rows.numel()} "
                 "rows; look at the parameters and inputs (isfinite().all()), or at overflow in a low precision"
             )
         return logits

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,13 +16,18 @@ from fastfisher.engine.layers import flat_rows
 from fastfisher.engine.rollback import undoing
 from fastfisher.inputs import Call, Inputs
 from fastfisher.labels import LabelName, Labels
-from fastfisher.likelihoods import EachLoss, Likelihood
-from fastfisher.measure.cotangents import Cotangents, Keys, labels_and_likelihood
+from fastfisher.likelihoods.base import Likelihood
+from fastfisher.likelihoods.subject import LikelihoodName, Subject, subject_of
+from fastfisher.measure.cotangents import Cotangents, Keys, labels_beside
 from fastfisher.measure.per_example import Captured, Side
-from fastfisher.model import check_class_dim, chosen_names, eval_mode, trainable_parameters
+from fastfisher.model import chosen_names, eval_mode, trainable_parameters
+from fastfisher.outputs import OwnLossFunction
 from fastfisher.placement import placement_of, whole
 
 T = TypeVar("T")
+
+EACH = ", whose norms are wanted"
+"""Why a loss of the caller's has to be one value for each example."""
 
 
 @undoing
@@ -35,12 +40,14 @@ def per_example_grad_norms(
     draws: int = 1,
     squared: bool = True,
     params: Iterable[Tensor] | None = None,
-    loss: EachLoss | None = None,
+    likelihood: LikelihoodName | Likelihood = "categorical",
+    loss: OwnLossFunction | None = None,
     generator: torch.Generator | None = None,
     class_dim: int | None = None,
+    logits_of: Callable[[Any], Tensor] | None = None,
     verify: bool = True,
 ) -> Tensor:
-    """‖∇_θ ℓ(x_i, ŷ_i)‖² for each example i, with ℓ = −log p(ŷ_i | x_i) summed over the positions of an example.
+    """‖∇_θ ℓ(x_i, ŷ_i)‖² for each example i, with ℓ = −log p(ŷ_i | x_i) summed over the rows of an example.
 
     About the cost of one forward and backward of the batch; each further draw costs a backward.
 
@@ -54,9 +61,9 @@ def per_example_grad_norms(
         labels: "sampled", "rademacher", "exact", "true" or "uniform", see docs/traces.md; or a tensor of labels.
         draws: how many independent draws, with one forward in common.
         squared: False for the norms themselves.
-        loss: instead of the cross-entropy, a function of (logits, targets) that returns one loss per example (N,).
-            Goes with ``labels="true"``; logits are as the model gives them, and targets may be anything.
-        model, params, generator, class_dim, verify: see docs/traces.md, "Arguments in common".
+        loss: in the place of a likelihood, a function of (output, targets) that returns one loss per example (N,).
+            Goes with ``labels="true"``; the output is all that the model returns, and targets may be anything.
+        model, params, likelihood, logits_of, generator, class_dim, verify: see docs/traces.md, "Arguments in common".
 
     Returns:
         float64 (N,), or (draws, N) for more than one draw.
@@ -65,16 +72,16 @@ def per_example_grad_norms(
         ValueError, TypeError, NotImplementedError: as there.
     """
     check_flags(squared=squared, verify=verify)
-    check_class_dim(class_dim)
     check_count("draws", draws)
-    kind, likelihood = labels_and_likelihood(labels, loss, class_dim)
+    kind = labels_beside(loss, labels)
+    subject = subject_of(likelihood, class_dim, logits_of, loss, each=EACH)
     model = placement_of(model).module  # the norms of this process's examples are right in any case
     names = parameter_names(model, params)
     with eval_mode(model):
-        call, targets = paired(model, inputs, targets, of_loss(class_dim, loss))
-        kind.check_targets(targets, likelihood)
+        call, targets = paired(model, inputs, targets, subject.reading)
+        kind.check_targets(targets, subject.likelihood)
         captured = Captured(model, call, names, verify)
-        cotangents = Cotangents(captured.logits, kind, likelihood, targets, Keys(generator), call.class_dim)
+        cotangents = Cotangents(captured.logits, kind, subject, targets, Keys(generator))
         norms = torch.stack([sum(n.values(), captured.zeros()) for n in draws_of(captured, cotangents, draws)])
     norms = norms if squared else norms.sqrt()
     return norms[0] if draws == 1 else norms
@@ -135,9 +142,11 @@ def grad_inner_products(
     *,
     labels: LabelName = "true",
     params: Iterable[Tensor] | None = None,
-    loss: EachLoss | None = None,
+    likelihood: LikelihoodName | Likelihood = "categorical",
+    loss: OwnLossFunction | None = None,
     generator: torch.Generator | None = None,
     class_dim: int | None = None,
+    logits_of: Callable[[Any], Tensor] | None = None,
     verify: bool = True,
 ) -> GradInnerProducts:
     """Inner products of the gradients of two batches, such as clean and mislabelled examples (figure 12).
@@ -148,24 +157,21 @@ def grad_inner_products(
         first, second: batches, as in :func:`trace_fisher`: pairs (inputs, targets).
         labels: "true", or "sampled", "uniform" or "rademacher" for drawn ones (the targets may then be None).
         loss: as in :func:`per_example_grad_norms`.
-        model, params, generator, class_dim, verify: see docs/traces.md, "Arguments in common".
+        model, params, likelihood, logits_of, generator, class_dim, verify: see docs/traces.md, "Arguments in common".
 
     Raises:
         ValueError, TypeError, NotImplementedError: as there.
     """
-    check_class_dim(class_dim)
-    kind, likelihood = labels_and_likelihood(labels, loss, class_dim, ("true", "sampled", "uniform", "rademacher"))
+    kind = labels_beside(loss, labels, ("true", "sampled", "uniform", "rademacher"))
+    subject = subject_of(likelihood, class_dim, logits_of, loss, each=EACH)
     check_flags(verify=verify)
     model = whole(model, "the inner product of mean gradients")
     names = parameter_names(model, params)
     with eval_mode(model):
-        pairs = [
-            split(model, batch, of_loss(class_dim, loss), name)
-            for name, batch in (("first", first), ("second", second))
-        ]
+        pairs = [split(model, batch, subject.reading, name) for name, batch in (("first", first), ("second", second))]
         for _, targets in pairs:
-            kind.check_targets(targets, likelihood)
-        one, two = (one_backward(model, *pair, names, kind, likelihood, generator, verify) for pair in pairs)
+            kind.check_targets(targets, subject.likelihood)
+        one, two = (one_backward(model, *pair, names, kind, subject, generator, verify) for pair in pairs)
         per_example = one.inner_products(two) if one.of.examples == two.of.examples else None
         mean = norm_one = norm_two = 0.0
         totals = one.totals(), two.totals()
@@ -183,13 +189,13 @@ def one_backward(
     targets: Any,
     names: Iterable[str],
     labels: Labels,
-    likelihood: Likelihood,
+    subject: Subject,
     generator: torch.Generator | None = None,
     verify: bool = True,
 ) -> Side:
     """A capture, one backward of it, and what its layers saw there; the model is in eval mode."""
     captured = Captured(model, inputs, names, verify)
-    cotangents = Cotangents(captured.logits, labels, likelihood, targets, Keys(generator), inputs.class_dim)
+    cotangents = Cotangents(captured.logits, labels, subject, targets, Keys(generator))
     (cotangent,) = cotangents.draw()
     return captured.side(cotangent)
 
@@ -199,8 +205,3 @@ def parameter_names(model: nn.Module, params: Iterable[Tensor] | None) -> list[s
     trainable = trainable_parameters(model)
     chosen = chosen_names(trainable, params)
     return [name for name in trainable if name in chosen]
-
-
-def of_loss(class_dim: int | None, loss: EachLoss | None) -> int | None:
-    """What is said of the classes; a loss of the caller's decides itself what the dimensions of its logits are."""
-    return -1 if class_dim is None and loss is not None else class_dim

@@ -44,7 +44,7 @@ class Captured:
         check_examples(inputs)
         self.capture = (verified_capture if verify else Capture)(model, self.inputs, names)
         self.logits, self.examples = self.capture.logits.detach(), self.capture.examples
-        if self.logits.dim() < 2 or len(self.logits) != self.examples:
+        if self.logits.dim() < 1 or len(self.logits) != self.examples:
             raise ValueError(
                 f"model: expected logits (N, ..., C) for N = {self.examples} examples, got shape "
                 f"{tuple(self.logits.shape)}"

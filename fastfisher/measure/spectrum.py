@@ -16,8 +16,11 @@ from fastfisher.checks import check_choice, check_count, check_number
 from fastfisher.engine.layers import chunks
 from fastfisher.engine.random_state import RandomState
 from fastfisher.engine.rollback import undoing
+from fastfisher.likelihoods.base import Likelihood
+from fastfisher.likelihoods.subject import LikelihoodName, subject_of
 from fastfisher.measure.mean_loss import BatchLoss, Labelled, measuring
 from fastfisher.ops.sampled import new_key
+from fastfisher.outputs import OwnLossFunction
 from fastfisher.placement import whole
 
 
@@ -57,9 +60,12 @@ def top_eigenvalues(
     params: Iterable[Tensor] | None = None,
     batch_size: int | None = None,
     mode: Literal["eval", "keep"] = "eval",
+    likelihood: LikelihoodName | Likelihood = "categorical",
+    loss: OwnLossFunction | None = None,
     class_dim: int | None = None,
+    logits_of: Callable[[Any], Tensor] | None = None,
 ) -> TopEigenvalues:
-    """The k largest (algebraic) eigenvalues of the Hessian of L(θ) = mean over examples of −log softmax(model(x))[y].
+    """The k largest (algebraic) eigenvalues of the Hessian of L(θ), the mean loss: cross-entropy, or another.
 
     Lanczos' method from a random start, every vector orthogonalised against all earlier ones. A product with H costs
     two to three plain steps; where all examples are one batch, its graph is made once. Memory, beside the graph of a
@@ -75,7 +81,9 @@ def top_eigenvalues(
         tolerance: go on until the error bound of each value is at most this fraction of it, or rounding.
         max_iterations: at most so many products with H; a warning says where they did not suffice.
         generator: where the start comes from; torch's default generator otherwise.
-        model, params, batch_size, class_dim: see docs/traces.md, "Arguments in common".
+        loss: in the place of a likelihood, a function of (output, targets) to a scalar, the mean over the examples it
+            gets, or to one value per example (N,); see docs/likelihoods.md.
+        model, params, likelihood, logits_of, batch_size, class_dim: see docs/traces.md, "Arguments in common".
 
     Returns:
         The eigenvalues with their error bounds; NaN where products with H are not finite.
@@ -87,9 +95,10 @@ def top_eigenvalues(
     check_count("max_iterations", max_iterations)
     check_number("tolerance", tolerance)
     check_choice("mode", mode, ("eval", "keep"))
+    subject = subject_of(likelihood, class_dim, logits_of, loss)
     model = whole(model, "the eigenvalues of the Hessian")
     key = new_key(generator, torch.device("cpu"))
-    labelled = Labelled.of(model, data, targets, batch_size, class_dim)
+    labelled = Labelled.of(model, data, targets, batch_size, subject)
     with measuring(model, params, mode) as parameters:
         hessian = _Hessian(parameters, labelled)
         values, bounds, converged, iterations = _lanczos(hessian, key, k, tolerance, max_iterations)
@@ -108,7 +117,7 @@ class _Hessian:
         self.parameters, self.losses = parameters, list(labelled.losses(parameters))
         if not self.losses:
             raise ValueError("data: expected at least one example, got none")
-        self.rows, self.samples = sum(loss.rows for loss in self.losses), sum(len(loss.targets) for loss in self.losses)
+        self.rows, self.samples = sum(loss.rows for loss in self.losses), sum(loss.examples for loss in self.losses)
         self.sizes = [p.numel() for p in parameters.values()]
         leaves = list(parameters.values())
         double = any(p.dtype == torch.float64 for p in leaves)

@@ -12,8 +12,8 @@ from torch import Tensor
 from fastfisher import ops
 from fastfisher.checks import check_generator, is_count
 from fastfisher.host import looking_waits
-from fastfisher.model import class_last
 from fastfisher.ops.derivatives import bernoulli_hessian_product
+from fastfisher.outputs import class_last
 
 Reduction = Literal["mean", "sum", "none"]
 

@@ -17,9 +17,11 @@ from fastfisher.engine.fused.convolution import saving_memory
 from fastfisher.engine.gradients import Differentiate, real, scaled
 from fastfisher.engine.twice import differentiable_gradients, second_derivatives
 from fastfisher.host import looking_waits
+from fastfisher.inputs import count_examples
 from fastfisher.lists import zeros
 from fastfisher.model import unhooked
 from fastfisher.penalise.difference import FiniteDifference, gradient_at
+from fastfisher.penalise.norm import norm_of, norms_by_example
 from fastfisher.penalise.options import Settings
 from fastfisher.penalise.point import Point
 from fastfisher.penalise.rho import AdaptiveStep
@@ -113,12 +115,16 @@ class DoubleBackprop:
             nothing = 0 * point.loss
             return nothing.detach().double(), nothing
         if not (self.world.shares and self.settings.of_parameters):
-            squared = squared_norm_of(own, point, self.settings)
-            return self.world.total(squared.detach().double()), squared
+            value = value_of(own, point, self.settings)
+            return self.world.total(value.detach().double()), value
         of_real = {name: real(p) for name, p in wanted.trainable.items()}
         (summed,) = self.world.sum_gradients(of_real, {name: g.detach() for name, g in own.items()})
-        value = torch.stack([g.double().square().sum() for g in summed.values()]).sum()
-        return value, 2 * torch.stack([(g * summed[name]).sum() for name, g in own.items()]).sum()
+        squared, of = torch.stack([g.double().square().sum() for g in summed.values()]).sum(), self.settings.of
+        mine = 2 * torch.stack([(g * summed[name]).sum() for name, g in own.items()]).sum()
+        if of.squared:
+            return squared, mine
+        norm = norm_of(squared)
+        return of(norm), of.gain(norm).to(mine.dtype) * mine
 
 
 def squared_parts(
@@ -135,10 +141,15 @@ def squared_parts(
     return {name: real(g) / scale for name, g in zip(sources, found, strict=True) if g is not None}
 
 
-def squared_norm_of(own: Gradients, point: Point, settings: Settings) -> Tensor:
-    """R = factor·Σ ‖g‖²; see :class:`FiniteDifference`."""
-    squared = torch.stack([g.square().sum() for g in own.values()]).sum()
-    return squared if settings.of_parameters else float(point.examples) * squared
+def value_of(own: Gradients, point: Point, settings: Settings) -> Tensor:
+    """R, differentiable, or this process's part of it: φ(‖g‖), or the mean over examples of φ of each one's norm."""
+    if settings.of.squared or settings.of_parameters:
+        squared = torch.stack([g.square().sum() for g in own.values()]).sum()
+        if settings.of_parameters:
+            return squared if settings.of.squared else settings.of(norm_of(squared))
+        return float(point.examples) * squared
+    norms = norms_by_example(own, count_examples(point.inputs)) * float(point.examples)
+    return settings.of(norms).sum() / float(point.examples)
 
 
 @dataclass

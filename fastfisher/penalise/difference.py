@@ -24,7 +24,9 @@ from fastfisher.engine.fused.forward import fused_forward
 from fastfisher.engine.gradients import Differentiate, dense, real, real_dtype, scaled, sum_squares
 from fastfisher.engine.recording import AccuracyWarning
 from fastfisher.host import looking_waits
+from fastfisher.inputs import count_examples
 from fastfisher.lists import add_
+from fastfisher.penalise.norm import norms_by_example
 from fastfisher.penalise.options import Settings
 from fastfisher.penalise.point import Point
 from fastfisher.penalise.rho import FROZEN_STEP, INPUTS_STEP, REACH, AdaptiveStep, coarsest, lower_precision
@@ -72,6 +74,8 @@ class FiniteDifference:
 
     Attributes:
         factor: R = factor·‖direction‖² (1; the number of examples for inputs, where R = mean_i ‖∂ℓ_i/∂x_i‖²).
+        value: R.
+        gain: what makes the gradient of another function of the norm of that of its square; see :mod:`.norm`.
         norm: ‖direction‖.
         size: ‖gradient‖.
         shorter: what has become of the step where it was too long.
@@ -107,6 +111,14 @@ class FiniteDifference:
         self.moved: Tensor | None = None
         self.level = torch.full((), math.inf)
         self.norm = self._norm(direction)
+        self.slope_along = direction
+        self.gain: Tensor | float = 1.0
+        if settings.of.squared:
+            self.value = (self.norm * (math.sqrt(self.factor) / scale)).square()
+        elif settings.of_parameters:
+            self.value, self.gain = settings.of(self.norm / scale), settings.of.gain(self.norm / scale)
+        else:
+            self._weigh_examples()
         whole = settings.of_parameters and len(direction) == len(gradient)
         own = world.sharded or self.share == 1.0  # of several processes each has another gradient, the direction is all
         self.size = self.norm if whole and own else self._norm_of_parts(gradient)
@@ -128,10 +140,14 @@ class FiniteDifference:
 
     # ---- norms -------------------------------------------------------------------------------------------------------
 
-    @property
-    def value(self) -> Tensor:
-        """R."""
-        return (self.norm * (math.sqrt(self.factor) / self.scale)).square()
+    def _weigh_examples(self) -> None:
+        """R is a mean over examples of a function of each one's norm: each has its own gain in the direction."""
+        examples, of = count_examples(self.inputs), self.settings.of
+        norms = norms_by_example(self.direction, examples).double() * (self.factor / self.scale)
+        self.value = self.world.total(of(norms).sum()) / self.factor
+        gains = of.gain(norms)
+        self.direction = {n: g * gains.to(g.dtype).view(-1, *(1,) * (g.dim() - 1)) for n, g in self.direction.items()}
+        self.norm = self._norm(self.direction)
 
     def _norm(self, named: Gradients) -> Tensor:
         """‖named‖, of tensors as in ``direction``, which several processes may have parts of."""
@@ -150,7 +166,7 @@ class FiniteDifference:
         """The relative change of ``gradient``, scaled, that led to ∇R = ``reached``, not scaled, each summed over all
         processes."""
         length, size = (sum_squares(named.values(), self.device).sqrt() for named in (reached, gradient))
-        changed = length * self.scale**2 * self.rho() / (2 * self.factor * self.norm)
+        changed = length * self.scale**2 * self.rho() / (2 * self.factor * self.norm * self.gain)
         return torch.where(self.norm > 0, changed / size, math.nan)
 
     # ---- the step ----------------------------------------------------------------------------------------------------
@@ -175,7 +191,7 @@ class FiniteDifference:
     def coefficient(self, rho: Tensor) -> Tensor:
         """scale·∇R = coefficient·(the difference of the gradients of scaled losses)."""
         sides = 2.0 if self.settings.difference == "forward" else 1.0
-        return self.norm * (sides * self.factor / self.scale) / rho
+        return self.norm * (self.gain * sides * self.factor / self.scale) / rho
 
     @functools.cached_property
     def precision(self) -> torch.dtype:
@@ -229,7 +245,7 @@ class FiniteDifference:
 
     def _movement(self, logits: Tensor) -> Tensor | None:
         """See ``moved``; None where it would have to be waited for, or the step is not chosen by it."""
-        if not self.settings.default_step or looking_waits(logits):
+        if not (self.settings.default_step and self.likelihood.bends) or looking_waits(logits):
             return None
         rows = max(1, SAMPLE // max(1, logits[0].numel()))
         away = logits[:rows].double() - self.expected[:rows].double()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -19,10 +19,14 @@ from fastfisher.engine.rollback import undoing
 from fastfisher.engine.twice import second_derivatives
 from fastfisher.inputs import Call, Inputs, check_examples, differentiable, map_inputs, requiring_grad, take_rows
 from fastfisher.labels import Given, Labels, labels_of
-from fastfisher.model import check_class_dim, chosen_names, class_last, couples_examples, trainable_parameters
+from fastfisher.likelihoods.base import Likelihood
+from fastfisher.likelihoods.subject import LikelihoodName, subject_of
+from fastfisher.model import chosen_names, couples_examples, trainable_parameters
 from fastfisher.ops.sampled import new_key
-from fastfisher.penalise.derivative import squared_norm_of, squared_parts
+from fastfisher.outputs import Output, OwnLossFunction
+from fastfisher.penalise.derivative import squared_parts, value_of
 from fastfisher.penalise.difference import FiniteDifference, gradient_at
+from fastfisher.penalise.norm import OfNorm
 from fastfisher.penalise.options import Method, Settings
 from fastfisher.penalise.point import IN_FULL_PRECISION, Point, forward_of_copy
 from fastfisher.penalise.rho import AdaptiveStep, Difference, Step
@@ -31,6 +35,9 @@ from fastfisher.penalise.trust import verify as verify_difference
 from fastfisher.placement import whole
 from fastfisher.slow_path import warn_slow_path
 from fastfisher.targets import check_counted
+
+EACH = ", of which R is taken one by one"
+"""Why a loss of the caller's has to be one value for each example."""
 
 
 @undoing
@@ -50,13 +57,18 @@ def penalty(
     generator: torch.Generator | None = None,
     params: Iterable[Tensor] | None = None,
     verify: bool = True,
+    likelihood: LikelihoodName | Likelihood = "categorical",
+    loss: OwnLossFunction | None = None,
     class_dim: int | None = None,
+    logits_of: Callable[[Any], Tensor] | None = None,
+    of: Literal["squared_norm", "norm"] | Callable[[Tensor], Tensor] = "squared_norm",
 ) -> Tensor:
     """The gradient-norm penalty R as a scalar that backpropagates into the model's parameters.
 
     ``reduction="batch"``: R = ‖(1/B) Σ_i ∇_θ ℓ(x_i, ŷ_i)‖² (eq. 3); ``"first"``: R = ‖∇_θ ℓ(x_1, ŷ_1)‖² (eq. 6);
     ``wrt="inputs"``: R = (1/B) Σ_i ‖∂ℓ(x_i, y_i)/∂x_i‖². Names of the paper: FP is ``labels="sampled"``, GP ``"true"``,
-    GP_r ``"uniform"``, GP_x ``wrt="inputs", labels="true"``.
+    GP_r ``"uniform"``, GP_x ``wrt="inputs", labels="true"``. With ``of=`` it is another function φ of the norm, and
+    with ``labels="true", loss=`` the norm is that of the gradient of a loss of your own.
 
     Example:
         >>> loss = F.cross_entropy(model(x), y) + 0.1 * fastfisher.penalty(model, x)
@@ -94,8 +106,17 @@ def penalty(
         verify: with finite differences, look once for each kind of batch (shapes, dtypes, modes) whether a step of
             length 0 gives the same logits, and refuse a model that gives others; and whether half of the step gives the
             same gradient, and warn where it does not. Costs four forwards and two backwards, once.
+        likelihood: the distribution that the output stands for: "categorical", "bernoulli", "gaussian", "poisson", or
+            an object; see docs/likelihoods.md.
+        loss: with ``labels="true"``, in the place of a likelihood: a function of (what the model returns, targets) to a
+            scalar; or to one value for each example (B,), of which the mean is taken, as ``wrt="inputs"`` and
+            ``reduction="first"`` need it.
         class_dim: which dimension of the logits holds the classes; by default the last, but where logits have four
             dimensions or more, or targets fit another one, it has to be said.
+        logits_of: finds the output of the distribution in what the model returns.
+        of: φ, the function of the norm ‖g‖: "squared_norm", "norm", or a function of a tensor of norms, element by
+            element. R = φ(‖g‖), or with ``wrt="inputs"`` (1/B) Σ_i φ(‖∂ℓ_i/∂x_i‖): ``lambda n: (n - 1) ** 2`` is the
+            penalty of WGAN-GP.
 
     Under autocast in bfloat16 or float16 a finite difference with ``step="auto"`` takes its forwards in the precision
     of the parameters: rounding in 8 bits would hide the difference. With a number as ``step`` it keeps the autocast.
@@ -107,27 +128,29 @@ def penalty(
         ValueError: an argument is none of the above, or targets are missing or do not fit; the argument is named.
         TypeError: the model, the inputs or the data are of a type that cannot be one.
     """
-    settings = Settings(labels, method, gates, wrt, reduction, step, difference)
+    each = EACH if wrt == "inputs" or reduction == "first" else None
+    subject = subject_of(likelihood, class_dim, logits_of, loss, each=each)
+    settings = Settings(labels, method, gates, wrt, reduction, step, difference, subject, OfNorm(of))
     model = whole(model, "R (FisherPenalty has that of the batch of all)")
     check_flags(verify=verify)
-    check_class_dim(class_dim)
     trainable = trainable_parameters(model)
     chosen = chosen_names(trainable, params)
-    call, true = paired(model, inputs, targets, class_dim)
+    call, true = paired(model, inputs, targets, subject.reading)
     call = map_inputs(call, differentiable)
+    true = None if subject.is_loss else true  # the call has them
     true = differentiable(true) if isinstance(true, Tensor) else true
     kind = labels_of(differentiable(labels) if isinstance(labels, Tensor) else labels)
     kind.check_targets(true, settings.likelihood)
     check_examples(call)
-    logits, settings = _shared(logits, settings, class_dim)
+    logits, settings = _shared(logits, settings)
     if settings.first_only and logits is None and not couples_examples(model):
         call, kind, true = take_rows(call, slice(1)), kind.of_first(), None if true is None else true[:1]
     point = _point(model, settings, trainable, call, logits)
-    _draw(point, settings, kind, true, generator, {"class_dim": class_dim, "model": model})
+    _draw(point, settings, kind, true, generator, model)
     if not settings.differs:
         with second_derivatives('method="finite_difference"'):
             own = squared_parts(point, settings, trainable, chosen)
-        return squared_norm_of(own, point, settings) if own else point.loss.detach() * 0
+        return value_of(own, point, settings) if own else point.loss.detach() * 0
     with point.gates.arithmetic():
         gradient, direction = gradient_at(
             point, settings, trainable, chosen, autograd_gradients, retain_graph=point.kept
@@ -141,7 +164,7 @@ def penalty(
     return _Penalty.apply(finite, list(gradient), *(trainable[name] for name in gradient))  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _shared(logits: Tensor | None, settings: Settings, class_dim: int | None) -> tuple[Tensor | None, Settings]:
+def _shared(logits: Tensor | None, settings: Settings) -> tuple[Tensor | None, Settings]:
     """The logits of the caller's forward, the classes last, where it can be shared: else None, and gates of its own.
 
     Raises:
@@ -152,6 +175,9 @@ def _shared(logits: Tensor | None, settings: Settings, class_dim: int | None) ->
         if isinstance(gates, Gates):
             raise ValueError("logits: expected the logits of the forward in which gates= was recorded, got None")
         return None, settings
+    reading = settings.subject.reading
+    if not isinstance(reading, Output):
+        raise ValueError("logits: expected None with loss=, which is a part of the forward that is taken again")
     if not (isinstance(logits, Tensor) and logits.dim() > 0):
         raise ValueError("logits: expected those of a forward, (..., C)")
     if isinstance(gates, Gates) and settings.default_step and gates.autocast is not None:
@@ -165,7 +191,7 @@ def _shared(logits: Tensor | None, settings: Settings, class_dim: int | None) ->
         return None, settings
     if not logits.requires_grad:
         raise ValueError("logits: expected those of a forward with their graph, got some that require no gradient")
-    return class_last(logits, class_dim), settings
+    return reading.laid_out(logits), settings
 
 
 def _point(
@@ -187,11 +213,12 @@ def _draw(
     kind: Labels,
     targets: Any,
     generator: torch.Generator | None,
-    how: dict[str, Any],
+    model: nn.Module,
 ) -> None:
     """Draws the labels of the point; those that are given have to fit its logits, and so have the targets."""
-    kind = kind.fitted(settings.likelihood, point.logits, **how)
-    targets = None if targets is None else settings.likelihood.fit(point.logits, targets, **how)
+    subject = settings.subject
+    kind = kind.fitted(subject.likelihood, point.logits, class_dim=subject.reading.class_dim, model=model)
+    targets = None if targets is None else subject.fit(point.logits, targets, model=model)
     if settings.first_only:
         kind, targets = kind.of_first(), None if targets is None else targets[:1]
     if targets is not None:

@@ -191,3 +191,15 @@ def _where(model: nn.Module, error: BaseException) -> str:
             found = f"in {name!r} ({kind})" if name else f"in the forward of the model ({kind})"
         trace = trace.tb_next
     return found
+
+
+def cuda_of(trainable: dict[str, Tensor]) -> torch.device:
+    """The CUDA device of the parameters.
+
+    Raises:
+        ValueError: they are on another one.
+    """
+    device = next(iter(trainable.values())).device
+    if device.type != "cuda":
+        raise ValueError(f"graphs: expected False with a model on {device}; graphs are for CUDA devices")
+    return device

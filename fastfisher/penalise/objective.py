@@ -1,7 +1,10 @@
-"""The training loss of a step: mean cross-entropy, or a function of the caller's, and which targets it has."""
+"""The training loss of a step: that of the likelihood, or a function of the caller's, and which targets it has."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,10 +13,11 @@ from fastfisher.data import check_own_loss, paired
 from fastfisher.distributed.single import Counts
 from fastfisher.inputs import Call, Inputs, check_examples, differentiable, map_inputs
 from fastfisher.labels import KINDS
-from fastfisher.model import as_given, check_heads
+from fastfisher.model import check_heads
+from fastfisher.outputs import Output, loss_of
 from fastfisher.penalise.options import Options
 from fastfisher.penalise.point import Point
-from fastfisher.targets import check_certain, check_counted
+from fastfisher.targets import IGNORED, check_certain, check_counted
 
 
 class Objective:
@@ -21,27 +25,44 @@ class Objective:
 
     Args:
         model: the model.
-        options: ``loss``, ``class_dim``, and the labels of R, which may be the targets.
+        options: ``loss``, the subject, and the labels of R, which may be the targets.
         shares: whether other processes have a part of the batch: then a part in which no row counts is none too few.
     """
 
     def __init__(self, model: nn.Module, options: Options, shares: bool) -> None:
-        self.model, self.loss, self.class_dim, self.shares = model, options.loss, options.class_dim, shares
-        self.labels, self.likelihood = options.settings.labels, options.settings.likelihood
-        self.first_only = options.settings.first_only
+        self.model, self.loss, self.shares = model, options.loss, shares
+        self.subject, self.labels = options.settings.subject, options.settings.kind
+        self.likelihood, self.first_only = self.subject.likelihood, options.settings.first_only
+        self._seeing = self._structured = False
+        self._seen: list[tuple[Any, int]] = []
 
     def batch(self, inputs: Inputs, given: Any, trainable: int) -> tuple[Call, Any]:
         """The call of the model and the targets; the first forward of a kind looks for heads beside the logits."""
-        call, targets = paired(self.model, inputs, given, self.class_dim)
+        call, targets = paired(self.model, inputs, given, self.subject.reading)
         call = map_inputs(call, differentiable)
         targets = differentiable(targets) if isinstance(targets, Tensor) else targets
         check_examples(call)
+        if self.subject.is_loss:
+            return call, None  # which has them
         if self.loss is not None:
-            return call, targets
+            return dataclasses.replace(call, see=self._see), targets
         if targets is None:
             raise ValueError("targets: expected those of the training loss, got None")
         call = check_heads(self.model, call, trainable)
-        return (call if given is not None else check_own_loss(self.model, call, targets)), targets
+        return (call if given is not None else check_own_loss(self.model, call, targets, self.likelihood)), targets
+
+    @contextmanager
+    def seeing(self) -> Iterator[None]:
+        """Within, what the model returns is kept for a loss of the caller's, which gets it whole."""
+        self._seeing = True
+        try:
+            yield
+        finally:
+            self._seeing = False
+
+    def _see(self, output: Any, logits: Tensor) -> None:
+        if self._seeing:
+            self._seen.append((output, len(logits)))
 
     def fit(self, logits: Tensor, targets: Any) -> tuple[Any, Tensor | None]:
         """The targets of the training loss, and those of the rows of logits, where there are any.
@@ -49,31 +70,56 @@ class Objective:
         Raises:
             ValueError: they do not fit.
         """
-        if self.loss is None or self.labels == "true":
+        if self.subject.is_loss:
+            return None, None
+        if self.loss is None or self.labels.name == "true":
             KINDS["true"].check_targets(targets, self.likelihood)
-            rows = self.likelihood.fit(
-                logits, targets, class_dim=self.class_dim, model=self.model, in_range=self.loss is not None
-            )
+            rows = self.subject.fit(logits, targets, model=self.model, in_range=self.loss is not None)
             if not self.shares:
                 check_counted(rows)
             return (rows if self.loss is None else targets), rows
         self.likelihood.check(logits)
-        check_certain(logits, targets, self.class_dim)
-        by_row = isinstance(targets, Tensor) and targets.shape == logits.shape[:-1]
-        return targets, targets if by_row else None
+        if self.likelihood.row_dims == 1:
+            check_certain(logits, targets, self.subject.reading.class_dim)
+        if not (isinstance(targets, Tensor) and targets.shape == self.likelihood.shape_of_labels(logits)):
+            return targets, None
+        of_rows = targets if targets.is_floating_point() else self._marked(targets)
+        return targets, of_rows
+
+    def _marked(self, targets: Tensor) -> Tensor:
+        counting = self.likelihood.counting(targets)
+        return targets.long().masked_fill(~counting, IGNORED)
 
     def at(self, logits: Tensor, targets: Any) -> Tensor:
         """The training loss, a scalar, at targets that :meth:`fit` has given."""
         if self.loss is None:
             return self.likelihood.loss(logits, targets)
-        loss = self.loss(as_given(logits, self.class_dim), targets)
+        loss = loss_of(self.loss, self._output(logits), targets)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ValueError("loss: expected a scalar tensor that depends on the logits")
         return loss
 
-    def count(self, logits: Tensor, targets: Any) -> int:
-        """How much the mean training loss of this process counts: by rows, or by examples where it is a callable."""
-        count = int(self.likelihood.counted(logits, targets)) if self.loss is None else len(logits)
+    def _output(self, logits: Tensor) -> Any:
+        """What the model returned: the logits as it gave them, or what they are a part of."""
+        seen, self._seen = self._seen, []
+        reading = self.subject.reading
+        assert isinstance(reading, Output)
+        # Once it is more than a tensor it always is, also at other parameters, where it is not seen.
+        self._structured |= reading.find is not None or not all(isinstance(output, Tensor) for output, _ in seen)
+        if not self._structured:
+            return reading.as_given(logits)
+        whole = [output for output, examples in seen if examples == len(logits)]
+        if not whole:
+            raise ValueError(
+                "examples, mixed: expected neither with loss= of a model that returns more than a tensor: it comes in "
+                "parts, or at other parameters, where it is not put together"
+            )
+        return whole[0]
+
+    def count(self, logits: Tensor, targets: Any) -> float:
+        """What the mean training loss of this process divides by; examples where it is a callable."""
+        own = self.loss is not None or self.subject.is_loss
+        count = float(len(logits) if own else self.likelihood.counted(logits, targets))
         if count == 0:
             raise ValueError("targets: expected at least one that counts in each process, got none")
         return count
@@ -81,7 +127,7 @@ class Objective:
     def counts(self, logits: Tensor, targets: Any, point: Point, of_rows: Tensor | None, true: Tensor | None) -> Counts:
         """What this process has of the batch; ``of_rows`` and ``true`` are the targets of all rows, and of those of the
         ``point``."""
-        whole, counted = self.first_only or point.rows is logits, self.likelihood.counted
+        whole, counted = self.first_only or point.rows is logits, self.labels.of(self.likelihood).counted
         return Counts(
             loss=lambda: self.count(logits, targets),
             penalised=lambda: counted(point.rows, true),

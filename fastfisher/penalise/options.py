@@ -13,8 +13,9 @@ from fastfisher.checks import check_callable, check_choice, check_count, check_f
 from fastfisher.distributed.single import Single
 from fastfisher.engine.gates import Gates
 from fastfisher.labels import PENALISED, Labels, labels_of
-from fastfisher.likelihoods import CATEGORICAL, Likelihood
-from fastfisher.model import check_class_dim
+from fastfisher.likelihoods.base import Likelihood
+from fastfisher.likelihoods.subject import CROSS_ENTROPY, Subject
+from fastfisher.penalise.norm import SQUARED, OfNorm
 from fastfisher.penalise.rho import AdaptiveStep, Difference, Step
 
 Method = Literal["double_backprop", "finite_difference"]
@@ -40,8 +41,15 @@ class Settings:
     reduction: Literal["batch", "first"] = "batch"
     step: Step = "auto"
     difference: Difference = "forward"
+    subject: Subject = CROSS_ENTROPY
+    of: OfNorm = SQUARED
 
     def __post_init__(self) -> None:
+        if self.subject.is_loss and self.labels != "true":
+            raise ValueError(
+                f"loss: expected None with labels={self.labels!r}: a loss of your own says no distribution that labels "
+                'could be drawn from; it goes with labels="true", or a likelihood= in its place'
+            )
         labels_of(self.labels, PENALISED)
         for name in ("method", "gates", "wrt", "reduction", "difference"):
             if not isinstance(value := getattr(self, name), Gates):
@@ -57,7 +65,7 @@ class Settings:
     @property
     def likelihood(self) -> Likelihood:
         """What the model's output stands for."""
-        return CATEGORICAL
+        return self.subject.likelihood
 
     @property
     def differs(self) -> bool:
@@ -95,11 +103,10 @@ class Options:
     start: int
     mixed: bool
     examples: int | None
-    loss: Callable[[Tensor, Tensor], Tensor] | None
+    loss: Callable[[Any, Any], Tensor] | None
     generator: torch.Generator | None
     graphs: bool
     scaler: torch.amp.GradScaler | None
-    class_dim: int | None
     scope: str
     verify: bool
 
@@ -109,7 +116,6 @@ class Options:
         check_count("start", self.start, 0)
         check_generator(self.generator)
         check_flags(mixed=self.mixed, graphs=self.graphs, verify=self.verify)
-        check_class_dim(self.class_dim)
         check_callable("loss", self.loss)
         check_count("examples", self.examples, optional=True)
         check_choice("scope", self.scope, CHOICES["scope"])
@@ -120,7 +126,7 @@ class Options:
             if clash(self, world):
                 raise ValueError(f"{name}: expected {why.format(o=self, s=self.settings, size=world.size)}")
 
-    def check_watched(self, world: Single) -> None:
+    def check_watched(self) -> None:
         """Raises ValueError where an option needs a forward of its own, and the caller's is to be watched."""
         own = {
             "mixed": self.mixed,
@@ -129,7 +135,6 @@ class Options:
             "loss": self.loss is not None,
             'wrt="inputs"': not self.settings.of_parameters,
             "scaler": self.scaler is not None,
-            "process_group": not world.alone,
         }
         for name, asked in own.items():
             if asked:

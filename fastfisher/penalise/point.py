@@ -18,7 +18,7 @@ from fastfisher.engine.twice import twice_differentiable
 from fastfisher.host import looking_waits
 from fastfisher.inputs import Inputs, count_examples, take_rows
 from fastfisher.labels import Labels, Rows
-from fastfisher.likelihoods import Chosen, Likelihood
+from fastfisher.likelihoods.base import Chosen, Likelihood
 from fastfisher.model import call_copy, call_model, copy_buffers, couples_examples, uncompiled
 from fastfisher.penalise.options import Settings
 from fastfisher.slow_path import warn_slow_path
@@ -70,7 +70,7 @@ class Point:
 
     def draw(self, kind: Labels, likelihood: Likelihood, targets: Any, key: Tensor | None, first: int = 0) -> None:
         """Chooses labels of a kind and takes the loss there; see :class:`fastfisher.labels.Rows`."""
-        self.likelihood = likelihood
+        self.likelihood = likelihood = kind.of(likelihood)
         self.loss, self.labels = kind.loss(Rows(likelihood, self.rows, targets, key, first))
 
     def weigh(self, share: float) -> None:
@@ -132,13 +132,16 @@ class Sampling:
         world: the processes that share the batch.
         mixed: whether the training gradient is taken at θ + ρd, too.
         rewind: whether a replayed forward puts the random generators back; not within a captured graph.
+
+    Attributes:
+        meets_no_logits: whether a forward of the caller's returned no logits, so that the next is not recorded, either.
     """
 
     def __init__(
         self, model: nn.Module, settings: Settings, few: int | None, world: Single, *, mixed: bool, rewind: bool
     ) -> None:
         self.model, self.settings, self.few, self.world = model, settings, few, world
-        self.mixed, self.rewind = mixed, rewind
+        self.mixed, self.rewind, self.meets_no_logits = mixed, rewind, False
         self._moving: dict[tuple[bool, ...], bool] = {}  # by the modules' modes: whether a forward moves buffers
         self._met_autocast: torch.dtype | None = None  # within the model, where its caller need not know of it
 

@@ -1,45 +1,34 @@
-"""The penalty in a training loop: an object that fills ``.grad`` with the gradient of loss + α·R."""
+"""The Fisher penalty in a training loop: the penalty whose gradient is at labels that are drawn."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastfisher.autocast import autocast_dtype
-from fastfisher.checks import check_callable, check_number
-from fastfisher.distributed.local import Local
-from fastfisher.distributed.messages import TIMEOUT, Doing, digest
-from fastfisher.distributed.replicated import Replicated
-from fastfisher.distributed.sharded import precision_below
-from fastfisher.distributed.sharing import shared_by
-from fastfisher.distributed.single import Single
-from fastfisher.engine.rollback import undone_on_error
-from fastfisher.inputs import Inputs
-from fastfisher.model import as_given, chosen_names, taking_gradients, trainable_parameters
-from fastfisher.penalise.graphs import CudaCapture, places
+from fastfisher.checks import check_callable, check_count
+from fastfisher.distributed.messages import TIMEOUT
+from fastfisher.inputs import as_call
+from fastfisher.likelihoods.base import Likelihood
+from fastfisher.likelihoods.subject import LikelihoodName, subject_of
+from fastfisher.outputs import Output, OwnLossFunction
+from fastfisher.penalise.norm import OfNorm
 from fastfisher.penalise.options import Method, Options, Settings
-from fastfisher.penalise.outcome import Captured, Eager, add_to_grads, settle
-from fastfisher.penalise.rho import AdaptiveStep, Difference, Step
+from fastfisher.penalise.point import Point
+from fastfisher.penalise.rho import Difference, Step
 from fastfisher.penalise.shift import Gradients
-from fastfisher.penalise.state import Memory
-from fastfisher.penalise.steps import Steps, Weights
-from fastfisher.penalise.watching import WatchedForward, none_counts, term, watched
+from fastfisher.penalise.training import TrainingPenalty
+from fastfisher.penalise.watching import WatchedForward, watched
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-_FIXED = ("model", "settings", "mixed", "examples", "generator", "class_dim", "params", "scope")
-"""Attributes that later steps do not read anew."""
-
-
-class FisherPenalty:
+class FisherPenalty(TrainingPenalty):
     """Fills ``.grad`` with the gradient of loss + α·R, R = ‖(1/B) Σ_i ∇_θ ℓ(x_i, ŷ_i)‖² (eq. 3 and 5 of the paper).
 
     Example:
@@ -80,10 +69,15 @@ class FisherPenalty:
             and ``.grad`` is left scaled, as ``scaler.scale(loss).backward()`` leaves it. Unscale, clip, step and update
             are the caller's as ever. A recomputing step that overflowed is not kept: ``value`` and what is reused stay
             as they were, and the step does not count, so that the next one takes the penalty again.
-        loss: the training loss as a callable of (logits, targets), both as they are; mean cross-entropy otherwise. R is
-            always taken of the cross-entropy at ``labels``.
+        loss: the training loss as a callable of (what the model returns, targets), both as they are; the mean loss of
+            the likelihood otherwise. R is always taken of the latter at ``labels``.
+        likelihood: the distribution that the output stands for, whose labels R is at, and whose loss is trained where
+            ``loss`` is not given: "categorical", "bernoulli", "gaussian", "poisson", or an object; see
+            docs/likelihoods.md.
         class_dim: which dimension of the logits holds the classes; by default the last, but where logits have four
             dimensions or more, or targets fit another one, it has to be said.
+        logits_of: finds the output of the distribution in what the model returns.
+        of: the function of the norm that R is, instead of its square; as in :func:`fastfisher.penalty`.
         generator: where the key of the drawn labels comes from, at the first penalty; torch's default generator
             otherwise. Each further penalty advances the key, on the device.
         scope: where several processes share a batch, which gradient is penalised: "global", that of the batch of all
@@ -136,47 +130,27 @@ class FisherPenalty:
         difference: Difference = "forward",
         mixed: bool = False,
         examples: int | None = None,
-        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        likelihood: LikelihoodName | Likelihood = "categorical",
+        loss: OwnLossFunction | None = None,
         generator: torch.Generator | None = None,
         params: Iterable[Tensor] | None = None,
         graphs: bool = False,
         scaler: torch.amp.GradScaler | None = None,
         class_dim: int | None = None,
+        logits_of: Callable[[Any], Tensor] | None = None,
+        of: Literal["squared_norm", "norm"] | Callable[[Tensor], Tensor] = "squared_norm",
         scope: Literal["global", "local"] = "global",
         process_group: ProcessGroup | None = None,
         timeout: float = TIMEOUT,
         verify: bool = True,
     ) -> None:
-        settings = Settings(labels, method, gates, wrt, reduction, step, difference)
+        subject = subject_of(likelihood, class_dim, logits_of)
+        settings = Settings(labels, method, gates, wrt, reduction, step, difference, subject, OfNorm(of))
         options = Options(
-            settings, alpha, every, start, mixed, examples, loss, generator, graphs, scaler, class_dim, scope, verify
+            settings, alpha, every, start, mixed, examples, loss, generator, graphs, scaler, scope, verify
         )
-        shared = shared_by(model, process_group, timeout)
-        options.check_together(shared.world)
-        if settings.differs and not settings.frozen and step == "auto":
-            settings = dataclasses.replace(settings, step=AdaptiveStep())
-            options = dataclasses.replace(options, settings=settings)
-        model, world, self._buffers_follow = shared.module, shared.world, shared.buffers_follow
-        if world.sharded and step == "auto" and (low := precision_below(model)) is not None:
-            raise ValueError(f"step: expected a number with fully_shard in {low}, which the default does not know of")
-        self.params = list(params) if isinstance(params, Iterator | list) else params
-        trainable = trainable_parameters(model)
-        chosen_names(trainable, self.params, sharded=world.sharded)  # a wrong list is refused now, not at a step
-        self.model, self.alpha, self.every, self.start = model, float(alpha), every, start
-        self.settings, self.mixed, self.generator = settings, mixed, generator
-        self.scaler, self.class_dim, self.scope = scaler, class_dim, scope
-        self.examples = 1 if settings.first_only else examples
-        self.logits: Tensor | None = None
-        self._options = options
-        self._world: Single = Local(world) if scope == "local" and isinstance(world, Replicated) else world
-        self._memory = Memory(model, options)
-        self._runner = Captured(model, CudaCapture(_cuda_of(trainable))) if graphs else Eager()
-        self._steps = Steps(model, options, self.params, self._world, self._memory)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _FIXED and name in self.__dict__:
-            raise AttributeError(f"{name}: expected to stay as it was given; make another FisherPenalty")
-        super().__setattr__(name, value)
+        self.class_dim = class_dim
+        super().__init__(model, options, params, process_group, timeout)
 
     @property
     def loss(self) -> Callable[[Any, Any], Tensor] | None:
@@ -189,20 +163,6 @@ class FisherPenalty:
         self._steps.objective.loss = loss
 
     @property
-    def value(self) -> Tensor | None:
-        """R at the last recomputation, a float64 scalar tensor; None before."""
-        return self._memory.value
-
-    @property
-    def steps(self) -> int:
-        """How many steps were taken."""
-        return self._memory.steps
-
-    @steps.setter
-    def steps(self, steps: int) -> None:
-        self._memory.steps = steps
-
-    @property
     def trace_estimate(self) -> Tensor | None:
         """B·‖g‖², whose expectation is Tr(F) (eq. 2), exactly: E_ŷ[g_i] = 0 for each example, so cross terms vanish.
 
@@ -211,62 +171,13 @@ class FisherPenalty:
         None before the first penalty, and where R is not of sampled labels and all parameters. Not unbiased with
         BatchNorm in train mode, which couples the examples.
         """
-        sampled = self.settings.labels in ("sampled", "rademacher") and self.settings.of_parameters
+        settings = self.settings
+        sampled = settings.labels in ("sampled", "rademacher") and settings.of_parameters and settings.of.squared
         if not sampled or self.params is not None or self.value is None or self._memory.rows is None:
             return None
         return self.value * self._memory.rows
 
-    def backward(self, inputs: Inputs, targets: Any = None, *, weight: float = 1.0) -> Tensor:
-        """One forward and the gradients: adds weight·∇(loss + α·R) to ``.grad``, as ``Tensor.backward`` would.
-
-        If anything raises on the way, Ctrl-C and a lack of memory included, the step has not been: ``.grad``, the
-        buffers, the random generators and this object are as before. (With ``graphs``, a gradient kept for reuse may
-        be the new one already.)
-
-        Args:
-            inputs: a tensor, a tuple or list (positional arguments) or a mapping (keyword arguments), batch first; see
-                docs/data.md.
-            targets: as the training loss takes them; class indices or probabilities for cross-entropy. By default the
-                ``labels`` in a mapping of inputs. Where ``loss`` is given they may be anything, but for
-                ``labels="true"``; class indices of −100 for each row of logits are left out of R all the same.
-            weight: what the gradient is multiplied by: 1/k for each of k micro-batches that accumulate in ``.grad``.
-                Each counts as a step, and R is that of a micro-batch of B/k examples: k times Tr(F)/B in expectation.
-
-        Returns:
-            The training loss without the penalty and without the weight, a detached scalar.
-
-        Raises:
-            ValueError: ``weight`` is not positive and finite, or not the same in each process (scope "global"), there
-                are no inputs, the targets do not fit, the loss is no scalar, a row of logits has no softmax to draw a
-                label from, or without ``loss`` the model returns another head, which would not be trained, or makes
-                another loss of the labels in a batch.
-            TypeError: the inputs are of a type that cannot be any.
-            RankFailure: another process raised.
-        """
-        memory, world = self._memory, self._world
-        with taking_gradients(self.model), undone_on_error(self.model, self.generator), memory.undone_on_error():
-            with world.failing_together(lambda: _doing(self, weight)):
-                check_number("weight", weight, "a finite number > 0")
-                world.begin(self.model)
-                trainable = trainable_parameters(self.model)
-                inputs, targets = self._steps.objective.batch(inputs, targets, len(trainable))
-                due = self._due()
-                weights = Weights(self.alpha, self._scale(weight, trainable), self.every > 1)
-                take = self._steps.penalised if due else self._steps.plain
-                step = functools.partial(take, trainable=trainable, weights=weights)
-                outcome = self._runner.run(lambda: self._kind(due, weight), step, inputs, targets)
-                total = world.at_end(trainable, outcome.total)
-                if self._buffers_follow:
-                    world.share_buffers(self.model)
-            total = add_to_grads(total, trainable)
-        settle(total, trainable)
-        self.logits = as_given(outcome.logits, self.class_dim)
-        if due and self.scaler is not None and not outcome.finite:  # the scaler waits for the device in any case
-            return outcome.loss
-        memory.note(outcome)
-        return outcome.loss
-
-    def watching(self) -> AbstractContextManager[WatchedForward]:
+    def watching(self, call: int | None = None) -> AbstractContextManager[WatchedForward]:
         """Watches the one forward of the model that the caller runs within, for :meth:`term` to share.
 
         For loops that make the loss themselves, such as those of a framework.
@@ -276,14 +187,21 @@ class FisherPenalty:
             ...     loss = F.cross_entropy(model(inputs), targets)
             >>> (loss + penalty.term(forward, targets)).backward()
 
+        Args:
+            call: which call of the model R is taken of, from 0, where it is called several times, as for two views of
+                each example; None: it is called once. Calls without gradients do not count.
+
         Raises:
             ValueError: an option of the penalty needs a forward of its own: ``mixed``, ``examples``, ``graphs``,
-                ``loss``, ``wrt="inputs"``, ``scaler``, several processes.
+                ``loss``, ``wrt="inputs"``, ``scaler``; or ``call`` is no integer ≥ 0.
         """
-        dataclasses.replace(self._options, loss=self.loss, scaler=self.scaler).check_watched(self._world)
-        return watched(self.model, self._steps.sampling, self.class_dim, self._due())
+        check_count("call", call, 0, optional=True)
+        dataclasses.replace(self._options, loss=self.loss, scaler=self.scaler).check_watched()
+        reading = self.settings.subject.reading
+        assert isinstance(reading, Output)
+        return watched(self.model, self._steps.sampling, reading, self._due(), self._world, call)
 
-    def term(self, forward: WatchedForward, targets: Tensor | None = None) -> Tensor:
+    def term(self, forward: WatchedForward, targets: Tensor | None = None, *, inputs: Any = None) -> Tensor:
         """A term for the caller's loss: its value is 0, its gradient that of α·R. Counts as a step.
 
         The loss keeps its value, and whatever scales it (a gradient scaler, accumulation, an average over processes)
@@ -293,95 +211,26 @@ class FisherPenalty:
         Args:
             forward: what :meth:`watching` saw.
             targets: where ``labels="true"``, and where some are −100 (padding).
+            inputs: what to call the model with for R, in a forward of its own, where that of the caller returned no
+                logits, as a fused head does; as in :meth:`backward`.
+
+        Several processes. Each calls this once for each of its forwards, and the loop's own backward takes the mean of
+        the gradients over them, as DistributedDataParallel's and ``fully_shard``'s do. That mean is then the gradient
+        of α·R of the batch of all (scope "global"), or the mean of those of each (scope "local").
 
         Raises:
             ValueError: the model was not called exactly once, or targets are missing.
+            TypeError: what the model returned has no logits.
+            RankFailure: another process raised, here or within its :meth:`watching`.
         """
-        if forward.calls != 1 or forward.logits is None or forward.inputs is None:
-            raise ValueError(f"forward: expected one finished call of the model, saw {forward.calls}")
-        memory, trainable = self._memory, trainable_parameters(self.model)
-        if self._due() and not none_counts(targets):
-            with taking_gradients(self.model), undone_on_error(self.model, self.generator), memory.undone_on_error():
-                self._steps.retake(forward, targets, trainable)
-        self.logits = forward.logits.detach()
-        memory.steps += 1
-        reused = memory.of(trainable)
-        if self.every == 1:
-            memory.reused = None
-        if not reused or self.alpha == 0:
-            return self.logits.new_zeros(())
-        return term(reused, self.alpha, trainable)
+        steps = self._steps
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to be the same run, as tensors and plain values.
+        def point_at(trainable: Gradients) -> Point:
+            forward.check()
+            reading = self.settings.subject.reading
+            call = None if inputs is None else as_call(self.model, inputs, reading)
+            return steps.watched_point(forward, call, trainable)
 
-        The step count, the key of the labels, the reused gradient, and the adaptive step.
-        """
-        return self._memory.state_dict(self.every > 1)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave.
-
-        Raises:
-            ValueError: a key is missing or unknown, or a gradient does not fit the model; nothing is restored then.
-        """
-        self._memory.load_state_dict(state)
-
-    # ---- the steps ---------------------------------------------------------------------------------------------------
-
-    def _due(self) -> bool:
-        """Whether the next step recomputes R."""
-        since = self.steps - self.start
-        return since >= 0 and self.alpha > 0 and since % self.every == 0
-
-    def _scale(self, weight: float, trainable: Gradients) -> float | Tensor:
-        """What the losses are multiplied by before their gradients are taken; of a scaler, a float64 scalar tensor."""
-        if self.scaler is None:
-            return weight
-        device = next(iter(trainable.values())).device
-        scale: Tensor = self.scaler.scale(torch.full((), weight, dtype=torch.float64, device=device))
-        return scale
-
-    def _kind(self, due: bool, weight: float) -> Any:
-        """What a captured step depends on beside its batch and the modules' modes."""
-        return due, weight, self.alpha, tuple(self._memory.reused or ()), places(self._memory.places)
-
-
-def _cuda_of(trainable: Gradients) -> torch.device:
-    """The CUDA device of the parameters.
-
-    Raises:
-        ValueError: they are on another one.
-    """
-    device = next(iter(trainable.values())).device
-    if device.type != "cuda":
-        raise ValueError(f"graphs: expected False with a model on {device}; graphs are for CUDA devices")
-    return device
-
-
-def _doing(penalty: FisherPenalty, weight: float) -> Doing:
-    """What this step is, which has to be the same in each process."""
-    due, trainable, shares = penalty._due(), trainable_parameters(penalty.model), penalty._world.shares
-    settings = {field.name: getattr(penalty.settings, field.name) for field in dataclasses.fields(penalty.settings)}
-    if isinstance(step := penalty.settings.step, AdaptiveStep):  # at scope "local" each process adapts its own
-        settings["step"] = step.target, step.rho if due and shares else None
-    return Doing.of(
-        trainable,
-        penalty._world.sharded,
-        compared=due,  # when the host waits for the device in any case
-        call="FisherPenalty.backward",
-        steps=penalty.steps,
-        alpha=penalty.alpha,
-        every=penalty.every,
-        start=penalty.start,
-        scope=penalty.scope,
-        mixed=penalty.mixed,
-        examples=penalty.examples,
-        loss=penalty.loss is not None,
-        weight=weight if shares else None,
-        params=digest(sorted(penalty._steps.chosen(trainable))),
-        reused=penalty._memory.reused is not None,
-        training=digest(name for name, module in penalty.model.named_modules() if module.training),
-        autocast=[autocast_dtype(kind) for kind in ("cpu", "cuda")],
-        **settings,
-    )
+        made = self._term(point_at, targets)
+        self.logits = None if forward.logits is None else forward.logits.detach()
+        return made

@@ -167,7 +167,7 @@ def shifted_inputs(inputs: Inputs, direction: Gradients, length: Tensor | None) 
     def shift(x: Tensor) -> Tensor:
         d = direction.get(str(next(position)))
         moved = x.detach() if d is None or length is None else torch.addcmul(x.detach(), d, length.to(x.dtype))
-        return moved.requires_grad_(moved.is_floating_point())
+        return moved.requires_grad_(x.requires_grad)
 
     return map_inputs(inputs, shift)  # type: ignore[no-any-return]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfisher.distributed.single import Share, Single
+from fastfisher.distributed.single import Counts, Share, Single
 from fastfisher.engine.fused.forward import fused_forward
 from fastfisher.engine.gradients import scaled
-from fastfisher.inputs import Inputs, input_tensors, requiring_grad
-from fastfisher.model import call_model, chosen_names, class_last
+from fastfisher.engine.rollback import undone_on_error
+from fastfisher.inputs import Call, Inputs, input_tensors, requiring_grad
+from fastfisher.model import call_model, chosen_names, taking_gradients, trainable_parameters
+from fastfisher.outputs import Output
 from fastfisher.penalise.derivative import Differences, DoubleBackprop, Training, Wanted, named_gradients
 from fastfisher.penalise.objective import Objective
 from fastfisher.penalise.options import Options
@@ -23,7 +25,7 @@ from fastfisher.penalise.point import Point, Sampling
 from fastfisher.penalise.rho import AdaptiveStep
 from fastfisher.penalise.shift import Gradients
 from fastfisher.penalise.state import Memory
-from fastfisher.penalise.watching import WatchedForward
+from fastfisher.penalise.watching import WatchedForward, none_counts
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,10 @@ class Steps:
         """The gradient of scale·(loss + α·(R as it was recomputed last))."""
         shapes = tuple(x.shape for x in input_tensors(inputs))
         with torch.enable_grad():
-            with nullcontext() if shapes in self._all_small else fused_forward(self.model) as fused:
+            with (
+                self.objective.seeing(),
+                nullcontext() if shapes in self._all_small else fused_forward(self.model) as fused,
+            ):
                 logits = call_model(self.model, inputs)
             if fused is not None and not fused.met_large:
                 self._all_small.add(shapes)
@@ -92,7 +97,8 @@ class Steps:
         if not self.settings.of_parameters:
             inputs = requiring_grad(inputs)
         with torch.enable_grad():
-            logits, point = self.sampling.forward(inputs, trainable)
+            with self.objective.seeing():
+                logits, point = self.sampling.forward(inputs, trainable)
             targets, of_rows = self.objective.fit(logits, targets)
             loss = self.objective.at(logits, targets)
             share = self._draw(point, logits, targets, of_rows)
@@ -145,28 +151,91 @@ class Steps:
         true = self.settings.labels == "true" and self.objective.loss is None
         return Training(scaled(loss, share.loss), again, true and same_rows and share.loss == share.penalised)
 
-    def retake(self, forward: WatchedForward, targets: Tensor | None, trainable: Gradients) -> None:
-        """Takes ∇R and R from a forward whose graph is the caller's."""
-        assert forward.logits is not None and forward.inputs is not None
-        likelihood, logits = self.settings.likelihood, class_last(forward.logits, self.objective.class_dim)
+    def retake(
+        self, point_at: Callable[[Gradients], Point], targets: Tensor | None, *, due: bool, reuses: bool
+    ) -> Gradients:
+        """Takes ∇R and R beside a loss of the caller's, who takes the mean over the processes.
+
+        Args:
+            point_at: the forward that R is of, at the trainable parameters: :meth:`watched_point`, :meth:`own_point`.
+            targets: which of its rows count.
+            due: whether to; where no row counts, or it is not due, R and its gradient are those that are kept.
+            reuses: whether R's gradient is kept for the steps that follow.
+
+        Returns:
+            The trainable parameters.
+        """
+        self.world.begin_term(self.model)
+        trainable = trainable_parameters(self.model)
+        if self.world.any_counts(due and not none_counts(targets, self.settings.likelihood)):
+            with (
+                taking_gradients(self.model),
+                undone_on_error(self.model, self.memory.generator),
+                self.world.own_reduction(self.model),
+            ):
+                point = point_at(trainable)
+                share = self._draw_watched(point, targets)
+                wanted = Wanted(trainable, self.chosen(trainable), first=self.memory.value is None)
+                taken = self.derivative.take(point, None, wanted)
+                penalty = taken.penalty or {}
+                if reuses or isinstance(self.settings.step, AdaptiveStep):
+                    (penalty,) = self.world.sum_gradients(trainable, penalty)
+                else:  # the caller's mean is the only sum that it takes
+                    penalty = self.world.for_mean(penalty)
+                taken.follow(penalty)
+            self.memory.value, self.memory.rows, self.memory.reused = taken.value, share.rows, penalty
+        return trainable
+
+    def _draw_watched(self, point: Point, targets: Tensor | None) -> Share:
+        """:meth:`_draw` where the training loss is the caller's."""
+        likelihood, kind = self.settings.likelihood, self.settings.kind
         if targets is not None:
-            targets = likelihood.fit(logits, targets, class_dim=self.objective.class_dim, model=self.model)
-        inputs, gates, first_only = forward.inputs, forward.gates, self.settings.first_only
-        if gates is not None and not self.sampling.learns_of_autocast(gates):
-            point = Point(logits, inputs, first_only, gates, kept=True)
-        else:
-            buffers = forward.buffers if gates is None else gates.buffers
-            point = self.sampling.apart(trainable, inputs, first_only, buffers)
-        true = targets[:1] if first_only and targets is not None else targets
-        self.settings.kind.check_targets(true, self.settings.likelihood)
+            targets = self.settings.subject.fit(point.logits, targets, model=self.model)
+        true = targets[:1] if self.settings.first_only and targets is not None else targets
+        kind.check_targets(true, likelihood)
+        key = self.memory.next_key(point.logits.device, self.world.rank)
+        share = self.world.share(self._watched_counts(point, true), key)
+        if share.penalised == 0.0 and true is not None:
+            # None of this process's rows counts, and it computes along at weight 0. A mean over no row is NaN.
+            true = torch.zeros_like(true)
         with torch.enable_grad():
-            key = self.memory.next_key(logits.device, self.world.rank)
-            point.draw(self.settings.kind, likelihood, true, key)
-        rows = likelihood.counted(point.rows, true)
-        wanted = Wanted(trainable, self.chosen(trainable), first=self.memory.value is None)
-        taken = self.derivative.take(point, None, wanted)
-        taken.follow(taken.penalty or {})
-        self.memory.value, self.memory.rows, self.memory.reused = taken.value, rows, taken.penalty
+            point.draw(kind, likelihood, true, key, share.first)
+            point.weigh(share.penalised)
+        point.examples = share.examples
+        return share
+
+    def _watched_counts(self, point: Point, true: Tensor | None) -> Counts:
+        """What this process has of a batch whose training loss is the caller's; ``true`` as in :meth:`_draw`."""
+        likelihood = self.settings.kind.of(self.settings.likelihood)
+        return Counts(
+            loss=lambda: 0,
+            penalised=lambda: likelihood.counted(point.rows, true),
+            rows=likelihood.shape_of_labels(point.rows).numel(),
+            examples=len(point.rows),
+            batch=len(point.logits),
+            part=lambda: 1.0,
+            first_only=self.settings.first_only,
+        )
+
+    def own_point(self, inputs: Inputs, trainable: Gradients) -> Point:
+        """A forward that R alone is of."""
+        inputs = inputs if self.settings.of_parameters else requiring_grad(inputs)
+        return self.sampling.apart(trainable, inputs, self.settings.first_only, None)
+
+    def watched_point(self, forward: WatchedForward, inputs: Call | None, trainable: Gradients) -> Point:
+        """The caller's forward; or one of R's own, of other ``inputs``, or where the caller's was in an autocast."""
+        gates, first_only = forward.gates, self.settings.first_only
+        if inputs is not None:
+            return self.own_point(inputs, trainable)
+        if forward.without is not None:
+            raise forward.without
+        assert forward.logits is not None and forward.inputs is not None
+        if gates is not None and not self.sampling.learns_of_autocast(gates):
+            reading = self.settings.subject.reading
+            assert isinstance(reading, Output)
+            return Point(reading.laid_out(forward.logits), forward.inputs, first_only, gates, kept=True)
+        buffers = forward.buffers if gates is None else gates.buffers
+        return self.sampling.apart(trainable, forward.inputs, first_only, buffers)
 
     def chosen(self, trainable: Gradients) -> frozenset[str]:
         """The names of the parameters in ``params``; one that is frozen meanwhile drops out."""

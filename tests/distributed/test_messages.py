@@ -46,6 +46,29 @@ def counting() -> Iterator[list[tuple[str, int]]]:
 
 
 @in_processes(2, 4)
+def test_messages_and_bytes_of_a_term() -> None:
+    """On top of what the loop's own backward sends."""
+    told = ("told", 88)
+
+    def sent_by(steps: int, **options: Any) -> list[tuple[str, int]]:
+        model = ddp(network())
+        penalty = FisherPenalty(model, ALPHA, **seeded(**options))
+        for _ in range(steps):
+            with counting() as sent:
+                with penalty.watching() as forward:
+                    model(X.double()[own()])
+                penalty.term(forward, Y[own()])
+        return sent
+
+    size = 8 * sum(p.numel() for p in network().parameters())
+    reduced = [told, ("all_reduce", size)]
+    assert sent_by(1, every=1) == [told, told, *reduced]
+    assert sent_by(1, every=2) == [told, told, *reduced, *reduced]
+    assert sent_by(2, every=2) == [told]
+    assert sent_by(1, every=1, scope="local") == [told]
+
+
+@in_processes(2, 4)
 def test_messages_and_bytes() -> None:
     """As in docs/distributed.md: told, a message of 88 bytes; then the data."""
     size = sum(p.numel() * p.element_size() for p in network().parameters())

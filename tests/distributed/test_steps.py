@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastfisher import FisherPenalty
+from fastfisher import FisherPenalty, GradientPenalty
 from tests.support.processes import in_processes
 from tests.support.shared_batch import (
     ALPHA,
@@ -41,6 +41,42 @@ def test_ddp_double_backprop() -> None:
     for options in (*METHODS.values(), {"reduction": "first"}):
         for every in (1, 10):
             compare(ddp, every=every, steps=every // 10 + 1, method="double_backprop", **options)
+
+
+@in_processes(2, 4)
+def test_a_gradient_penalty() -> None:
+    """Of a loss for each example, and of a scalar that stands for as many examples as a process has."""
+    x = X.double()
+    one_by_one = lambda z, y: (z - y[:, None] / 2).abs().sum(1)  # noqa: E731
+    together = lambda z, y: (z - y[:, None] / 2).square().mean()  # noqa: E731
+    inputs = {"wrt": "inputs", "of": lambda n: (n - 1).square()}
+    for wrap in (ddp, sharded):
+        for loss, options in (
+            (one_by_one, {}),
+            (together, {"of": "norm", "every": 2}),
+            (one_by_one, inputs),
+            (one_by_one, {"mixed": True}),
+            *([(one_by_one, {**inputs, "method": "double_backprop"})] if wrap is ddp else []),
+            *([(together, {"of": torch.log1p, "method": "double_backprop"})] if wrap is ddp else []),
+        ):
+            whole, parts = network(), wrap(network())
+            rows = own(equal=False)
+            alone, shared = (GradientPenalty(m, loss, ALPHA, **options) for m in (whole, parts))
+            first, second = alone.backward(x, Y), shared.backward(x[rows], Y[rows])
+            assert error(gradients(parts), gradients(whole)) < 1e-5
+            torch.testing.assert_close(shared.value, alone.value, rtol=1e-6, atol=0)
+            assert first.shape == second.shape == ()
+        for options in ({}, inputs, {"every": 2}):
+            whole, parts = network(), wrap(network())
+            alone, shared = (GradientPenalty(m, one_by_one, ALPHA, **options) for m in (whole, parts))
+            for _ in range(2):  # of a loss of the loop's, which the loop's own backward averages
+                whole.zero_grad()
+                parts.zero_grad()
+                (whole(x).square().mean() + alone.term(x, Y)).backward()
+                (parts(x[own()]).square().mean() + shared.term(x[own()], Y[own()])).backward()
+                assert error(gradients(parts), gradients(whole)) < 1e-5
+    with pytest.raises(ValueError, match=r"process_group: not with step\(closure\), whose batch is the loop's"):
+        shared.step(lambda: parts(x).sum())
 
 
 @in_processes(2, 4)

@@ -66,6 +66,7 @@ MASK = C.sin() > 0.1
 POSITIVE = lambda h: h.square() + 0.5  # noqa: E731
 LABELS = torch.tensor([1, 0, 3])
 ROWS = torch.tensor([2, 0])
+LABELS_OF_ROWS = torch.tensor([[0, 1, 2, 3, -100, 0], [1, 1, -100, 2, 2, 3], [0, 0, 0, 1, 3, 2]])
 
 CASES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     # views, and what is linear in one input
@@ -223,6 +224,30 @@ CASES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "logsumexp": lambda h, w: h.logsumexp(1),
     "logsumexp keepdim": lambda h, w: torch.logsumexp(h, 2, keepdim=True),
     "cross_entropy inside": lambda h, w: F.cross_entropy(h[:, :, 0, 0], LABELS, reduction="none"),
+    "cross_entropy, weighted": lambda h, w: F.cross_entropy(h[:, :, 0, 0], LABELS, C[0, 0, 0, :4] + 2) * h,
+    "cross_entropy, smoothed": lambda h, w: F.cross_entropy(h[:, :, 0, 0], LABELS, label_smoothing=0.1) * h,
+    "cross_entropy, weighted, smoothed, with rows left out": lambda h, w: (
+        h * F.cross_entropy(h[:, :, 0], LABELS_OF_ROWS, C[0, 0, 0, :4] + 2, label_smoothing=0.3)
+    ),
+    "cross_entropy of probabilities": lambda h, w: (
+        h
+        * F.cross_entropy(
+            h[:, :, 0, 0], C[:, :, 0, 0].softmax(1), C[0, 0, 0, :4] + 2, label_smoothing=0.3, reduction="sum"
+        )
+    ),
+    "mse_loss": lambda h, w: F.mse_loss(h, C) * h,
+    "mse_loss that broadcasts": lambda h, w: (
+        F.mse_loss(h[:, :, 0, 0], C[:, :, 0, 0], reduction="none")[..., None, None] * h
+    ),
+    "binary_cross_entropy_with_logits": lambda h, w: F.binary_cross_entropy_with_logits(h, C.sigmoid()) * h,
+    "binary_cross_entropy_with_logits, weighted": lambda h, w: F.binary_cross_entropy_with_logits(
+        h, C.sigmoid(), C + 2, reduction="none", pos_weight=C.abs()
+    ),
+    "poisson_nll_loss": lambda h, w: F.poisson_nll_loss(h, C.abs() * 9, full=True) * h,
+    "poisson_nll_loss of rates": lambda h, w: F.poisson_nll_loss(POSITIVE(h), C.abs(), log_input=False) * h,
+    "huber_loss": lambda h, w: F.huber_loss(h, C, delta=0.3) * h,
+    "smooth_l1_loss": lambda h, w: F.smooth_l1_loss(h, C, beta=0.3, reduction="sum") * h,
+    "smooth_l1_loss with beta 0": lambda h, w: F.smooth_l1_loss(h, C, beta=0.0) * h,
     "batch_norm eval": lambda h, w: F.batch_norm(h, w[0].detach(), w[1].detach().exp(), w[2], w[3]),
     "batch_norm train": lambda h, w: F.batch_norm(h, None, None, w[2], w[3], training=True),
     "batch_norm of the data": lambda h, w: F.batch_norm(C, None, None, w[2], w[3], training=True) * h.mean(),
@@ -683,7 +708,6 @@ class _Doubled(torch.autograd.Function):
         (lambda h, w: h * w.mul_(2).sum(), "writes into a parameter"),
         (lambda h, w: h * w[0].mul_(2).sum(), "writes into a parameter"),
         (lambda h, w: C.scatter(3, ROWS.expand(3, 4, 6, 2), h, reduce="multiply"), "scatter has no rule for these"),
-        (lambda h, w: F.cross_entropy(h[:, :, 0, 0], LABELS, label_smoothing=0.1), "label smoothing"),
         (lambda h, w: h.clamp(min=w[0, 0]), "bounds that move"),
         (lambda h, w: F.embedding(torch.tensor([1, 0]), w, max_norm=1.0), "max_norm"),
     ],

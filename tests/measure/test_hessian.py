@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastfisher
 from fastfisher import SlowPathWarning, TraceEstimate, trace_hessian
-from fastfisher.inputs import as_call
+from fastfisher.inputs import Call, as_call
+from fastfisher.likelihoods.categorical import CATEGORICAL
 from fastfisher.measure.logits_form import LogitsForm, agreed_form, logits_form
 from tests.support.networks import Hostile, OnceDifferentiable, Shared
 
@@ -203,8 +204,8 @@ def test_trace_fisher_gives_it(name: str) -> None:
 def test_a_network_that_is_not_piecewise_linear_is_not_sent_there(name: str) -> None:
     make, reason = CURVED[name]
     model = build(make).eval()
-    form = logits_form(model, dict(model.named_parameters()), IMAGES)
-    assert form.curved == reason and form.coupled is None and form.classes == 4
+    form = logits_form(model, dict(model.named_parameters()), IMAGES, CATEGORICAL)
+    assert form.curved == reason and form.coupled is None and form.columns == 3
     assert form.unknown == (name == "unknown")
     truth, fisher = explicit_trace(model), exact_fisher(model, [(IMAGES, LABELS)], labels="exact").value
     assert abs(fisher - truth) > 1e-3 * abs(truth), "the identity holds here: the test shows nothing"
@@ -213,7 +214,7 @@ def test_a_network_that_is_not_piecewise_linear_is_not_sent_there(name: str) -> 
 @pytest.mark.usefixtures("reference_fisher")
 def test_batch_norm_in_train_mode_is_not_sent_there() -> None:
     model = build(Residual).train()
-    form = logits_form(model, dict(model.named_parameters()), IMAGES)
+    form = logits_form(model, dict(model.named_parameters()), IMAGES, CATEGORICAL)
     assert form.curved == "batch_norm in train mode is not piecewise linear" and "train mode" in str(form.coupled)
     kept = trace_hessian(model, IMAGES, LABELS, mode="keep", probes=400)
     assert kept.method == "reduced hutchinson, gaussian probes"
@@ -228,17 +229,18 @@ def test_fisher_where_it_is_not_exact_warns() -> None:
         assert trace_hessian(model, IMAGES, LABELS, method="fisher").method == "fisher, labels=exact"
 
 
-@pytest.mark.usefixtures("reference_fisher")
-def test_logits_of_more_than_one_row_an_example_are_not_sent_there() -> None:
-    model, x = nn.Linear(3, 4), torch.randn(2, 5, 3)
-    form = logits_form(model.eval(), dict(model.named_parameters()), x)
-    assert form.coupled is not None and "not one row for each example" in form.coupled
-    with pytest.raises(ValueError, match='"split" does not serve here'):
-        trace_hessian(model, x, torch.randint(4, (2, 5)), method="split")
-    estimate = trace_hessian(model, x, torch.randint(4, (2, 5)), probes=200)
+@pytest.mark.parametrize("ignored", [0, 3])
+def test_of_several_rows_an_example_the_mean_is_over_the_rows_that_count(ignored: int) -> None:
+    model, x, targets = nn.Linear(3, 4).double(), torch.randn(2, 5, 3).double(), torch.randint(4, (2, 5))
+    targets[0, :ignored] = -100
+    form = logits_form(model.eval(), dict(model.named_parameters()), Call((x,), {}), CATEGORICAL)
+    assert form.coupled is None and (form.rows, form.columns) == (5, 15)
+    estimate = trace_hessian(model, x, targets)
     p = model(x).detach().softmax(-1)  # of a linear model the Hessian is the mean of S ⊗ (x, 1)(x, 1)ᵀ
-    exact = float(((1 - p.square().sum(-1)) * (x.square().sum(-1) + 1)).mean())
-    assert abs(estimate.value - exact) < 5 * estimate.standard_error
+    exact = ((1 - p.square().sum(-1)) * (x.square().sum(-1) + 1))[targets != -100].mean()
+    assert estimate.method == "fisher, labels=exact"
+    torch.testing.assert_close(estimate.value, float(exact))
+    torch.testing.assert_close(sum(estimate.per_parameter.values()), estimate.value)
 
 
 @pytest.mark.parametrize(("classes", "expected"), [(16, ("exact", 1)), (17, ("rademacher", 2))])
@@ -512,15 +514,15 @@ class Others:
 
 
 def test_processes_go_the_same_way_whatever_each_found() -> None:
-    mine = LogitsForm(4, None, None, False)
+    mine = LogitsForm(3, 1, None, None, False)
     agreed = agreed_form(mine, Others(), torch.device("cpu"))  # type: ignore[arg-type]
-    assert agreed == LogitsForm(4, "another process found so", "another process found so", False)
+    assert agreed == LogitsForm(3, 1, "another process found so", "another process found so", False)
 
 
 @pytest.mark.parametrize("case", COUPLING)
 def test_coupled_examples_are_named(case: str) -> None:
     model = two(COUPLING[case])
-    form = logits_form(model, dict(model.named_parameters()), POINTS)
+    form = logits_form(model, dict(model.named_parameters()), POINTS, CATEGORICAL)
     assert form.coupled == "the logits of an example are not the same in another batch"
 
 
@@ -858,7 +860,7 @@ def test_everything_is_put_back(error: BaseException | None, hvp: Any) -> None:
     [
         (
             {"method": "exact"},
-            'method: expected "auto" or "fisher" or "split" or "reduced" or "hutchinson", got \'exact\'',
+            'method: expected "auto" or "fisher" or "split" or "reduced" or "hutchinson" or "ggn", got \'exact\'',
         ),
         ({"distribution": "uniform"}, "distribution: expected"),
         ({"hvp": "jvp"}, "hvp: expected"),

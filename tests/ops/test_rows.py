@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 import fastfisher
 from fastfisher import ops
-from fastfisher.likelihoods import CATEGORICAL, Signs
+from fastfisher.likelihoods.base import Signs
+from fastfisher.likelihoods.categorical import CATEGORICAL
 from fastfisher.ops import reference
 from tests.support.operators import (
     CLASSES,

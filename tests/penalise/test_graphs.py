@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
 
-from fastfisher import AdaptiveStep, FisherPenalty, SlowPathWarning, host, ops
+from fastfisher import AdaptiveStep, Categorical, FisherPenalty, GradientPenalty, SlowPathWarning, host, ops
 from fastfisher.inputs import known_of
 from fastfisher.model import trainable_parameters
 from fastfisher.penalise.derivative import Differences
 from fastfisher.penalise.graphs import KINDS, WARM_UP, CudaCapture
 from fastfisher.penalise.outcome import Captured, Outcome
 from fastfisher.penalise.steps import Weights
+from fastfisher.penalise.training import TrainingPenalty
 from fastfisher.training.networks import build_network
 from tests.support.cpu_graphs import capture
 from tests.support.launches import Launches
@@ -50,7 +51,7 @@ class Counted:
         return capture(function)
 
 
-def in_graphs(penalty: FisherPenalty) -> Counted:
+def in_graphs(penalty: TrainingPenalty) -> Counted:
     """Has the penalty capture its steps, by the stand-in."""
     counted = Counted()
     penalty._runner = Captured(penalty.model, counted)
@@ -110,10 +111,18 @@ OPTIONS: list[dict[str, Any]] = [
     {"every": 1, "gates": "free"},
     {"every": 2, "examples": 5},
     {"every": 2, "method": "double_backprop"},
+    {"every": 2, "of": "norm"},
+    {"every": 1, "of": torch.log1p, "labels": "true", "wrt": "inputs"},
+    {"every": 1, "likelihood": Categorical(torch.linspace(0.5, 2, 10), ignore_index=3), "labels": "true"},
 ]
 
 
-def train(penalty: FisherPenalty, steps: int) -> list[Tensor]:
+def name_of(options: dict[str, Any]) -> str:
+    """The same in each process that collects the tests: an address is not."""
+    return ", ".join(name if name in ("of", "likelihood") else f"{name} {value}" for name, value in options.items())
+
+
+def train(penalty: TrainingPenalty, steps: int, targets: Tensor = Y) -> list[Tensor]:
     """Parameters, buffers, and what every step said."""
     torch.manual_seed(5)
     optimizer = torch.optim.SGD(penalty.model.parameters(), 0.05, momentum=0.9)
@@ -121,14 +130,14 @@ def train(penalty: FisherPenalty, steps: int) -> list[Tensor]:
     for i in range(steps):
         rows = torch.arange(8) + i % 4
         optimizer.zero_grad()
-        said.append(penalty.backward(X[rows], Y[rows]))
+        said.append(penalty.backward(X[rows], targets[rows]))
         optimizer.step()
         said.append(torch.zeros(()) if penalty.value is None else penalty.value)
     return [*said, *penalty.model.parameters(), *penalty.model.buffers()]
 
 
 @pytest.mark.parametrize("network", [Small, Dropping])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=name_of)
 def test_replayed_steps_are_the_steps(options: dict[str, Any], network: type[nn.Module]) -> None:
     if network is Dropping and options.get("gates") == "free":
         pytest.skip("refused, see below")
@@ -142,6 +151,25 @@ def test_replayed_steps_are_the_steps(options: dict[str, Any], network: type[nn.
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
     kinds = 1 if plain.every == 1 else 2  # with a new penalty, and without
     assert counted.captures == kinds
+
+
+@pytest.mark.parametrize("name", ["bernoulli", "gaussian", "poisson", "a loss"])
+def test_replayed_steps_of_other_likelihoods_and_losses_are_the_steps(name: str) -> None:
+    model = Small().train()
+    targets = torch.randint(2, (12, 10), generator=torch.Generator().manual_seed(2)).float()
+
+    def penalty_of(model: nn.Module) -> TrainingPenalty:
+        if name == "a loss":
+            return GradientPenalty(model, lambda z, y: (z - y).abs().sum(1), 0.2, wrt="inputs", of="norm", every=2)
+        return FisherPenalty(model, 0.2, every=2, likelihood=name, generator=torch.Generator().manual_seed(1))  # type: ignore[arg-type]
+
+    plain, twin = penalty_of(model), penalty_of(copy.deepcopy(model))
+    counted = in_graphs(twin)
+    for expected, found in zip(
+        train(plain, 2 * WARM_UP + 4, targets), train(twin, 2 * WARM_UP + 4, targets), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert counted.captures == 2
 
 
 def test_gradients_that_the_caller_accumulates_are_kept() -> None:
@@ -223,7 +251,8 @@ def test_graphs_need_a_gpu() -> None:
         FisherPenalty(nn.Linear(2, 2), 0.1, graphs=True)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+# A tensor that an option holds is no tensor without values.
+@pytest.mark.parametrize("options", [o for o in OPTIONS if "likelihood" not in o], ids=name_of)
 def test_no_step_waits_for_a_value(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors without values: a step that reads one raises."""
     monkeypatch.setattr(Differences, "_follow", lambda *_: None)  # on a GPU it looks at the first penalty alone

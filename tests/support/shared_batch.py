@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from fastfisher import FisherPenalty
+from fastfisher import Categorical, FisherPenalty
 from tests.support.networks import SmallResNet
 
 X, Y = torch.randn(24, 1, 6, 6, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 10
@@ -125,5 +125,11 @@ def options_are_those_of_one_process(wrap: Callable[[nn.Module], nn.Module]) -> 
     compare(wrap, every=1, steps=1, labels="true", difference="central")
     compare(wrap, every=1, steps=1, mixed=True)
     compare(wrap, every=1, steps=1, reduction="first")
+    compare(wrap, every=1, steps=1, of="norm")
+    compare(wrap, every=2, steps=1, of=torch.log1p, labels="true", wrt="inputs")
+    weight = torch.linspace(0.2, 2, 10, dtype=torch.float64)
+    compare(wrap, every=1, steps=1, likelihood=Categorical(weight, 0.1), equal=False)
+    compare(wrap, every=1, steps=1, likelihood=Categorical(weight, 0.1), labels="true", equal=False)
+    compare(wrap, every=1, steps=1, likelihood=Categorical(weight), labels="true", equal=False, mixed=True)
     compare(wrap, every=1, steps=3, gates="free")
     compare(wrap, every=2, steps=3, gates="free")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastfisher.labels import Rows, labels_of
-from fastfisher.likelihoods import CATEGORICAL
+from fastfisher.likelihoods.categorical import CATEGORICAL
 
 VOCABULARY, LENGTH = 11, 6
 KINDS = ("gpt2", "llama", "bart", "t5", "bert", "bert classifier", "vit")

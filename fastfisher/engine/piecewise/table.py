@@ -209,6 +209,7 @@ instance_norm group_norm native_group_norm layer_norm native_layer_norm rms_norm
 avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d interpolate upsample
 upsample_nearest upsample_bilinear affine_grid max_unpool1d max_unpool2d max_unpool3d glu cross_entropy nll_loss
 nll_loss_nd nll_loss2d mse_loss kl_div binary_cross_entropy binary_cross_entropy_with_logits smooth_l1_loss huber_loss
+poisson_nll_loss gaussian_nll_loss
 soft_margin_loss ctc_loss cosine_similarity weight_norm _weight_norm add sub subtract mul multiply div divide
 true_divide rsub addcmul addcdiv lerp __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__
 __truediv__ __rtruediv__ __itruediv__ __rdiv__ __pow__ __rpow__ __ipow__ __neg__ __pos__ __matmul__ __rmatmul__ ldexp

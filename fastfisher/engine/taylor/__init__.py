@@ -18,7 +18,8 @@ A piecewise linear function (ReLU, max-pool) has the derivatives that autograd g
 
 from __future__ import annotations
 
-from fastfisher.engine.taylor import rules as rules  # registers them
+from fastfisher.engine.taylor import losses as losses  # registers its rules
+from fastfisher.engine.taylor import rules as rules  # and so does this
 from fastfisher.engine.taylor.registry import NoRule
 from fastfisher.engine.taylor.tape import Tape
 

@@ -429,24 +429,6 @@ def _logsumexp(tape: Tape, func: Any, input: Tensor, dim: Any, keepdim: bool = F
     return tape.add(node, torch.logsumexp(input, dim, keepdim))
 
 
-@rule_for("cross_entropy")
-def _cross_entropy(
-    tape: Tape, func: Any, input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: Any = None,
-    ignore_index: int = -100, reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
-) -> Tensor:  # fmt: skip
-    dim = 0 if input.dim() == 1 else 1
-    soft = target.is_floating_point()
-    if size_average is not None or reduce is not None:
-        raise NoRule("cross_entropy has no rule for size_average= and reduce=")
-    if label_smoothing or (soft and (weight is not None or reduction != "mean")):
-        raise NoRule("cross_entropy has no rule for label smoothing, or for weighted or unreduced soft targets")
-    with tape:
-        log_p = torch.log_softmax(input, dim)
-        if soft:
-            return (log_p * target).sum() / (-log_p.numel() / log_p.shape[dim])
-        return F.nll_loss(log_p, target, weight, ignore_index=ignore_index, reduction=reduction)
-
-
 def _normalise(tape: Tape, name: str, x: Tensor, dims: list[int], eps: float, centred: bool = True) -> Tensor:
     if tape.slot(x) is None:  # the input of the network: nothing moves yet
         v = x - x.mean(dims, keepdim=True) if centred else x
