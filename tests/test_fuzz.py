@@ -62,6 +62,14 @@ def backward(model: nn.Module, inputs: Any, targets: Any, alpha: float, **option
     return fastfisher.FisherPenalty(model, alpha, **options).backward(inputs, targets)
 
 
+def any_loss(output: Tensor, targets: Any) -> Tensor:
+    return output.square().mean()  # what a loss raises of its targets is its own
+
+
+def gradient_penalty(model: nn.Module, loss: Any, alpha: float, inputs: Any, targets: Any, **options: Any) -> Tensor:
+    return fastfisher.GradientPenalty(model, loss, alpha, **options).backward(inputs, targets)
+
+
 def recorded(model: Any, frozen: Any, rewind: Any) -> None:
     with fastfisher.record_gates(model, frozen=frozen, rewind=rewind):
         pass
@@ -70,6 +78,7 @@ def recorded(model: Any, frozen: Any, rewind: Any) -> None:
 OPTIONS = {
     "labels": "sampled", "method": "finite_difference", "gates": "frozen", "wrt": "parameters", "reduction": "batch",
     "step": "auto", "difference": "forward", "generator": None, "params": None, "class_dim": None,
+    "likelihood": "categorical", "logits_of": None, "of": "squared_norm",
 }  # fmt: skip
 # What is called, with arguments that serve; each case replaces some.
 CALLS: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]] = {
@@ -94,24 +103,39 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]] 
         {"model": MODEL, "inputs": X, "targets": Y, "alpha": 0.1, **OPTIONS, "every": 1, "start": 0, "mixed": False,
          "examples": None, "loss": None, "graphs": False},
     ),
+    "GradientPenalty": (
+        gradient_penalty,
+        fastfisher.GradientPenalty,
+        {"model": MODEL, "inputs": X, "targets": Y, "alpha": 0.1, "loss": any_loss, "wrt": "parameters",
+         "of": "squared_norm", "every": 1, "start": 0, "method": "finite_difference", "gates": "frozen",
+         "step": "auto", "difference": "forward", "mixed": False, "examples": None, "params": None, "graphs": False},
+    ),
+    "Categorical": (
+        fastfisher.Categorical,
+        fastfisher.Categorical,
+        {"weight": None, "label_smoothing": 0.0, "ignore_index": -100},
+    ),
+    "Bernoulli": (fastfisher.Bernoulli, fastfisher.Bernoulli, {"pos_weight": None}),
+    "Gaussian": (fastfisher.Gaussian, fastfisher.Gaussian, {"variance": 1.0}),
     "per_example_grad_norms": (
         fastfisher.per_example_grad_norms,
         fastfisher.per_example_grad_norms,
         {"model": MODEL, "inputs": X, "targets": Y, "labels": "true", "draws": 1, "squared": True, "params": None,
-         "loss": None, "generator": None, "class_dim": None},
+         "loss": None, "generator": None, "class_dim": None, "likelihood": "categorical", "logits_of": None},
     ),
     "trace_fisher": (
         fastfisher.trace_fisher,
         fastfisher.trace_fisher,
         {"model": MODEL, "data": (X, Y), "samples": None, "labels": "true", "draws": 1, "batch_size": 4,
-         "tolerance": None, "minibatch": False, "params": None, "generator": None, "class_dim": None},
+         "tolerance": None, "minibatch": False, "params": None, "generator": None, "class_dim": None,
+         "likelihood": "categorical", "logits_of": None},
     ),
     "trace_hessian": (
         fastfisher.trace_hessian,
         fastfisher.trace_hessian,
         {"model": MODEL, "data": X, "targets": Y, "method": "auto", "probes": 1, "distribution": "gaussian",
          "hvp": "taylor", "tolerance": None, "generator": None, "params": None, "batch_size": None, "mode": "eval",
-         "class_dim": None},
+         "class_dim": None, "likelihood": "categorical", "logits_of": None, "loss": None},
     ),
     "grad_inner_products": (
         fastfisher.grad_inner_products,
@@ -123,13 +147,14 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]] 
         fastfisher.top_eigenvalues,
         fastfisher.top_eigenvalues,
         {"model": MODEL, "data": X, "targets": Y, "k": 1, "tolerance": 0.5, "max_iterations": 3, "generator": None,
-         "params": None, "batch_size": None, "mode": "eval", "class_dim": None},
+         "params": None, "batch_size": None, "mode": "eval", "class_dim": None, "likelihood": "categorical",
+         "logits_of": None, "loss": None},
     ),
     "gradient_covariance": (
         fastfisher.gradient_covariance,
         fastfisher.gradient_covariance,
         {"model": MODEL, "data": (X, Y), "batch_size": None, "labels": "true", "samples": None, "params": None,
-         "generator": None, "class_dim": None},
+         "generator": None, "class_dim": None, "likelihood": "categorical", "logits_of": None, "loss": None},
     ),
     "record_gates": (recorded, fastfisher.record_gates, {"model": MODEL, "frozen": True, "rewind": True}),
     "linear_sample_cross_entropy": (
@@ -146,7 +171,8 @@ RESULTS = {"FisherTrace", "Gates", "GradInnerProducts", "GradientCovariance", "T
 
 
 def test_every_public_name_is_fuzzed_or_a_result() -> None:
-    assert {*CALLS, *RESULTS, "AccuracyWarning", "SlowPathWarning", "RankFailure"} == set(fastfisher.__all__)
+    others = {"AccuracyWarning", "SlowPathWarning", "RankFailure", "Likelihood", "Poisson"}  # which take no arguments
+    assert {*CALLS, *RESULTS, *others} == set(fastfisher.__all__)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -154,12 +180,12 @@ def test_every_public_name_is_fuzzed_or_a_result() -> None:
 def test_only_documented_errors_come_out(name: str) -> None:
     function, documented, arguments = CALLS[name]
     text = inspect.getdoc(documented) or ""
-    if name == "FisherPenalty":
-        text += inspect.getdoc(fastfisher.FisherPenalty.backward) or ""
+    if name.endswith("Penalty"):
+        text += inspect.getdoc(documented.backward) or ""
 
     @given(st.dictionaries(st.sampled_from(sorted(arguments)), anything, min_size=1, max_size=2))
     def call(replaced: dict[str, Any]) -> None:
-        if callable(replaced.get("loss")):
+        if any(callable(replaced.get(name)) for name in ("loss", "logits_of", "of")):
             return  # whatever it raises is its own
         try:
             function(**{**arguments, **replaced})

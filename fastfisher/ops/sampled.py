@@ -12,8 +12,10 @@ from torch import Tensor
 from fastfisher import ops
 from fastfisher.checks import check_generator, is_count
 from fastfisher.host import looking_waits
+from fastfisher.ops import reference
 from fastfisher.ops.derivatives import bernoulli_hessian_product
 from fastfisher.outputs import class_last
+from fastfisher.slow_path import warn_slow_path
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -129,17 +131,26 @@ class _Drawn(NamedTuple):
     hessian_product: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     """The derivative of the operator's gradient, from the gradient, the labels, a vector and the scale. A Hessian of
     −log p is symmetric."""
+    definition: Callable[[Tensor, Tensor, float, int], tuple[Tensor, Tensor, Tensor]]
+    """The operator in plain PyTorch, for ``torch.func``, which takes no derivative that is registered."""
     row_dims: int
     """How many of the last dimensions one label is drawn of."""
 
 
-_CATEGORICAL = _Drawn(ops.sample_cross_entropy, ops.softmax_hessian_product, 1)
-_BERNOULLI = _Drawn(ops.sample_binary_cross_entropy, bernoulli_hessian_product, 0)
+_CATEGORICAL = _Drawn(ops.sample_cross_entropy, ops.softmax_hessian_product, reference.sample_cross_entropy, 1)
+_BERNOULLI = _Drawn(
+    ops.sample_binary_cross_entropy, bernoulli_hessian_product, reference.sample_binary_cross_entropy, 0
+)
 
 
 def _sampled(drawn: _Drawn, logits: Tensor, key: Tensor, first: int, reduction: Reduction) -> tuple[Tensor, Tensor]:
-    transformed = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-    if logits.requires_grad and torch.is_grad_enabled() and not transformed:
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        warn_slow_path(
+            "within torch.func labels and their loss are drawn by PyTorch's own functions, in several passes"
+        )
+        nll, labels, _ = drawn.definition(logits, key, 1.0, first)
+        loss = _reduced(nll, reduction)
+    elif logits.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         loss, labels, _ = _Sampled.apply(logits, key, first, reduction, drawn)  # type: ignore[no-untyped-call]
     else:
         nll, labels, _ = drawn.operator(logits, key, 1.0, first)
@@ -153,7 +164,7 @@ def _reduced(nll: Tensor, reduction: Reduction) -> Tensor:
 
 class _Sampled(torch.autograd.Function):
     """The drawn loss with its derivative, in half of the time that the operator's own takes, which is registered in
-    Python. ``torch.compile`` and ``torch.func`` take that one.
+    Python. ``torch.compile`` takes that one.
 
     Its third output is the gradient in the logits, so that a second derivative finds its way through it.
     """
