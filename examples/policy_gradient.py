@@ -22,6 +22,7 @@ class Causal(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 12))
 
     def forward(self, tokens):
+        """The logits of what follows each token."""
         h = self.token(tokens) + self.place.weight[: tokens.shape[1]]
         q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.mix(h).chunk(3, -1))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -56,9 +57,8 @@ def gradient(way, *batch):
     if way == "fastfisher":
         penalty.step(lambda: surrogate(*batch))
         return
-    with (
-        sdpa_kernel(SDPBackend.MATH) if way == "by hand" else nullcontext()
-    ):  # fused attention has no second derivative
+    # Fused attention has no second derivative.
+    with sdpa_kernel(SDPBackend.MATH) if way == "by hand" else nullcontext():
         loss = surrogate(*batch)
         if way == "by hand":
             g = torch.autograd.grad(loss, list(policy.parameters()), create_graph=True)
