@@ -41,6 +41,14 @@ def gelu_cnn() -> nn.Module:
     )  # fmt: skip
 
 
+def critic(activation: type[nn.Module]) -> nn.Module:
+    """Three convolutions and one output, as the critics of GANs on 3x32x32 images (Radford et al., 2016)."""
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 4, 2, 1), activation(), nn.Conv2d(64, 128, 4, 2, 1), activation(),
+        nn.Conv2d(128, 256, 4, 2, 1), activation(), nn.Flatten(), nn.Linear(4096, 1),
+    )  # fmt: skip
+
+
 def network(name: str) -> nn.Module:
     """SimpleCNN, VGG-11 or the small ResNet, for 3x32x32 images and 10 classes."""
     if name == "ResNet + BN":

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from bench.conftest import Bar
-from bench.networks import network
-from fastfisher import FisherPenalty
+from bench.networks import critic, network
+from fastfisher import FisherPenalty, GradientPenalty
 
 # name: (options of FisherPenalty, bar without BatchNorm, bar with it)
 STEPS: dict[str, tuple[dict[str, Any], float | None, float | None]] = {
@@ -79,4 +80,41 @@ def test_every_tenth_step(name: str, compare: Any) -> None:
         {"a plain step": (plain, Bar(1.2, False))},
         rounds=3 if name == "VGG-11" else 5,
         repeat=10,
+    )
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["GradientPenalty", "double backprop by hand"])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.LeakyReLU])
+def test_gradient_of_a_critic_in_its_inputs(activation: type[nn.Module], by_hand: bool, compare: Any) -> None:
+    """GP_x of a network with one output, (‖∂D/∂x‖ − 1)² as in WGAN-GP; the mean output is trained."""
+    torch.manual_seed(0)
+    model = critic(activation)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    x = torch.randn(128, 3, 32, 32)
+    penalty = GradientPenalty(model, lambda out, _: out[:, 0], 0.01, wrt="inputs", of=lambda n: (n - 1) ** 2)
+
+    def plain() -> None:
+        optimizer.zero_grad()
+        model(x).mean().backward()
+        optimizer.step()
+
+    def ours() -> None:
+        optimizer.zero_grad()
+        penalty.backward(x)
+        optimizer.step()
+
+    def theirs() -> None:
+        optimizer.zero_grad()
+        inputs = x.clone().requires_grad_()
+        out = model(inputs)
+        (g,) = torch.autograd.grad(out.sum(), inputs, create_graph=True)
+        (out.mean() + 0.01 * (g.flatten(1).norm(dim=1) - 1).square().mean()).backward()
+        optimizer.step()
+
+    compare(
+        "one training step",
+        f"critic with {activation.__name__}, GP_x, {'double backprop by hand' if by_hand else 'finite difference'}",
+        theirs if by_hand else ours,
+        {"a plain step": (plain, Bar(None if by_hand else 2.2, False))},
+        rounds=9,
     )

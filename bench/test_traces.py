@@ -83,6 +83,23 @@ def test_trace_fisher(name: str, labels: Any, compare: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("labels", ["sampled", "rademacher"])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+@pytest.mark.parametrize("name", BARS)
+def test_other_likelihoods_cost_what_the_categorical_one_does(
+    name: str, likelihood: Any, labels: Any, compare: Any
+) -> None:
+    model, x, _ = batch(name)
+    categorical = lambda: fastfisher.trace_fisher(model, x, labels=labels)  # noqa: E731
+    compare(
+        group(name),
+        f"**fastfisher.trace_fisher, {likelihood} likelihood, {labels} labels**",
+        lambda: fastfisher.trace_fisher(model, x, labels=labels, likelihood=likelihood),
+        {"the categorical one": (categorical, Bar(1.05, False))},
+        rounds=5 if name == "VGG-11" else 9,
+    )
+
+
 @pytest.mark.filterwarnings("ignore")  # the peers' own
 @pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("name", BARS)

@@ -33,6 +33,11 @@ EXAMPLES = {
         r"R = ([\d.]+)", arguments="--steps 20 --out logs", writes="metrics.csv", needs="pytorch_lightning"
     ),
     "transformers_trainer": Example(r"Tr\(F\) per position = ([\d.]+)", arguments="--steps 4", needs="transformers"),
+    "wgan_gp": Example(r"cosine ([\d.]+)", 0.999, "3"),
+    "regression": Example(r"R² ([\d.]+)", 0.2),
+    "multilabel": Example(r"test accuracy ([\d.]+)", 0.8),
+    "segmentation": Example(r"test accuracy ([\d.]+)", 0.75),
+    "policy_gradient": Example(r"mean reward ([\d.]+)", 0.5, needs="torch"),
     "char_gpt": Example(r"α = 0, ([\d.]+)", 0.1, "--steps 3 --length 8", "char_gpt.png", needs="transformers"),
 }
 
