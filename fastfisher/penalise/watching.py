@@ -55,10 +55,13 @@ class WatchedForward:
         """Raises ValueError where it is not finished."""
         if not self.is_finished:
             expected = "one finished call" if self.call is None else f"more than {self.call} finished calls"
-            raise ValueError(
-                f"forward: expected {expected} of the model, saw {self.calls}; where it is called several times in a "
-                "step, FisherPenalty.watching(call=0) takes the first"
+            way_out = (
+                "where it is called several times in a step, FisherPenalty.watching(call=0) takes the first"
+                if self.calls
+                else "make FisherPenalty of the module that the loop calls with gradients, or of the "
+                "DistributedDataParallel itself, without a wrapper around it"
             )
+            raise ValueError(f"forward: expected {expected} of the model, saw {self.calls}; {way_out}")
 
 
 @contextmanager

@@ -135,6 +135,11 @@ def test_the_trainer_with_ddp() -> None:
                 assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
                 by_hand(trainer, expected, accumulate, every)
                 moved_alike(model, expected, model_of("gpt2"), 1e-5)
+        expected = model_of("gpt2")
+        trainer = trainer_of(None, folder, model_init=lambda: model_of("gpt2"), options={"method": "double_backprop"})
+        trainer.train()
+        by_hand(trainer, expected)
+        moved_alike(trainer.model, expected, model_of("gpt2"), 1e-5)
 
 
 # ---- Lightning -------------------------------------------------------------------------------------------------------
@@ -245,7 +250,7 @@ def test_lightning_with_fully_shard() -> None:
 
 @in_processes(2)
 def test_the_trainer_with_fully_shard() -> None:
-    """Of a model that is in shards already: on a CPU, Accelerate shards none itself."""
+    """Of a model in shards from the beginning, or as the training starts: on a CPU, Accelerate shards none itself."""
     with frameworks("transformers") as folder:
         from fastfisher.integrations.transformers import FisherPenaltyTrainer
         from tests.support.shared_batch import sharded
@@ -262,14 +267,21 @@ def test_the_trainer_with_fully_shard() -> None:
 
         class Sharding(FisherPenaltyTrainer):
             def _wrap_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-                return model if isinstance(model, Around) else Around(model)
+                if isinstance(model, Around):
+                    return model
+                if not hasattr(model, "set_requires_gradient_sync"):  # when the training starts, as Accelerate does
+                    sharded(model)
+                    self.optimizer = None
+                    self.create_optimizer()
+                return Around(model)
 
         for accumulate, every in ((1, 1), (2, 3)):
             model, expected = model_of("gpt2"), model_of("gpt2")
             model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
             expected.lm_head.weight = nn.Parameter(expected.lm_head.weight.detach().clone())
             start = [p.detach().clone() for p in expected.parameters()]
-            sharded(model)
+            if every == 1:
+                sharded(model)
             trainer = trainer_of(
                 model, folder, Sharding, options={"every": every, "difference": "central", "step": 1e-5},
                 gradient_accumulation_steps=accumulate,

@@ -227,3 +227,11 @@ def test_terms_of_a_module_within_ddp_are_refused() -> None:
     model = ddp(inner)
     with pytest.raises(ValueError, match="model: expected the DistributedDataParallel itself"):
         step(penalty, model, X.double()[own()], Y[own()])
+
+
+@in_processes(2)
+def test_terms_of_a_wrapper_around_ddp_are_refused() -> None:
+    """The penalty looks through it, so that the calls of the loop are not those that it could share."""
+    model = nn.Sequential(ddp(network()))
+    with pytest.raises(ValueError, match="saw 0; make FisherPenalty of the module that the loop calls"):
+        step(FisherPenalty(model, ALPHA), model, X.double()[own()], Y[own()])
