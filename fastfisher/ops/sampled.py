@@ -144,13 +144,14 @@ _BERNOULLI = _Drawn(
 
 
 def _sampled(drawn: _Drawn, logits: Tensor, key: Tensor, first: int, reduction: Reduction) -> tuple[Tensor, Tensor]:
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    compiling = torch.compiler.is_compiling()  # whose tracing stops at the question after torch.func
+    if not compiling and torch._C._functorch.peek_interpreter_stack() is not None:
         warn_slow_path(
             "within torch.func labels and their loss are drawn by PyTorch's own functions, in several passes"
         )
         nll, labels, _ = drawn.definition(logits, key, 1.0, first)
         loss = _reduced(nll, reduction)
-    elif logits.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    elif logits.requires_grad and torch.is_grad_enabled() and not compiling:
         loss, labels, _ = _Sampled.apply(logits, key, first, reduction, drawn)  # type: ignore[no-untyped-call]
     else:
         nll, labels, _ = drawn.operator(logits, key, 1.0, first)

@@ -483,3 +483,13 @@ def test_rademacher_names_a_row_without_a_softmax(classes: int) -> None:
     for implementation in (ops, reference):
         with pytest.raises(ValueError, match="logits: row 17 has no softmax"):
             implementation.rademacher_cotangent(logits, KEY, 1.0)
+
+
+@pytest.mark.parametrize("function", [fastfisher.sample_cross_entropy, fastfisher.sample_binary_cross_entropy])
+def test_gradients_by_torch_func_are_those_of_autograd(function: Any) -> None:
+    z, key = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2])
+    with pytest.warns(fastfisher.SlowPathWarning, match=r"within torch\.func"):
+        found = torch.func.grad(lambda z: function(z, key=key)[0])(z)
+    leaf = z.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(function(leaf, key=key)[0], leaf)
+    torch.testing.assert_close(found.detach(), expected)
