@@ -51,7 +51,7 @@ OLDEST := build/oldest
 OLDEST_TORCH := torch==$(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]/\1/p' pyproject.toml)
 OLDEST_TESTS := $(addprefix tests/,$(OPERATOR_TESTS) engine/test_calls.py test_labels.py test_model.py penalise/test_function.py \
   penalise/test_regularizer.py engine/test_repeatable.py engine/test_checkpointing.py engine/test_gates.py engine/test_relu_pool.py engine/test_convolution.py \
-  engine/test_batch_norm.py engine/test_capture.py measure/test_traces.py engine/test_recurrent.py measure/test_estimate.py engine/test_taylor.py measure/test_hessian.py)
+  engine/test_batch_norm.py engine/test_capture.py measure/test_traces.py engine/test_recurrent.py measure/test_estimate.py engine/test_taylor.py measure/test_hessian.py test_likelihoods.py penalise/test_gradient_penalty.py)
 
 oldest: $(OLDEST)/venv/$(OLDEST_TORCH) ## the tests of operators, penalty and traces with the oldest torch that pyproject.toml names
 	rm -rf $(OLDEST)/tree
