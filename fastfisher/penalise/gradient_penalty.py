@@ -123,12 +123,16 @@ class GradientPenalty(TrainingPenalty):
             The loss, a detached scalar.
 
         Raises:
-            ValueError: the options need a batch that can be taken apart (``wrt="inputs"``, ``examples``), or graphs or
-                several processes, whose forward is not the loop's; or the loss is no such scalar.
+            ValueError: the options need a batch that can be taken apart (``wrt="inputs"``, ``examples``), or graphs,
+                whose forward is not the loop's; or the loss is no such scalar.
+            RankFailure: another process raised.
+
+        Several processes: each gives the loss of its own part, and L is their mean, whatever the parts' sizes. The
+        closure calls ``penalty.model``, the module within ``DistributedDataParallel``: no other reduction may follow.
         """
         if not callable(closure):
             raise ValueError(f"closure: expected a function that returns the loss, got {type(closure).__name__}")
-        self._refuse(STEP, "wrt", "examples", "graphs", "process_group")
+        self._refuse(STEP, "wrt", "examples", "graphs")
         return self._take(lambda trainable: (LoopCall((), {}, Losses(_loss_of_loop), function=closure), None), weight)
 
     def backward(self, inputs: Inputs, targets: Any = None, *, weight: float = 1.0) -> Tensor:
@@ -185,7 +189,6 @@ class GradientPenalty(TrainingPenalty):
             "examples": options.examples is not None,
             "graphs": options.graphs,
             "scaler": options.scaler is not None,
-            "process_group": not self._world.alone,
         }
         for name in names:
             if asked[name]:

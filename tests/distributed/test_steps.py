@@ -75,8 +75,13 @@ def test_a_gradient_penalty() -> None:
                 (whole(x).square().mean() + alone.term(x, Y)).backward()
                 (parts(x[own()]).square().mean() + shared.term(x[own()], Y[own()])).backward()
                 assert error(gradients(parts), gradients(whole)) < 1e-5
-    with pytest.raises(ValueError, match=r"process_group: not with step\(closure\), whose batch is the loop's"):
-        shared.step(lambda: parts(x).sum())
+        for options in ({}, {"of": "norm", "every": 2}):
+            whole, parts = network(), wrap(network())
+            alone, shared = (GradientPenalty(m, None, ALPHA, **options) for m in (whole, parts))
+            alone.step(lambda model=whole: one_by_one(model(x), Y).mean())
+            shared.step(lambda model=shared.model: one_by_one(model(x[own()]), Y[own()]).mean())
+            assert error(gradients(parts), gradients(whole)) < 1e-5
+            torch.testing.assert_close(shared.value, alone.value, rtol=1e-6, atol=0)
 
 
 @in_processes(2, 4)
