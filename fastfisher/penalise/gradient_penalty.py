@@ -111,6 +111,9 @@ class GradientPenalty(TrainingPenalty):
         not; with ``verify`` four times more for the first time. Random numbers of torch's default generators are the
         same each time, and whatever else it does has to be, too: draw the batch outside of it.
 
+        Several processes: each gives the loss of its own part, and L is their mean, whatever the parts' sizes. The
+        closure calls ``penalty.model``, the module within ``DistributedDataParallel``: no other reduction may follow.
+
         Example:
             >>> penalty = fastfisher.GradientPenalty(policy, None, alpha=0.01)
             >>> penalty.step(lambda: -(advantage * log_prob(policy(states), actions)).mean())
@@ -126,9 +129,6 @@ class GradientPenalty(TrainingPenalty):
             ValueError: the options need a batch that can be taken apart (``wrt="inputs"``, ``examples``), or graphs,
                 whose forward is not the loop's; or the loss is no such scalar.
             RankFailure: another process raised.
-
-        Several processes: each gives the loss of its own part, and L is their mean, whatever the parts' sizes. The
-        closure calls ``penalty.model``, the module within ``DistributedDataParallel``: no other reduction may follow.
         """
         if not callable(closure):
             raise ValueError(f"closure: expected a function that returns the loss, got {type(closure).__name__}")
