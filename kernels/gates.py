@@ -40,10 +40,11 @@ AT_ONCE = 32
 def shut(value, slope, LEAKY: tl.constexpr):
     """What a closed gate makes of an element: 0, or its multiple in a leaky ReLU."""
     if LEAKY:
+        amount = tl.full([1, 1], slope, tl.float64)
         if value.dtype == tl.float64:
-            below = value * slope
+            below = value * amount
         else:
-            below = (value.to(tl.float32) * slope.to(tl.float32)).to(value.dtype)
+            below = (value.to(tl.float32) * amount.to(tl.float32)).to(value.dtype)
     else:
         below = tl.zeros_like(value)
     return below
