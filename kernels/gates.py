@@ -1,4 +1,4 @@
-"""ReLU and max-pool with what their backward and replay need: gates, a bit per element, and choices, 32 bits each.
+"""ReLU, leaky or not, and max-pool with what their backward and replay need: gates, a bit per element, and choices, 32 bits each.
 
 They are bound by memory: each kernel reads its input once and writes its output once. Two things need care.
 
@@ -36,23 +36,39 @@ AT_ONCE = 32
 # ---- ReLU -----------------------------------------------------------------------------------------------------------
 
 
+@triton.jit
+def shut(value, slope, LEAKY: tl.constexpr):
+    """What a closed gate makes of an element: 0, or its multiple in a leaky ReLU."""
+    if LEAKY:
+        amount = tl.full([1, 1], slope, tl.float64)
+        if value.dtype == tl.float64:
+            below = value * amount
+        else:
+            below = (value.to(tl.float32) * amount.to(tl.float32)).to(value.dtype)
+    else:
+        below = tl.zeros_like(value)
+    return below
+
+
 @triton.jit(do_not_specialize=["numel"])
-def relu(x, out, bits, numel: tl.int64, BLOCK: tl.constexpr):
-    """max(x, 0) and its gates, 32 to a word; NaN passes."""
+def relu(x, out, bits, slope: tl.float64, numel: tl.int64, LEAKY: tl.constexpr, BLOCK: tl.constexpr):
+    """max(x, 0), where NaN passes, or leaky_relu(x, slope), where it does not, and its gates, 32 to a word."""
     word = tl.program_id(0).to(tl.int64) * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
     bit = tl.arange(0, 32)[None, :]
     place = word[:, None] * 32 + bit
     whole = (tl.program_id(0).to(tl.int64) + 1) * BLOCK <= numel
     value = load_block(x + place, place < numel, whole, 0.0, "")
-    passes = (value > 0) | (value != value)
-    store_block(out + place, tl.where(passes, value, 0.0), place < numel, whole, "")
+    passes = value > 0
+    if not LEAKY:
+        passes = passes | (value != value)
+    store_block(out + place, tl.where(passes, value, shut(value, slope, LEAKY)), place < numel, whole, "")
     packed = tl.sum(passes.to(tl.int32) << bit, 1)  # distinct powers of two: their sum has all their bits
     tl.store(bits + word, packed, mask=word * 32 < numel)
 
 
 @triton.jit(do_not_specialize=["numel"])
-def apply(x, bits, out, numel: tl.int64, BLOCK: tl.constexpr):
-    """x where its gate is open, else 0."""
+def apply(x, bits, out, slope: tl.float64, numel: tl.int64, LEAKY: tl.constexpr, BLOCK: tl.constexpr):
+    """x where its gate is open, else 0, or x slope where LEAKY."""
     word = tl.program_id(0).to(tl.int64) * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
     bit = tl.arange(0, 32)[None, :]
     place = word[:, None] * 32 + bit
@@ -60,7 +76,7 @@ def apply(x, bits, out, numel: tl.int64, BLOCK: tl.constexpr):
     whole = (tl.program_id(0).to(tl.int64) + 1) * BLOCK <= numel
     value = load_block(x + place, place < numel, whole, 0.0, "")
     open = ((gates[:, None] >> bit) & 1) != 0
-    store_block(out + place, tl.where(open, value, 0.0), place < numel, whole, "")
+    store_block(out + place, tl.where(open, value, shut(value, slope, LEAKY)), place < numel, whole, "")
 
 
 # ---- max-pool -------------------------------------------------------------------------------------------------------
@@ -147,18 +163,29 @@ def put(y, indices, out, elements: tl.int64, outputs: tl.int64, BLOCK: tl.conste
 
 
 @functools.cache
-def plan(operator: str, dtype: torch.dtype, gated: bool = False) -> Configuration:
-    """The configuration in which ``operator`` takes tensors of this dtype."""
+def plan(operator: str, dtype: torch.dtype, chosen: bool = False) -> Configuration:
+    """The configuration in which ``operator`` takes tensors of this dtype; ``chosen`` is its GATED or LEAKY."""
     kernel, signature, constants, warps = _KERNELS[operator]
     signature = {name: kind.replace("T", TYPES[dtype]) for name, kind in signature.items()}
-    constants = {name: gated if name == "GATED" else value for name, value in constants.items()}
+    constants = {name: chosen if name in _CHOICES else value for name, value in constants.items()}
     return Configuration(kernel, signature, constants, num_warps=warps)
 
 
+_CHOICES = ("GATED", "LEAKY")
 _POOL = ("rows", "columns", "height", "width", "stride_height", "stride_width")
 _KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any], int]] = {
-    "gate_relu": (relu, {"x": "*T", "out": "*T", "bits": "*i32", "numel": "i64"}, {"BLOCK": BLOCK}, 4),
-    "gate_apply": (apply, {"x": "*T", "bits": "*i32", "out": "*T", "numel": "i64"}, {"BLOCK": BLOCK}, 4),
+    "gate_relu": (
+        relu,
+        {"x": "*T", "out": "*T", "bits": "*i32", "slope": "fp64", "numel": "i64"},
+        {"LEAKY": False, "BLOCK": BLOCK},
+        4,
+    ),
+    "gate_apply": (
+        apply,
+        {"x": "*T", "bits": "*i32", "out": "*T", "slope": "fp64", "numel": "i64"},
+        {"LEAKY": False, "BLOCK": BLOCK},
+        4,
+    ),
     "gate_max_pool": (
         max_pool,
         {"x": "*T", "values": "*T", "indices": "*i32", "numel": "i64", **dict.fromkeys(_POOL, "i32")},
@@ -181,14 +208,14 @@ _KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any], int]] = {
 """The kernel of each operator, its arguments ("T" for the dtype), its constants and its warps."""
 
 CONFIGURATIONS = [
-    plan(operator, dtype, gated)
-    for operator in _KERNELS
+    plan(operator, dtype, chosen)
+    for operator, (_, _, constants, _) in _KERNELS.items()
     for dtype in TYPES
-    for gated in ((False, True) if operator == "gate_max_pool" else (False,))
+    for chosen in ((False, True) if constants.keys() & set(_CHOICES) else (False,))
 ]
 
 
-def _launch(chosen: Configuration, programs: int, tensors: list[Tensor], *sizes: int) -> None:
+def _launch(chosen: Configuration, programs: int, tensors: list[Tensor], *sizes: float) -> None:
     if programs == 0:
         return
     with torch.cuda.device_of(tensors[0]):
@@ -201,30 +228,31 @@ def _words(x: Tensor) -> int:
     return (x.numel() + 31) // 32
 
 
-def _relu_into(x: Tensor, out: Tensor) -> Tensor:
+def _relu_into(x: Tensor, out: Tensor, negative_slope: float | None) -> Tensor:
     check(x.is_contiguous(), "x: expected a contiguous tensor")
     check_dtype(x, "x")
     bits = x.new_empty(_words(x), dtype=torch.int32)
-    _launch(plan("gate_relu", x.dtype), triton.cdiv(x.numel(), BLOCK), [x, out, bits], x.numel())
+    chosen = plan("gate_relu", x.dtype, negative_slope is not None)
+    _launch(chosen, triton.cdiv(x.numel(), BLOCK), [x, out, bits], negative_slope or 0.0, x.numel())
     return bits
 
 
-def gate_relu(x: Tensor) -> tuple[Tensor, Tensor]:
+def gate_relu(x: Tensor, negative_slope: float | None = None) -> tuple[Tensor, Tensor]:
     """See :func:`fastfisher.ops.reference.gate_relu`.
 
     Raises:
         ValueError: ``x`` is not contiguous, or its dtype no float.
     """
     out = torch.empty_like(x)
-    return out, _relu_into(x, out)
+    return out, _relu_into(x, out, negative_slope)
 
 
-def gate_relu_(x: Tensor) -> Tensor:
+def gate_relu_(x: Tensor, negative_slope: float | None = None) -> Tensor:
     """See :func:`fastfisher.ops.reference.gate_relu_`; errors as in :func:`gate_relu`."""
-    return _relu_into(x, x)
+    return _relu_into(x, x, negative_slope)
 
 
-def gate_apply(x: Tensor, bits: Tensor) -> Tensor:
+def gate_apply(x: Tensor, bits: Tensor, negative_slope: float | None = None) -> Tensor:
     """See :func:`fastfisher.ops.reference.gate_apply`.
 
     Raises:
@@ -235,7 +263,8 @@ def gate_apply(x: Tensor, bits: Tensor) -> Tensor:
     good = bits.dtype == torch.int32 and bits.numel() == _words(x) and bits.is_contiguous()
     check(good, f"bits: expected a contiguous int32 tensor of {_words(x)} words, got {bits.numel()}")
     out = torch.empty_like(x)
-    _launch(plan("gate_apply", x.dtype), triton.cdiv(x.numel(), BLOCK), [x, bits, out], x.numel())
+    chosen = plan("gate_apply", x.dtype, negative_slope is not None)
+    _launch(chosen, triton.cdiv(x.numel(), BLOCK), [x, bits, out], negative_slope or 0.0, x.numel())
     return out
 
 

@@ -26,6 +26,7 @@ from tests.support.operators import (
     assert_binary_labels_are_those_of_the_definition,
     assert_errs_at_most_twice_what_pytorch_errs,
     assert_labels_are_the_exact_inverse_cdf,
+    assert_same_bits,
     needs_kernels,
     precise,
     rounding,
@@ -175,6 +176,21 @@ def test_gate_relu_and_gate_apply(shape: list[int], dtype: torch.dtype, seed: in
     assert torch.equal(ops.gate_relu_(inplace), bits)
     torch.testing.assert_close(inplace, out, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(ops.gate_apply(y, bits), reference.gate_apply(y, bits))
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=3), dtypes, seeds, st.booleans(), st.floats(-2, 2))
+def test_leaky_gates(shape: list[int], dtype: torch.dtype, seed: int, special: bool, slope: float) -> None:
+    x, y = normal(tuple(shape), dtype, seed), normal(tuple(shape), dtype, seed + 1)
+    if special and x.numel():
+        values = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf")], dtype=dtype)
+        x.view(-1)[::2] = values[torch.arange(len(x.view(-1)[::2])) % 5]
+    out, bits = ops.gate_relu(x, slope)
+    assert_same_bits(out, F.leaky_relu(x, slope))
+    assert torch.equal(bits, reference.gate_relu(x, slope)[1])
+    inplace = x.clone()
+    assert torch.equal(ops.gate_relu_(inplace, slope), bits)
+    assert_same_bits(inplace, out)
+    assert_same_bits(ops.gate_apply(y, bits, slope), torch.ops.aten.leaky_relu_backward(y, x, slope, False))
 
 
 @given(

@@ -203,6 +203,20 @@ def gate_apply(at: Setting) -> Iterator[Figure]:
 
 
 @case(2, "gates")
+def gate_apply_leaky(at: Setting) -> Iterator[Figure]:
+    """The replay of a leaky ReLU, and its backward."""
+    x = images(at)
+    _, bits = ops.gate_relu(x, 0.2)
+    yield from race(
+        at,
+        "gate_apply, leaky",
+        lambda: ops.gate_apply(x, bits, 0.2),
+        of_copy(at, 2 * x.nbytes + bits.nbytes),
+        faster("the backward of F.leaky_relu", lambda: torch.ops.aten.leaky_relu_backward(x, x, 0.2, False)),
+    )
+
+
+@case(2, "gates")
 def gate_max_pool(at: Setting) -> Iterator[Figure]:
     """Max-pooling of ReLU with what its backward needs."""
     x = images(at)

@@ -1,6 +1,6 @@
-// ReLU and max-pool, with what their backward and their replay need: a ReLU's gates, one bit per element (1/32 of a
-// float32 activation), and a max-pool's choices, 32 bits per output. At given gates either is a linear map, and so is
-// its backward. Each function visits its input once.
+// ReLU, leaky or not, and max-pool, with what their backward and their replay need: a ReLU's gates, one bit per element
+// (1/32 of a float32 activation), and a max-pool's choices, 32 bits per output. At given gates either is a linear map,
+// and so is its backward. Each function visits its input once.
 #include "simd.h"
 
 namespace fastfisher::FASTFISHER_SIMD {
@@ -8,8 +8,39 @@ namespace {
 constexpr int64_t kBits = 32;
 }
 
-void gate_relu(Type type, const void* x, int64_t numel, void* out, uint32_t* bits, int64_t begin, int64_t end) {
+namespace {
+
+// What a closed gate makes of an element: 0 in a ReLU, a multiple in a leaky one. Open is x > 0, and of a ReLU NaN,
+// which passes there, as in PyTorch.
+template <class T>
+struct Shut {
+  typename T::Storage operator()(typename T::Storage) const { return typename T::Storage(0); }
+  bool open(typename T::Compute x) const { return !(x <= 0); }
+};
+template <class T>
+struct Leaking {
+  typename T::Compute slope;
+  typename T::Storage operator()(typename T::Storage x) const { return T::store(T::load(x) * slope); }
+  bool open(typename T::Compute x) const { return x > 0; }
+};
+
+// Calls `run` with the type of the elements and what closed gates do.
+template <class F>
+void with_gates(Type type, const double* slope, F&& run) {
   dispatch(type, [&](auto tag) {
+    using T = decltype(tag);
+    if (slope == nullptr)
+      run(tag, Shut<T>{});
+    else
+      run(tag, Leaking<T>{static_cast<typename T::Compute>(*slope)});
+  });
+}
+
+}  // namespace
+
+void gate_relu(Type type, const void* x, int64_t numel, const double* slope, void* out, uint32_t* bits, int64_t begin,
+               int64_t end) {
+  with_gates(type, slope, [&](auto tag, auto closed) {
     using T = decltype(tag);
     using Storage = typename T::Storage;
     const auto* source = static_cast<const Storage*>(x);
@@ -19,8 +50,8 @@ void gate_relu(Type type, const void* x, int64_t numel, void* out, uint32_t* bit
       uint32_t packed = 0;
       const auto gate = [&](int64_t k) {
         const Storage element = source[first + k];
-        const bool open = !(T::load(element) <= 0);  // NaN passes, as in PyTorch
-        target[first + k] = open ? element : Storage(0);
+        const bool open = closed.open(T::load(element));
+        target[first + k] = open ? element : closed(element);
         packed |= static_cast<uint32_t>(open) << k;
       };
       if (first + kBits <= numel) {
@@ -34,19 +65,24 @@ void gate_relu(Type type, const void* x, int64_t numel, void* out, uint32_t* bit
   });
 }
 
-void gate_apply(Type type, const void* x, int64_t numel, const uint32_t* bits, void* out, int64_t begin, int64_t end) {
-  dispatch(type, [&](auto tag) {
+void gate_apply(Type type, const void* x, int64_t numel, const uint32_t* bits, const double* slope, void* out,
+                int64_t begin, int64_t end) {
+  with_gates(type, slope, [&](auto tag, auto closed) {
     using Storage = typename decltype(tag)::Storage;
     const auto* source = static_cast<const Storage*>(x);
     auto* target = static_cast<Storage*>(out);
     for (int64_t word = begin; word < end; ++word) {
       const uint32_t packed = bits[word];
       const int64_t first = word * kBits;
+      const auto gate = [&](int64_t k) {
+        const Storage element = source[first + k];
+        target[first + k] = (packed >> k) & 1u ? element : closed(element);
+      };
       if (first + kBits <= numel) {
 #pragma omp simd
-        for (int k = 0; k < kBits; ++k) target[first + k] = (packed >> k) & 1u ? source[first + k] : Storage(0);
+        for (int k = 0; k < kBits; ++k) gate(k);
       } else {
-        for (int k = 0; k < numel - first; ++k) target[first + k] = (packed >> k) & 1u ? source[first + k] : Storage(0);
+        for (int k = 0; k < numel - first; ++k) gate(k);
       }
     }
   });

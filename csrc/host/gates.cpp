@@ -1,4 +1,4 @@
-// ReLU and max-pool with the gates that they leave, and both maps at given gates.
+// ReLU, leaky or not, and max-pool with the gates that they leave, and the maps at given gates.
 #include "checks.h"
 
 namespace fastfisher {
@@ -6,8 +6,13 @@ namespace {
 
 // ---- gate_relu, gate_relu_ ------------------------------------------------------------------------------------------
 
+// The slope below 0 of a leaky ReLU; null for a ReLU, whose value there is 0 whatever x is.
+const double* slope_of(const std::optional<double>& negative_slope) {
+  return negative_slope.has_value() ? &*negative_slope : nullptr;
+}
+
 // Writes the ReLU of x to out, which may be x, and returns its gates.
-Tensor relu_into(const Tensor& x, const Tensor& out) {
+Tensor relu_into(const Tensor& x, const Tensor& out, const std::optional<double>& negative_slope) {
   check(x.is_contiguous(), "x: expected a contiguous tensor");
   const Type type = type_of(x, "x");
   const int64_t numel = x.numel(), words = words_for(numel);
@@ -15,26 +20,27 @@ Tensor relu_into(const Tensor& x, const Tensor& out) {
   const void* source = read(x);
   void* target = write(out);
   auto* gates = write<uint32_t>(bits);
+  const double* slope = slope_of(negative_slope);
   parallel_for(0, words, kGrain / 32, [&](int64_t begin, int64_t end) {
-    kernels().gate_relu(type, source, numel, target, gates, begin, end);
+    kernels().gate_relu(type, source, numel, slope, target, gates, begin, end);
   });
   return bits;
 }
 
-std::tuple<Tensor, Tensor> gate_relu(const Tensor& x) {
+std::tuple<Tensor, Tensor> gate_relu(const Tensor& x, std::optional<double> negative_slope) {
   Tensor out = torch::stable::empty_like(x);
-  Tensor bits = relu_into(x, out);
+  Tensor bits = relu_into(x, out, negative_slope);
   return {out, bits};
 }
 
-Tensor gate_relu_(const Tensor& x) { return relu_into(x, x); }
+Tensor gate_relu_(const Tensor& x, std::optional<double> negative_slope) { return relu_into(x, x, negative_slope); }
 
-OPERATOR(gate_relu, "(Tensor x) -> (Tensor out, Tensor bits)")
-OPERATOR(gate_relu_, "(Tensor(a!) x) -> Tensor bits")
+OPERATOR(gate_relu, "(Tensor x, float? negative_slope=None) -> (Tensor out, Tensor bits)")
+OPERATOR(gate_relu_, "(Tensor(a!) x, float? negative_slope=None) -> Tensor bits")
 
 // ---- gate_apply -----------------------------------------------------------------------------------------------------
 
-Tensor gate_apply(const Tensor& x, const Tensor& bits) {
+Tensor gate_apply(const Tensor& x, const Tensor& bits, std::optional<double> negative_slope) {
   check(x.is_contiguous(), "x: expected a contiguous tensor");
   const Type type = type_of(x, "x");
   const int64_t numel = x.numel();
@@ -42,13 +48,14 @@ Tensor gate_apply(const Tensor& x, const Tensor& bits) {
   Tensor out = torch::stable::empty_like(x);
   const void* source = read(x);
   void* target = write(out);
+  const double* slope = slope_of(negative_slope);
   parallel_for(0, words_for(numel), kGrain / 32, [&](int64_t begin, int64_t end) {
-    kernels().gate_apply(type, source, numel, gates, target, begin, end);
+    kernels().gate_apply(type, source, numel, gates, slope, target, begin, end);
   });
   return out;
 }
 
-OPERATOR(gate_apply, "(Tensor x, Tensor bits) -> Tensor")
+OPERATOR(gate_apply, "(Tensor x, Tensor bits, float? negative_slope=None) -> Tensor")
 
 // ---- gate_max_pool --------------------------------------------------------------------------------------------------
 

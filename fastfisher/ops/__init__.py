@@ -93,9 +93,9 @@ def _fake_max_pool(
     return values, torch.empty_like(values, dtype=torch.int32)
 
 
-gate_relu = operator("gates", reference.gate_relu, lambda x: (torch.empty_like(x), _bits(x)))
-gate_relu_ = operator("gates", reference.gate_relu_, _bits)
-gate_apply = operator("gates", reference.gate_apply, lambda x, bits: torch.empty_like(x))
+gate_relu = operator("gates", reference.gate_relu, lambda x, *_: (torch.empty_like(x), _bits(x)))
+gate_relu_ = operator("gates", reference.gate_relu_, lambda x, *_: _bits(x))
+gate_apply = operator("gates", reference.gate_apply, lambda x, *_: torch.empty_like(x))
 gate_max_pool = operator("gates", reference.gate_max_pool, _fake_max_pool)
 gate_take = operator("gates", reference.gate_take, lambda x, indices: x.new_empty(indices.shape))
 gate_put = operator("gates", reference.gate_put, lambda y, indices, elements: y.new_empty(y.shape[0], elements))

@@ -180,27 +180,31 @@ def softmax_hessian_product(dlogits: Tensor, labels: Tensor, vector: Tensor, sca
     return ((p * v - p * (p * v).sum(1, keepdim=True)) * scale).to(dlogits.dtype)
 
 
-def gate_relu(x: Tensor) -> tuple[Tensor, Tensor]:
+def gate_relu(x: Tensor, negative_slope: float | None = None) -> tuple[Tensor, Tensor]:
     """relu(x), and the gates that let its elements pass: bits, 32 to an int32 word, int32[ceil(numel / 32)].
 
-    The gate of element 32k + b (in row-major order) is bit b of word k: 1 where x > 0 or NaN.
+    The gate of element 32k + b (in row-major order) is bit b of word k: 1 where x > 0 or NaN. With ``negative_slope``,
+    leaky_relu(x, negative_slope), whose gates are open where x > 0.
     """
-    passes = torch.nn.functional.pad(~(x <= 0).flatten(), (0, -x.numel() % 32)).view(-1, 32).long()
-    words = (passes << torch.arange(32, device=x.device)).sum(1)
-    return x.relu(), torch.where(words >= 2**31, words - 2**32, words).int()
+    leaky = negative_slope is not None
+    passes = torch.nn.functional.pad((x > 0 if leaky else ~(x <= 0)).flatten(), (0, -x.numel() % 32))
+    words = (passes.view(-1, 32).long() << torch.arange(32, device=x.device)).sum(1)
+    out = x.relu() if negative_slope is None else torch.nn.functional.leaky_relu(x, negative_slope)
+    return out, torch.where(words >= 2**31, words - 2**32, words).int()
 
 
-def gate_relu_(x: Tensor) -> Tensor:
+def gate_relu_(x: Tensor, negative_slope: float | None = None) -> Tensor:
     """:func:`gate_relu` in place; returns the bits."""
-    out, bits = gate_relu(x)
+    out, bits = gate_relu(x, negative_slope)
     x.copy_(out)
     return bits
 
 
-def gate_apply(x: Tensor, bits: Tensor) -> Tensor:
-    """``x`` where its bit in ``bits`` (see :func:`gate_relu`) is set, else 0."""
+def gate_apply(x: Tensor, bits: Tensor, negative_slope: float | None = None) -> Tensor:
+    """``x`` where its bit in ``bits`` (see :func:`gate_relu`) is set, else 0, or x·``negative_slope`` if given."""
     gates = (bits[:, None] >> torch.arange(32, device=x.device, dtype=torch.int32)) & 1
-    return torch.where(gates.flatten()[: x.numel()].view(x.shape).bool(), x, 0)
+    below = 0 if negative_slope is None else x * negative_slope
+    return torch.where(gates.flatten()[: x.numel()].view(x.shape).bool(), x, below)
 
 
 def gate_max_pool(

@@ -78,6 +78,40 @@ def test_gradients_that_nobody_wants_are_not_made(two_examples_a_piece: Callable
     assert x.grad is None and weight.grad is not None
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("large", [True, False])
+def test_gradients_that_the_backward_is_not_for_are_not_made(
+    large: bool, bias: bool, two_examples_a_piece: Callable[[Tensor, bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in PyTorch's own node: each of the leaves may require a gradient that this backward does not take."""
+    x, weight = torch.randn(6, 2, 8, 8, requires_grad=True), torch.randn(3, 2, 3, 3, requires_grad=True)
+    leaves = [x, weight, torch.randn(3, requires_grad=True)] if bias else [x, weight]
+    two_examples_a_piece(x, large)
+    scaled = [leaf * 1 for leaf in leaves]
+    made: set[int] = set()
+    backward = torch.ops.aten.convolution_backward
+
+    def note(*args: Any) -> Any:
+        made.update(place for place, wanted in enumerate(args[-1]) if wanted)
+        return backward(*args)
+
+    monkeypatch.setattr(convolution.torch.ops.aten, "convolution_backward", note)
+    for tensors in (leaves, scaled):
+        for wanted in ([0], [1], [0, 1], [len(leaves) - 1], list(range(len(leaves)))):
+            chosen = [tensors[place] for place in wanted]
+            for take in (
+                lambda out, chosen: torch.autograd.grad(out.sum(), chosen, retain_graph=True),
+                lambda out, chosen: torch.autograd.grad(out.sum(), chosen, create_graph=True),
+                lambda out, chosen: out.sum().backward(inputs=chosen, retain_graph=True),
+            ):
+                out = in_pieces(F.conv2d, tensors, {})
+                assert out is not None
+                made.clear()
+                with saving_memory():
+                    take(out, chosen)
+                assert made == set(wanted)
+
+
 @pytest.mark.parametrize(
     ("why", "shape", "options"),
     [

@@ -36,6 +36,15 @@ USES: dict[str, Network] = {
     "padded pool": lambda x: F.max_pool2d(x.relu(), 3, 2, 1),
     "pool with indices": lambda x: F.max_pool2d(x.relu(), 2, return_indices=True)[0],
     "adaptive pool": lambda x: F.adaptive_max_pool2d(x.relu(), 3),
+    # A gradient passes a leaky ReLU's closed gates, so a pool after it gates nothing. Multiples of 1/4 add up exactly.
+    "leaky": lambda x: F.leaky_relu(x, 0.25),
+    "pool of leaky": lambda x: F.max_pool2d(F.leaky_relu(x, 0.25), 2),
+    "leaky in place": lambda x: F.max_pool2d(F.leaky_relu(x * 1, 0.25, inplace=True), 2),
+    "leaky in place by its name": lambda x: torch.nn.functional.leaky_relu_(x * 1, 0.5) * 2,
+    "leaky in place of a part": lambda x: F.leaky_relu((x * 1)[:, :, 1:, ::2], 0.25, True),
+    "leaky by keyword": lambda x: F.leaky_relu(input=x, negative_slope=2.0).relu(),
+    "leaky of leaky, then relu": lambda x: F.max_pool2d(F.leaky_relu(F.leaky_relu(x, -0.5), 0.25).relu(), 2),
+    "leaky of slope 0": lambda x: F.leaky_relu(x, 0.0),
     "pool of a plane": lambda x: F.max_pool2d(x[0].relu(), (2, 1), (1, 3)),
 }
 
@@ -147,6 +156,15 @@ def test_a_forward_without_large_tensors_is_not_watched_again(monkeypatch: pytes
     for rows, times in ((10, 1), (10, 1), (30, 2), (30, 3), (10, 3)):  # the ReLU takes 5 elements a row
         penalty.backward(torch.randn(rows, 4), torch.arange(rows) % 3)
         assert len(entered) == times
+
+
+def test_what_a_leaky_relu_keeps_is_bits() -> None:
+    x = torch.randn(1024, requires_grad=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t), lambda t: t), record_gates() as gates:
+        F.leaky_relu(x, 0.2)
+    assert [t.untyped_storage().nbytes() for t in kept] == [x.numel() // 8]
+    assert gates.entries[0].saved.bits.data_ptr() == kept[0].data_ptr()
 
 
 def test_what_is_kept_is_bits_and_indices() -> None:

@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from fastfisher import ops
 from fastfisher.ops import reference
 from tests.support.operators import (
     DTYPES,
+    assert_same_bits,
     needs_kernels,
 )
 
@@ -27,6 +29,26 @@ def test_relu_gates_agree_with_the_reference(numel: int, dtype: torch.dtype) -> 
     assert torch.equal(ops.gate_relu_(inplace), bits)
     torch.testing.assert_close(inplace, relu, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(ops.gate_apply(b, bits), reference.gate_apply(b, bits))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("slope", [0.01, 0.2, 1 / 3, 0.0, 1.0, -0.5, math.inf])
+@pytest.mark.parametrize("numel", [0, 31, 33, 2**16 + 5])
+def test_leaky_relu_and_its_backward_are_those_of_pytorch(numel: int, slope: float, dtype: torch.dtype) -> None:
+    """To the last bit, the sign of 0 and NaN included: a slope of 0 is no ReLU there."""
+    a, b = (torch.randn(numel, dtype=torch.float64).to(dtype) for _ in range(2))
+    for x in (a, b.flip(0)):
+        for place, value in enumerate([0.0, -0.0, math.nan, math.inf, -math.inf]):
+            x[place::7] = value
+    leaky, bits = ops.gate_relu(a, slope)
+    assert_same_bits(leaky, F.leaky_relu(a, slope))
+    assert torch.equal(bits, reference.gate_relu(a, slope)[1])
+    inplace = a.clone()
+    assert torch.equal(ops.gate_relu_(inplace, slope), bits)
+    assert_same_bits(inplace, leaky)
+    applied = ops.gate_apply(b, bits, slope)
+    assert_same_bits(applied, torch.ops.aten.leaky_relu_backward(b, a, slope, False))
+    assert_same_bits(applied, reference.gate_apply(b, bits, slope))
 
 
 # Windows of 2x2 side by side have a kernel of their own, which writes whole vectors: planes narrower than one, one

@@ -17,6 +17,7 @@ if torch.cuda.is_available():
 from fastfisher import ops
 from fastfisher.kernels import gates
 from fastfisher.ops import reference
+from tests.support.operators import assert_same_bits
 
 DTYPES = [torch.float32, torch.float64, torch.float16]
 
@@ -34,6 +35,22 @@ def test_relu_and_its_gates(numel: int, dtype: torch.dtype) -> None:
     inplace = x.clone()
     assert torch.equal(gates.gate_relu_(inplace), bits)
     torch.testing.assert_close(inplace, relu, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("slope", [0.01, 1 / 3, 0.0, -0.5])
+@pytest.mark.parametrize("numel", [0, 31, 33, 1025, 5000])
+def test_leaky_relu_and_its_gates(numel: int, slope: float, dtype: torch.dtype) -> None:
+    x, y = (torch.randn(numel, dtype=torch.float64).to(dtype) for _ in range(2))
+    x[::7], x[1::7], x[2::7], x[3::7], x[4::7] = 0, math.nan, math.inf, -math.inf, -0.0
+    y[1::9], y[2::9] = math.nan, -math.inf
+    (leaky, bits), (expected, expected_bits) = gates.gate_relu(x, slope), reference.gate_relu(x, slope)
+    assert torch.equal(bits, expected_bits)
+    assert_same_bits(leaky, expected)
+    assert_same_bits(gates.gate_apply(y, bits, slope), reference.gate_apply(y, bits, slope))
+    inplace = x.clone()
+    assert torch.equal(gates.gate_relu_(inplace, slope), bits)
+    assert_same_bits(inplace, leaky)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

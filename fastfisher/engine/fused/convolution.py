@@ -67,7 +67,7 @@ class _Convolution(torch.autograd.Function):
         dims = x.dim() - 2
         how = (ctx.bias_size, *(_each(value, dims) for value in (stride, padding, dilation)), False, [0] * dims, groups)
         derivatives = torch.ops.aten.convolution_backward
-        wants_x, *wants = ctx.needs_input_grad[1:4]
+        wants_x, *wants = _wanted(ctx)
         differentiable = torch.is_grad_enabled()  # then PyTorch's formula, which has a derivative
         if differentiable or not (ctx.large or _saving.get()):
             return None, *derivatives(grad, x, weight, *how, [wants_x, *wants]), *[None] * (2 + len(ctx.how))
@@ -83,6 +83,24 @@ class _Convolution(torch.autograd.Function):
             for (grad_piece, x_piece), target in zip(pieces, torch.split(grad_x, ctx.size), strict=True):
                 target.copy_(derivatives(grad_piece, x_piece, weight, *how, [True, False, False])[0])
         return None, grad_x, *sums, *[None] * (2 + len(ctx.how))
+
+
+def _wanted(ctx: Any) -> list[bool]:
+    """Whether the backward that runs takes the gradient in x, weight and bias.
+
+    A tensor may require a gradient that this backward is not for: GP_x takes that in the inputs at x alone, not at
+    x + ρd. PyTorch's own nodes leave it out; ``needs_input_grad`` of a Python node is what was required in the forward.
+    """
+    required: list[bool] = list(ctx.needs_input_grad[1:4])
+    nodes = [node for node, _ in ctx.next_functions]  # of the tensors: a bias that is None has no entry
+    return [wanted and _runs(node) for wanted, node in zip(required, [*nodes, None], strict=False)]
+
+
+def _runs(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # it has no answer for a leaf in autograd.grad that was asked for
+        return True
 
 
 def _each(value: Any, dims: int) -> list[int]:

@@ -15,7 +15,7 @@ from fastfisher.engine.calls import Function, positional
 from fastfisher.engine.checkpointing import in_checkpoint
 from fastfisher.engine.fused.batch_norm import by_batch
 from fastfisher.engine.fused.convolution import in_pieces
-from fastfisher.engine.piecewise.rules import Relu, Run
+from fastfisher.engine.piecewise.rules import LeakyRelu, Relu, Run
 from fastfisher.engine.piecewise.selection import MaxPool
 from fastfisher.engine.piecewise.table import KNOWN
 from fastfisher.model import is_compiled
@@ -61,7 +61,7 @@ class Fused(Run, TorchFunctionMode):
         if in_checkpoint():  # it will recompute without this mode, and must save the same tensors then as now
             return func(*args, **kwargs)
         known = KNOWN.get(func)
-        if known is None or not isinstance(known.rule, Relu | MaxPool) or not has_gates(x):
+        if known is None or not isinstance(known.rule, Relu | LeakyRelu | MaxPool) or not has_gates(x):
             return ungated(func, args, kwargs)
         assert isinstance(x, Tensor)
         if x.device.type != "cpu":

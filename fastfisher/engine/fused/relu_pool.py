@@ -1,8 +1,9 @@
 """ReLU and max-pool as linear maps behind gates: autograd Functions that keep bits and indices, not activations.
 
-PyTorch's ReLU keeps its output for the backward, and its max-pool its input and 64-bit indices. Here a ReLU keeps one
-bit per element and a max-pool 32 bits per output, with the same values and gradients to the last bit; given the gates
-of another forward, both become the linear maps that they were there. All are differentiable to any order.
+PyTorch's ReLU keeps its output for the backward, a leaky one its input, and its max-pool its input and 64-bit indices.
+Here a ReLU keeps one bit per element and a max-pool 32 bits per output, with the same values and gradients to the last
+bit; given the gates of another forward, all become the linear maps that they were there. They are differentiable to any
+order.
 
 A max-pool right after a ReLU knows that no gradient passes where its maximum is 0, so what it sends back is gated
 already; the ReLU recognises that gradient (and only that one) and hands it on as it is.
@@ -23,11 +24,14 @@ from fastfisher import ops
 class Passage:
     """The gates of one ReLU call, and the gradient that a max-pool after it has gated already.
 
-    The bits are in the order of the memory; ``order`` names its dimensions where that is not row by row.
+    The bits are in the order of the memory; ``order`` names its dimensions where that is not row by row. ``slope`` is
+    what elements behind closed gates are multiplied by in a leaky ReLU; None in one that makes them 0.
     """
 
-    def __init__(self, bits: Tensor | None = None, order: list[int] | None = None) -> None:
-        self.bits, self.order = bits, order
+    def __init__(
+        self, bits: Tensor | None = None, order: list[int] | None = None, slope: float | None = None
+    ) -> None:
+        self.bits, self.order, self.slope = bits, order, slope
         self.output: weakref.ref[Tensor] | None = None
         self.version = 0
         # This reference keeps autograd from accumulating into the tensor in place; without it, `grad is gated` would
@@ -44,24 +48,24 @@ class Passage:
         return grad is gated
 
     def through(self, x: Tensor, inplace: bool) -> Tensor:
-        """``x`` where the gates are open, else 0; outside of autograd."""
+        """``x`` where the gates are open, else 0 or its multiple; outside of autograd."""
         if self.bits is None and not x.is_contiguous():
             self.order = _memory_order(x)
-        order = self.order
+        order, slope = self.order, () if self.slope is None else (self.slope,)
         ordered = x if order is None else x.permute(order)
         if self.bits is None and inplace and ordered.is_contiguous():
-            self.bits = ops.gate_relu_(ordered)
+            self.bits = ops.gate_relu_(ordered, *slope)
             return x
         if self.bits is None:
-            out, self.bits = ops.gate_relu(ordered.contiguous())
+            out, self.bits = ops.gate_relu(ordered.contiguous(), *slope)
         else:
-            out = ops.gate_apply(ordered.contiguous(), self.bits)
+            out = ops.gate_apply(ordered.contiguous(), self.bits, *slope)
         out = out if order is None else alias(out, x.shape, order)
         return x.copy_(out) if inplace else out
 
 
 class _Gate(torch.autograd.Function):
-    """x where the gates are open, else 0."""
+    """x where the gates are open, else 0, or x times the slope of a leaky ReLU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, passage: Passage, inplace: bool) -> Tensor:
@@ -77,7 +81,7 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> Any:
         if grad is not None and not ctx.passage.has_gated(grad):
             (bits,) = ctx.saved_tensors
-            grad = gate(grad, Passage(bits, ctx.passage.order), False)
+            grad = gate(grad, Passage(bits, ctx.passage.order, ctx.passage.slope), False)
         return grad, None, None
 
 
@@ -124,14 +128,15 @@ class _Put(torch.autograd.Function):
 
 
 def relu(
-    x: Tensor, *, inplace: bool, gates: Passage | None = None, by: Callable[[Tensor, Passage, bool], Tensor] = gate
-) -> tuple[Tensor, Passage]:
-    """ReLU of ``x``, by the gates of another forward if given; ``by`` does the work.
+    x: Tensor, *, inplace: bool, gates: Passage | None = None, by: Callable[[Tensor, Passage, bool], Tensor] = gate,
+    slope: float | None = None,
+) -> tuple[Tensor, Passage]:  # fmt: skip
+    """ReLU of ``x``, leaky where ``slope`` is given, by the gates of another forward if given; ``by`` does the work.
 
     Returns:
         The output (``x`` itself where ``inplace``), and the passage that holds its gates.
     """
-    passage = Passage() if gates is None else Passage(gates.bits, gates.order)
+    passage = Passage(slope=slope) if gates is None else Passage(gates.bits, gates.order, slope)
     out = by(x, passage, inplace)
     passage.output, passage.version = weakref.ref(out), out._version
     return out, passage

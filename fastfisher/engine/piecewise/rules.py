@@ -183,6 +183,22 @@ class Relu(Rule):
         return out, run.last
 
 
+class LeakyRelu(Sided):
+    """leaky_relu, which keeps bits as ReLU does. To a max-pool it is no ReLU: a gradient passes its closed gates."""
+
+    def record(self, run: Run, function: Function, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return self._call(None, function, args, kwargs)
+
+    def replay(self, run: Run, saved: Any, function: Function, args: Any, kwargs: Any) -> Any:
+        return self._call(saved, function, args, kwargs)[0]
+
+    @staticmethod
+    def _call(gates: Passage | None, function: Function, args: Any, kwargs: Any) -> tuple[Tensor, Passage]:
+        _, _, inplace = split_inplace(function, args, kwargs)
+        slope = float(argument(function, args, kwargs, "negative_slope", 0.01))
+        return relu_pool.relu(args[0], inplace=inplace, gates=gates, slope=slope)
+
+
 class Dropout(Rule):
     """A dropout, of elements or of whole channels, that keeps its mask.
 

@@ -27,6 +27,7 @@ from fastfisher.engine.piecewise.rules import (
     Constant,
     Dropout,
     Embedding,
+    LeakyRelu,
     RandomizedLeaky,
     Relu,
     Remainder,
@@ -127,7 +128,7 @@ def _div(x: Tensor, y: Any, *, rounding_mode: str) -> Tensor:
 # ---- functions with kinks --------------------------------------------------------------------------------------------
 
 _SIDED: dict[str, Sided] = {
-    "leaky_relu": Sided(lambda x, negative_slope=0.01: x > 0, _leaky),
+    "leaky_relu": LeakyRelu(lambda x, negative_slope=0.01: x > 0, _leaky),
     "prelu": Sided(lambda x, weight: x > 0, _prelu),
     "abs absolute __abs__": Sided(lambda x: torch.sign(x).to(torch.int8), lambda x, sign: x * sign),
     "relu6": Sided(
