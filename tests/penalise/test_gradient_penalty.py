@@ -208,6 +208,34 @@ def test_the_gauss_newton_trace_of_a_loss_that_is_no_likelihood() -> None:
             fastfisher.trace_hessian(model, X, Y, loss=loss, method=method)  # type: ignore[arg-type]
 
 
+def test_the_gauss_newton_trace_of_outputs_that_are_made_of_one_another() -> None:
+    """Logits beside the hidden states that they are made of, as models of Transformers return them: a loss of the
+    logits alone has the Gauss-Newton matrix of a model that returns nothing else."""
+
+    class WithHidden(nn.Module):
+        def __init__(self, logits: nn.Sequential) -> None:
+            super().__init__()
+            self.logits = logits
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            hidden = self.logits[:-1](x)
+            return {"hidden": hidden, "logits": self.logits[-1](hidden)}
+
+    plain, labels = network(act=nn.Tanh), torch.tensor([0, 2, 1, 1, 0, 2])
+    exact = fastfisher.trace_hessian(plain, X, labels, method="ggn")
+    torch.manual_seed(0)
+    found = fastfisher.trace_hessian(
+        WithHidden(plain),
+        X,
+        labels,
+        loss=lambda o, y: F.cross_entropy(o["logits"], y),
+        method="ggn",
+        probes=400,
+    )
+    assert exact.standard_error == 0
+    assert abs(found.value - exact.value) < 4.5 * found.standard_error
+
+
 # ---- loops that make their loss themselves ---------------------------------------------------------------------------
 
 
