@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastfisher.outputs import OUTPUT, Reading
+from fastfisher.outputs import OUTPUT, Reading, code_of
 
 See = Callable[[Any, Tensor], None]
 """Gets what a forward returned and the logits in it."""
@@ -43,6 +43,11 @@ class Call:
         """The dimension of the logits that holds the classes; None where it was not said."""
         return self.reading.class_dim
 
+    @property
+    def kind(self) -> Hashable:
+        """What is the same for calls of which the same is read, in the same way."""
+        return self.reading.kind
+
     def run(self, model: nn.Module) -> Any:
         """What the model returns."""
         return model(*self.args, **self.kwargs)
@@ -62,6 +67,11 @@ class LoopCall(Call):
     """
 
     function: Callable[[], Any] = field(default=lambda: None)
+
+    @property
+    def kind(self) -> Hashable:
+        """See :attr:`Call.kind`."""
+        return code_of(self.function)
 
     def run(self, model: nn.Module) -> Any:
         """See :meth:`Call.run`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 
 from fastfisher.data import check_own_loss, paired
 from fastfisher.distributed.single import Counts
-from fastfisher.inputs import Call, Inputs, check_examples, differentiable, map_inputs
+from fastfisher.inputs import Call, Inputs, check_examples, differentiable, input_tensors, map_inputs
 from fastfisher.labels import KINDS
-from fastfisher.model import check_heads
+from fastfisher.model import check_heads, parameters_beside
 from fastfisher.outputs import Output, loss_of
 from fastfisher.penalise.options import Options
 from fastfisher.penalise.point import Point
@@ -33,7 +34,7 @@ class Objective:
         self.model, self.loss, self.shares = model, options.loss, shares
         self.subject, self.labels = options.settings.subject, options.settings.kind
         self.likelihood, self.first_only = self.subject.likelihood, options.settings.first_only
-        self._seeing = self._structured = False
+        self._seeing = self._structured = self._looked = False
         self._seen: list[tuple[Any, int]] = []
 
     def batch(self, inputs: Inputs, given: Any, trainable: int) -> tuple[Call, Any]:
@@ -98,6 +99,22 @@ class Objective:
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ValueError("loss: expected a scalar tensor that depends on the logits")
         return loss
+
+    def look_beside(self, loss: Tensor, inputs: Inputs) -> None:
+        """Warns, of the first loss, where it depends on parameters that the step takes no gradient in."""
+        if self._looked:
+            return
+        self._looked = True
+        others = parameters_beside(self.model, loss, input_tensors(inputs))
+        if others:
+            count = f"{len(others)} parameters" if len(others) > 1 else "a parameter"
+            warnings.warn(
+                f"loss: it depends on {count} beside those of the model (the first of shape {tuple(others[0].shape)}), "
+                "as of a head in the loss or of a network that made the inputs. No gradient comes there, so that they "
+                "are not trained: put all that is trained into one module, or say requires_grad_(False), "
+                "inputs.detach() or torch.no_grad() where they are meant to stay as they are",
+                stacklevel=2,
+            )
 
     def _output(self, logits: Tensor) -> Any:
         """What the model returned: the logits as it gave them, or what they are a part of."""

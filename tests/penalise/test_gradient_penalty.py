@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
@@ -203,6 +204,8 @@ def test_the_gauss_newton_trace_of_a_loss_that_is_no_likelihood() -> None:
     torch.manual_seed(0)
     found = fastfisher.trace_hessian(model, X, Y, loss=loss, method="ggn", probes=400)
     assert abs(found.value - exact) < 4.5 * found.standard_error and "ggn" in found.method
+    with pytest.warns(UserWarning, match="loss: it is linear in what the model returns, so that its Gauss-Newton"):
+        assert fastfisher.trace_hessian(model, X, Y, loss=lambda z, y: z.mean(), method="ggn", probes=2).value == 0
     for method in ("fisher", "split"):
         with pytest.raises(ValueError, match=r"Tr\(F\) is an expectation over labels drawn from a distribution"):
             fastfisher.trace_hessian(model, X, Y, loss=loss, method=method)  # type: ignore[arg-type]
@@ -308,6 +311,70 @@ def test_running_statistics_move_once() -> None:
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_each_closure_is_looked_at() -> None:
+    """Whether it can be repeated is found out of each, not of the first one of a model."""
+    model, calls = network(act=nn.Tanh), []
+
+    def once_more() -> Tensor:
+        calls.append(1)
+        return F.mse_loss(model(X), Y) * len(calls)
+
+    GradientPenalty(model, None, 0.1).step(lambda: F.mse_loss(model(X), Y))
+    with pytest.raises(ValueError, match="its forward cannot be repeated"):
+        GradientPenalty(model, None, 0.1).step(once_more)
+
+
+def test_a_closure_that_has_no_gradient_or_takes_it_is_named() -> None:
+    model = network()
+    penalty = GradientPenalty(model, None, 0.1)
+
+    def takes_it() -> Tensor:
+        loss = F.mse_loss(model(X), Y)
+        loss.backward()
+        return loss
+
+    for closure, message in {
+        lambda: F.mse_loss(model(X), Y).detach(): "closure: expected a loss that depends on the parameters",
+        takes_it: "closure: expected a function that returns the loss and calls no backward",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            penalty.step(closure)
+        assert penalty.steps == 0 and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1])
+def test_parameters_that_are_not_those_of_the_model_are_said(alpha: float) -> None:
+    """Of a head in the loss, or of a network that made the inputs: they get no gradient, and that is said once."""
+    model, head, encoder = network(), nn.Linear(3, 2).double(), nn.Linear(5, 5).double()
+    labels = torch.tensor([0, 1, 1, 1, 0, 0])
+
+    def loss(z: Tensor, y: Any) -> Tensor:
+        return F.cross_entropy(head(z), labels)
+
+    def steps() -> dict[str, Callable[[], Any]]:
+        own, loops = GradientPenalty(model, loss, alpha), GradientPenalty(model, None, alpha)
+        plain, fisher = GradientPenalty(model, F.mse_loss, alpha), fastfisher.FisherPenalty(model, alpha, loss=loss)
+        return {
+            "backward": lambda: own.backward(X, None),
+            "step": lambda: loops.step(lambda: loss(model(X), None)),
+            "inputs": lambda: plain.backward(encoder(X), Y),
+            "FisherPenalty": lambda: fisher.backward(X, None),
+        }
+
+    for name, step in steps().items():
+        with pytest.warns(UserWarning, match=r"loss: it depends on 2 parameters beside those of the model") as seen:
+            step()
+            step()
+        assert len(seen) == 1, name
+    encoder.requires_grad_(False)
+    head.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in steps().values():
+            step()
+        GradientPenalty(model, F.mse_loss, alpha).backward(X.clone().requires_grad_(), Y)
 
 
 def test_what_cannot_be_is_refused_before_anything_has_changed() -> None:
