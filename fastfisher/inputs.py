@@ -265,9 +265,11 @@ def take_rows(inputs: Any, rows: Any) -> Any:
     """The inputs of some examples: a slice, or an index tensor. What all examples share stays whole.
 
     Raises:
-        ValueError: a tensor has another number of examples.
+        ValueError: a tensor has another number of examples, or targets are no tensors and cannot be taken apart.
     """
     examples = count_examples(inputs)
+    if isinstance(inputs, Call):
+        _check_targets(inputs.targets, examples)
 
     def take(x: Tensor) -> Tensor:
         if is_shared(x, examples):
@@ -275,6 +277,20 @@ def take_rows(inputs: Any, rows: Any) -> Any:
         return x[rows.to(x.device) if isinstance(rows, Tensor) else rows]
 
     return map_inputs(inputs, take)
+
+
+def _check_targets(targets: Any, examples: int) -> None:
+    """Raises ValueError where they hold something of each example that stays whole where some are taken out."""
+    items = list(targets.values()) if isinstance(targets, Mapping) else targets
+    if not isinstance(items, tuple | list):
+        return
+    if len(items) == examples and not isinstance(targets, Mapping) and not input_tensors(items):
+        raise ValueError(
+            f"targets: expected tensors where some examples are taken out (examples=, samples=, batch_size=), got a "
+            f"{type(targets).__name__} of {examples} items of type {type(items[0]).__name__}; make a tensor of them"
+        )
+    for item in items:
+        _check_targets(item, examples)
 
 
 def requiring_grad(inputs: Any) -> Any:

@@ -122,10 +122,10 @@ def check_heads(model: nn.Module, call: Call, trainable: int) -> Call:
 
 
 def parameters_beside(model: nn.Module, loss: Tensor, inputs: Iterable[Tensor]) -> list[Tensor]:
-    """The leaves that a loss depends on beside the model's parameters and the inputs themselves: parameters of a head
-    in the loss, or of a network that has made the inputs."""
+    """The parameters that a loss depends on beside the model's and the inputs themselves: of a head in the loss, or of a
+    network that has made the inputs."""
     known = {id(x) for x in (*model.parameters(), *inputs)}
-    return [x for x in _reached([loss], set()) if id(x) not in known]
+    return [x for x in _reached([loss], set()) if isinstance(x, nn.Parameter) and id(x) not in known]
 
 
 def _reached(tensors: Iterable[Tensor], seen: set[Any]) -> list[Tensor]:

@@ -63,7 +63,9 @@ class GradientPenalty(TrainingPenalty):
         wrt: what the gradient is taken with respect to.
         of: φ: "squared_norm", "norm", or a function of a tensor of norms, element by element.
         every, start, method, gates, step, difference, mixed: as in :class:`fastfisher.FisherPenalty`.
-        examples, params, graphs, scaler, scope, process_group, timeout, verify: as there.
+        examples: take R on the first so many examples, with the coefficient α·examples/B, as there: what the noise of
+            the gradient has in R is the same then, and what its mean has is less.
+        params, graphs, scaler, scope, process_group, timeout, verify: as there.
 
     Attributes:
         value: R at the last recomputation, a float64 scalar tensor; None before.

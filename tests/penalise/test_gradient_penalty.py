@@ -313,6 +313,50 @@ def test_running_statistics_move_once() -> None:
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
+def test_a_loss_that_compares_examples_is_not_taken_in_parts() -> None:
+    def compared(z: Tensor, y: Any) -> Tensor:
+        return F.cross_entropy(z @ z.mT, torch.arange(len(z)), reduction="none")
+
+    model = network(act=nn.Tanh)
+    with pytest.raises(ValueError, match="examples: expected None with a loss that compares examples"):
+        GradientPenalty(model, compared, 0.1, examples=2).backward(X, None)
+    GradientPenalty(model, each, 0.1, examples=2).backward(X, Y)
+    first = fastfisher.penalty(model, X, Y, labels="true", loss=compared, reduction="first")
+    g = torch.autograd.grad(compared(model(X), None)[0], list(model.parameters()))
+    assert float(first) == pytest.approx(float(flat(g).square().sum()), rel=1e-9)
+
+
+def test_targets_that_cannot_be_taken_apart_are_refused() -> None:
+    """A list stays whole where some examples are taken out, and a loss that goes through both would take the wrong."""
+    model, words = network(), ["a", "b", "a", "a", "b", "b"]
+
+    def by_word(z: Tensor, words: Any) -> Tensor:
+        return torch.stack(
+            [row.square().sum() * (1 if word == "a" else 3) for row, word in zip(z, words, strict=False)]
+        )
+
+    assert len(fastfisher.per_example_grad_norms(model, X, words, labels="true", loss=by_word)) == 6  # type: ignore[arg-type]
+    for call in (
+        lambda: GradientPenalty(model, by_word, 0.1, examples=2).backward(X, words),
+        lambda: fastfisher.trace_hessian(model, X, words, loss=by_word, batch_size=4),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ValueError, match="targets: expected tensors where some examples are taken out"):
+            call()
+
+
+def test_a_function_of_the_norm_that_is_none_is_named() -> None:
+    model = network(act=nn.Tanh)
+    for of, message in {
+        lambda n: n - n.mean(): "of: expected a function of each norm by itself",
+        lambda n: n.detach(): "of: expected a function that depends on the norm",
+    }.items():
+        for method in ("finite_difference", "double_backprop"):
+            with pytest.raises(ValueError, match=message):
+                GradientPenalty(model, each, 0.1, wrt="inputs", of=of, method=method).backward(X, Y)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="loss: expected one that depends on parameters of the model"):
+        GradientPenalty(model, None, 0.1).step(lambda: X.clone().requires_grad_().sum())
+
+
 def test_each_closure_is_looked_at() -> None:
     """Whether it can be repeated is found out of each, not of the first one of a model."""
     model, calls = network(act=nn.Tanh), []
