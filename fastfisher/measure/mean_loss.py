@@ -20,7 +20,15 @@ from fastfisher.engine.taylor import Tape
 from fastfisher.engine.twice import differentiable_gradients, second_derivatives, twice_differentiable
 from fastfisher.inputs import Call, count_examples, take_rows
 from fastfisher.likelihoods.subject import Subject
-from fastfisher.model import call_copy, chosen_names, eval_mode, trainable_parameters, uncompiled, unhooked
+from fastfisher.model import (
+    call_copy,
+    chosen_names,
+    eval_mode,
+    reached_leaves,
+    trainable_parameters,
+    uncompiled,
+    unhooked,
+)
 from fastfisher.outputs import Reading, map_output
 
 
@@ -117,9 +125,22 @@ class BatchLoss:
         reading = self.inputs.reading
         inputs = dataclasses.replace(self.inputs, reading=_Apart(reading, apart))
         logits = forward(self.model, inputs, twice_differentiable())
+        self._check_ways(logits, found)
         if not found:
             raise ValueError("model: expected it to return tensors that depend on the parameters, got none")
         return found, logits
+
+    def _check_ways(self, losses: Tensor, outputs: list[Tensor]) -> None:
+        """Raises ValueError where the losses depend on a parameter by another way than the outputs."""
+        named = {id(p): name for name, p in self.parameters.items()}
+        leaves = reached_leaves([losses], {x.grad_fn for x in outputs})
+        beside = [named[id(x)] for x in leaves if id(x) in named]
+        if beside:
+            raise ValueError(
+                'loss: expected one that depends on the parameters by what the model returns, with method="ggn", got '
+                f"one that depends on {beside[0]} in another way: a term of the parameters, another call of the model, or a "
+                "tensor within an object that is not looked into (tuples, lists, mappings and attributes are)"
+            )
 
     def hessian_product(self, *, way_out: str) -> Callable[[Sequence[Tensor]], Sequence[Tensor | None]]:
         """The function z ↦ Hz, both by parameter, None where it is 0 whatever z is.

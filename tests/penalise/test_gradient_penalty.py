@@ -206,6 +206,11 @@ def test_the_gauss_newton_trace_of_a_loss_that_is_no_likelihood() -> None:
     assert abs(found.value - exact) < 4.5 * found.standard_error and "ggn" in found.method
     with pytest.warns(UserWarning, match="loss: it is linear in what the model returns, so that its Gauss-Newton"):
         assert fastfisher.trace_hessian(model, X, Y, loss=lambda z, y: z.mean(), method="ggn", probes=2).value == 0
+    decayed = lambda z, y: loss(z, y) + 0.1 * model[0].weight.square().sum()  # noqa: E731
+    with pytest.raises(
+        ValueError, match=r"loss: expected one that .*, got one that depends on 0.weight in another way"
+    ):
+        fastfisher.trace_hessian(model, X, Y, loss=decayed, method="ggn", probes=2)
     for method in ("fisher", "split"):
         with pytest.raises(ValueError, match=r"Tr\(F\) is an expectation over labels drawn from a distribution"):
             fastfisher.trace_hessian(model, X, Y, loss=loss, method=method)  # type: ignore[arg-type]
