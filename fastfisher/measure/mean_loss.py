@@ -138,7 +138,7 @@ class BatchLoss:
         if beside:
             raise ValueError(
                 'loss: expected one that depends on the parameters by what the model returns, with method="ggn", got '
-                f"one that depends on {beside[0]} in another way: a term of the parameters, another call of the model, or "
+                f"one that depends on {beside[0]} in another way: a term of the parameters, another call of it, or "
                 "a tensor within an object that is not looked into (tuples, lists, mappings and attributes are)"
             )
 
