@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastfisher.outputs import OUTPUT, Reading
+from fastfisher.outputs import OUTPUT, Reading, code_of
 
 See = Callable[[Any, Tensor], None]
 """Gets what a forward returned and the logits in it."""
@@ -43,6 +43,11 @@ class Call:
         """The dimension of the logits that holds the classes; None where it was not said."""
         return self.reading.class_dim
 
+    @property
+    def kind(self) -> Hashable:
+        """What is the same for calls of which the same is read, in the same way."""
+        return self.reading.kind
+
     def run(self, model: nn.Module) -> Any:
         """What the model returns."""
         return model(*self.args, **self.kwargs)
@@ -62,6 +67,11 @@ class LoopCall(Call):
     """
 
     function: Callable[[], Any] = field(default=lambda: None)
+
+    @property
+    def kind(self) -> Hashable:
+        """See :attr:`Call.kind`."""
+        return code_of(self.function)
 
     def run(self, model: nn.Module) -> Any:
         """See :meth:`Call.run`."""
@@ -255,9 +265,11 @@ def take_rows(inputs: Any, rows: Any) -> Any:
     """The inputs of some examples: a slice, or an index tensor. What all examples share stays whole.
 
     Raises:
-        ValueError: a tensor has another number of examples.
+        ValueError: a tensor has another number of examples, or targets are no tensors and cannot be taken apart.
     """
     examples = count_examples(inputs)
+    if isinstance(inputs, Call):
+        _check_targets(inputs.targets, examples)
 
     def take(x: Tensor) -> Tensor:
         if is_shared(x, examples):
@@ -265,6 +277,20 @@ def take_rows(inputs: Any, rows: Any) -> Any:
         return x[rows.to(x.device) if isinstance(rows, Tensor) else rows]
 
     return map_inputs(inputs, take)
+
+
+def _check_targets(targets: Any, examples: int) -> None:
+    """Raises ValueError where they hold something of each example that stays whole where some are taken out."""
+    items = list(targets.values()) if isinstance(targets, Mapping) else targets
+    if not isinstance(items, tuple | list):
+        return
+    if len(items) == examples and not isinstance(targets, Mapping) and not input_tensors(items):
+        raise ValueError(
+            f"targets: expected tensors where some examples are taken out (examples=, samples=, batch_size=), got a "
+            f"{type(targets).__name__} of {examples} items of type {type(items[0]).__name__}; make a tensor of them"
+        )
+    for item in items:
+        _check_targets(item, examples)
 
 
 def requiring_grad(inputs: Any) -> Any:

@@ -87,10 +87,10 @@ def heads_beside(model: nn.Module, output: Any, logits: Tensor) -> list[str]:
         return []
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     seen: set[Any] = set()
-    _reached([logits], seen)
+    reached_leaves([logits], seen)
     held = output if isinstance(output, Mapping | tuple | list) else getattr(output, "__dict__", {})
     others = [x for x in tensors_within(held) if x.requires_grad]
-    return list(dict.fromkeys(names[i] for i in _reached(others, seen) if i in names))
+    return list(dict.fromkeys(names[id(x)] for x in reached_leaves(others, seen) if id(x) in names))
 
 
 def check_heads(model: nn.Module, call: Call, trainable: int) -> Call:
@@ -121,8 +121,15 @@ def check_heads(model: nn.Module, call: Call, trainable: int) -> Call:
     return dataclasses.replace(call, see=see)
 
 
-def _reached(tensors: Iterable[Tensor], seen: set[Any]) -> list[int]:
-    """The ids of the leaves that the graph of the tensors leads to by nodes not ``seen``, which are added there."""
+def parameters_beside(model: nn.Module, loss: Tensor, inputs: Iterable[Tensor]) -> list[Tensor]:
+    """The parameters that a loss depends on beside the model's and the inputs themselves: of a head in the loss, or of
+    a network that has made the inputs."""
+    known = {id(x) for x in (*model.parameters(), *inputs)}
+    return [x for x in reached_leaves([loss], set()) if isinstance(x, nn.Parameter) and id(x) not in known]
+
+
+def reached_leaves(tensors: Iterable[Tensor], seen: set[Any]) -> list[Tensor]:
+    """The leaves that the graph of the tensors leads to by nodes not ``seen``, which are added there."""
     found, stack = [], [x.grad_fn if x.grad_fn is not None else x for x in tensors]
     while stack:
         node: Any = stack.pop()
@@ -131,7 +138,7 @@ def _reached(tensors: Iterable[Tensor], seen: set[Any]) -> list[int]:
         seen.add(node)
         leaf = node if isinstance(node, Tensor) else getattr(node, "variable", None)
         if leaf is not None:
-            found.append(id(leaf))
+            found.append(leaf)
         if not isinstance(node, Tensor):
             stack.extend(edge for edge, _ in node.next_functions)
     return found

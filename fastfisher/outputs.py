@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
@@ -151,9 +154,39 @@ def loss_of(loss: OwnLossFunction, output: Any, targets: Any) -> Any:
         ) from error
 
 
+FOLLOWED = 3
+"""How many functions deep :func:`code_of` looks: a loss, one that it calls, and one that this one calls."""
+
+
 def code_of(function: Any) -> Hashable:
-    """What two functions that are made anew at each call, as a lambda in a loop is, have in common."""
-    return getattr(function, "__code__", None) or id(function)
+    """What two functions that are made anew at each call, as a lambda in a loop is, have in common.
+
+    Their code is not all: the same lambda around another function is another loss. So what a function closes over,
+    has by default, or finds among its globals belongs to it: functions by their code, objects that are called by their
+    type and flags. Numbers and tensors do not, which change from step to step.
+    """
+    return _marked(function, FOLLOWED)
+
+
+def _marked(value: Any, depth: int) -> Hashable:
+    if value is None or isinstance(value, bool | str):
+        return value
+    if not callable(value) or isinstance(value, type) or depth == 0:
+        return value if isinstance(value, type) else type(value)
+    if isinstance(value, functools.partial):
+        held = [value.func, *value.args, *value.keywords.values()]
+        return (*value.keywords, *(_marked(x, depth) for x in held))
+    bound = getattr(value, "__self__", None)
+    function = getattr(value, "__func__", value)
+    code = getattr(function, "__code__", None)
+    if code is None:
+        if not hasattr(value, "__dict__") or isinstance(value, types.BuiltinFunctionType):
+            return id(value)
+        return (type(value), *((name, _marked(x, depth - 1)) for name, x in vars(value).items()))
+    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
+    known = [function.__globals__[name] for name in code.co_names if name in function.__globals__]
+    held = [bound, *cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *known]
+    return (code, *(_marked(x, depth - 1) for x in held))
 
 
 def logits_of(output: Any) -> Tensor:
@@ -185,6 +218,27 @@ def tensors_within(value: Any) -> Iterator[Tensor]:
             yield from tensors_within(item)
     elif hasattr(value, "__dict__"):
         yield from (x for x in vars(value).values() if isinstance(x, Tensor))
+
+
+def map_output(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same with the function's tensors in the place of those of :func:`tensors_within`; objects are copied."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple | list):
+        items = [map_output(item, function) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, Mapping):
+        found: Any = copy.copy(value)  # which may be more than its items
+        for key, item in value.items():
+            found[key] = map_output(item, function)
+        return found
+    if any(isinstance(item, Tensor) for item in getattr(value, "__dict__", {}).values()):
+        found = copy.copy(value)
+        for name, item in vars(value).items():
+            if isinstance(item, Tensor):
+                object.__setattr__(found, name, function(item))  # also of a frozen dataclass
+        return found
+    return value
 
 
 def class_last(logits: Tensor, class_dim: int | None, least: int = 1) -> Tensor:

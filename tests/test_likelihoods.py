@@ -518,6 +518,32 @@ def test_uniform_labels_are_measured() -> None:
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["weight", "pos_weight", "variance"])
+def test_what_a_likelihood_holds_is_a_constant_that_may_be_written_into(name: str) -> None:
+    """By its holder, as weights that follow the data are: also where it is held in another precision."""
+    kind: Any = {
+        "weight": fastfisher.Categorical,
+        "pos_weight": fastfisher.Bernoulli,
+        "variance": fastfisher.Gaussian,
+    }[name]
+    torch.manual_seed(0)
+    output, values = torch.randn(5, 3, dtype=torch.float64), torch.linspace(0.5, 2, 3)
+    labels = torch.tensor([0, 2, 1, 1, 0]) if name == "weight" else torch.ones(5, 3)
+    held = torch.ones(3)
+    likelihood = kind(**{name: held})
+    before = likelihood.loss(output, labels)
+    held.copy_(values)
+    assert likelihood.loss(output, labels) == kind(**{name: values}).loss(output, labels) != before
+    with pytest.raises(ValueError, match=rf"{name}: expected a constant, got a tensor that requires a gradient"):
+        kind(**{name: held.requires_grad_()})
+
+
+def test_counts_that_are_too_many_to_draw_are_no_numbers() -> None:
+    output = torch.tensor([20.0, 21.0, 400.0, torch.nan], dtype=torch.float64)
+    drawn = likelihood_of("poisson").draw(output, torch.tensor([3, 5]))
+    assert drawn.isnan().tolist() == [False, True, True, True]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

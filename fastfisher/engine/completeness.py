@@ -40,7 +40,7 @@ def verified_capture(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> 
     device = tensors[0].device.type
     autocast = autocast_dtype(device)
     precisions = tuple(p.dtype for p in model.parameters())
-    reading = inputs.reading.kind if isinstance(inputs, Call) else None
+    reading = inputs.kind if isinstance(inputs, Call) else None
     kind = "capture", reading, tuple(names), precisions, autocast, tuple((x.dim(), x.dtype, x.device) for x in tensors)
     sizes = tuple(x.shape for x in tensors)
     seen: dict[tuple[torch.Size, ...], Known] = known_of(model).setdefault(kind, {})

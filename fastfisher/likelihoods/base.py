@@ -193,16 +193,40 @@ class Likelihood(ABC):
 
 
 class Constant:
-    """A tensor that a likelihood holds, copied once for each device and dtype: a captured step copies nothing."""
+    """A tensor that a likelihood holds, copied once for each device and dtype: a captured step copies nothing. Where
+    its holder has written into it since, the copies follow.
 
-    def __init__(self, tensor: Tensor) -> None:
-        self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {(tensor.device, tensor.dtype): tensor.detach()}
+    Args:
+        tensor: the tensor.
+        name: the argument that it is.
+
+    Raises:
+        ValueError: it requires a gradient, which it would never get.
+    """
+
+    def __init__(self, tensor: Tensor, name: str) -> None:
+        if tensor.requires_grad:
+            raise ValueError(
+                f"{name}: expected a constant, got a tensor that requires a gradient, which it would not get; give "
+                f"{name}.detach(), or train it by a loss= of which it is a part, as a parameter of the model"
+            )
+        self._tensor, self._written = tensor.detach(), self._writes(tensor)
+        self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {(tensor.device, tensor.dtype): self._tensor}
+
+    @staticmethod
+    def _writes(tensor: Tensor) -> int:
+        return 0 if tensor.is_inference() else tensor._version
 
     def like(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor on the device of ``x``, in its dtype or another."""
-        place, tensor = (x.device, dtype or x.dtype), next(iter(self._copies.values()))
+        place, written = (x.device, dtype or x.dtype), self._writes(self._tensor)
+        if written != self._written:
+            self._written = written
+            for copied in self._copies.values():
+                if copied is not self._tensor:
+                    copied.copy_(self._tensor)
         if place not in self._copies:
-            self._copies[place] = tensor.to(*place)
+            self._copies[place] = self._tensor.to(*place)
         return self._copies[place]
 
 

@@ -58,7 +58,7 @@ class Categorical(Likelihood):
             raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {s!r}")
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
             raise ValueError(f"ignore_index: expected an integer, got {self.ignore_index!r}")
-        object.__setattr__(self, "_weights", None if w is None else Constant(w))
+        object.__setattr__(self, "_weights", None if w is None else Constant(w, "weight"))
 
     @property
     def natural(self) -> bool:  # type: ignore[override]

@@ -86,8 +86,9 @@ class Bernoulli(Elementwise):
     probabilities. F = p(1 − p).
 
     Args:
-        pos_weight: as there; it broadcasts over the logits. It belongs to the loss at targets, and has no part in
-            labels that are drawn: the distribution that the logits stand for, and its Fisher matrix, are without it.
+        pos_weight: as there, a constant that broadcasts over the logits of one example. It belongs to the loss at
+            targets, and has no part in labels that are drawn: the distribution that the logits stand for, and its
+            Fisher matrix, are without it.
 
     Raises:
         ValueError: it is no tensor of numbers ≥ 0.
@@ -102,7 +103,7 @@ class Bernoulli(Elementwise):
 
     def __post_init__(self) -> None:
         w = self.pos_weight
-        object.__setattr__(self, "_weights", Constant(w) if isinstance(w, Tensor) else None)
+        object.__setattr__(self, "_weights", Constant(w, "pos_weight") if isinstance(w, Tensor) else None)
         if w is None:
             return
         if not (isinstance(w, Tensor) and w.is_floating_point() and bool((w.isfinite() & (w >= 0)).all())):
@@ -181,7 +182,8 @@ class Gaussian(Elementwise):
     With ``variance=1``, the default, that is half of ``F.mse_loss``; with ``variance=0.5`` it is ``F.mse_loss`` itself.
 
     Args:
-        variance: σ², a number, or a tensor that broadcasts over the output of one example: (K,) for outputs (N, K).
+        variance: σ², a number, or a tensor that broadcasts over the output of one example: (K,) for outputs (N, K). It
+            is a constant; one that is learned, or another for each example, is a part of a ``loss=``.
 
     Raises:
         ValueError: it is not positive and finite.
@@ -192,7 +194,7 @@ class Gaussian(Elementwise):
 
     def __post_init__(self) -> None:
         v = self.variance
-        object.__setattr__(self, "_variances", Constant(v) if isinstance(v, Tensor) else None)
+        object.__setattr__(self, "_variances", Constant(v, "variance") if isinstance(v, Tensor) else None)
         if not isinstance(v, Tensor):
             check_number("variance", v, "a positive number or a tensor of such")
         elif not (v.is_floating_point() and bool((v.isfinite() & (v > 0)).all())):
@@ -260,7 +262,7 @@ class Poisson(Elementwise):
         return 2 * (output / 2).exp() * signs
 
     def draw(self, output: Tensor, key: Tensor, first: int = 0) -> Tensor:
-        """The smallest y with P(Y ≤ y) ≥ u, u in (0, 1) of 52 bits of the key.
+        """The smallest y with P(Y ≤ y) ≥ u, u in (0, 1) of 52 bits of the key; NaN beyond :data:`LARGEST_RATE`.
 
         Found by halving an interval that holds y: P(Y ≤ y) is the regularised incomplete gamma function Q(y + 1, λ).
         """
@@ -272,7 +274,7 @@ class Poisson(Elementwise):
             middle = ((low + high) / 2).floor()
             enough = torch.special.gammaincc(middle + 1, rate) >= u
             low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
-        return high.to(self._dtype(output))
+        return torch.where(rate <= LARGEST_RATE, high, torch.nan).to(self._dtype(output))
 
     def deviation(self, output: Tensor) -> Tensor:
         """√λ."""

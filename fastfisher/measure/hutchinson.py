@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -185,6 +186,13 @@ def gauss_newton(loss: BatchLoss, distribution: str) -> QuadraticForm:
     with torch.enable_grad(), second_derivatives(way_out):
         outputs, logits = loss.outputs()
         slopes = differentiable_gradients(loss.at(logits, loss.fitting(logits)), outputs, way_out=way_out)
+        if not any(slope is not None and slope.requires_grad for slope in slopes):
+            warnings.warn(
+                "loss: it is linear in what the model returns, so that its Gauss-Newton matrix is 0. Where the model "
+                "makes the loss itself (output.loss), make it of the output in its place: loss=lambda output, targets: "
+                "F.cross_entropy(output.logits, targets)",
+                stacklevel=2,
+            )
         cotangents = [torch.zeros_like(x, requires_grad=True) for x in outputs]
         joined = torch.stack([(x * u).sum() for x, u in zip(outputs, cotangents, strict=True)]).sum()
         pulled = differentiable_gradients(joined, leaves, way_out=way_out)

@@ -20,8 +20,16 @@ from fastfisher.engine.taylor import Tape
 from fastfisher.engine.twice import differentiable_gradients, second_derivatives, twice_differentiable
 from fastfisher.inputs import Call, count_examples, take_rows
 from fastfisher.likelihoods.subject import Subject
-from fastfisher.model import call_copy, chosen_names, eval_mode, trainable_parameters, uncompiled, unhooked
-from fastfisher.outputs import tensors_within
+from fastfisher.model import (
+    call_copy,
+    chosen_names,
+    eval_mode,
+    reached_leaves,
+    trainable_parameters,
+    uncompiled,
+    unhooked,
+)
+from fastfisher.outputs import Reading, map_output
 
 
 class Labelled:
@@ -104,17 +112,35 @@ class BatchLoss:
 
     def outputs(self) -> tuple[list[Tensor], Tensor]:
         """Of a forward that can be differentiated twice, the tensors that the model returns, and what is read of them:
-        the first are what the Gauss-Newton matrix linearises."""
+        the first are what the Gauss-Newton matrix linearises. One may be made of another, as logits are of hidden
+        states: the loss gets a view of each, so that its derivative in one is not that by way of the other."""
         found: list[Tensor] = []
 
-        def see(output: Any, logits: Tensor) -> None:
-            held = [logits] if not self.subject.is_loss else tensors_within(output)
-            found.extend(x for x in held if x.requires_grad and x.is_floating_point())
+        def apart(x: Tensor) -> Tensor:
+            if not (x.requires_grad and x.is_floating_point()):
+                return x
+            found.append(x.view_as(x))
+            return found[-1]
 
-        logits = forward(self.model, dataclasses.replace(self.inputs, see=see), twice_differentiable())
+        reading = self.inputs.reading
+        inputs = dataclasses.replace(self.inputs, reading=_Apart(reading, apart))
+        logits = forward(self.model, inputs, twice_differentiable())
+        self._check_ways(logits, found)
         if not found:
             raise ValueError("model: expected it to return tensors that depend on the parameters, got none")
         return found, logits
+
+    def _check_ways(self, losses: Tensor, outputs: list[Tensor]) -> None:
+        """Raises ValueError where the losses depend on a parameter by another way than the outputs."""
+        named = {id(p): name for name, p in self.parameters.items()}
+        leaves = reached_leaves([losses], {x.grad_fn for x in outputs})
+        beside = [named[id(x)] for x in leaves if id(x) in named]
+        if beside:
+            raise ValueError(
+                'loss: expected one that depends on the parameters by what the model returns, with method="ggn", got '
+                f"one that depends on {beside[0]} in another way: a term of the parameters, another call of it, or "
+                "a tensor within an object that is not looked into (tuples, lists, mappings and attributes are)"
+            )
 
     def hessian_product(self, *, way_out: str) -> Callable[[Sequence[Tensor]], Sequence[Tensor | None]]:
         """The function z ↦ Hz, both by parameter, None where it is 0 whatever z is.
@@ -138,6 +164,25 @@ class BatchLoss:
                 return torch.autograd.grad(outputs, leaves, directions, retain_graph=True, allow_unused=True)
 
         return product
+
+
+@dataclass(frozen=True)
+class _Apart(Reading):
+    """What another reading reads, of tensors that a function has put in the place of those that the model returns."""
+
+    of: Reading
+    function: Callable[[Tensor], Tensor]
+
+    @property
+    def takes_targets(self) -> bool:  # type: ignore[override]
+        """See :class:`.Reading`."""
+        return self.of.takes_targets
+
+    def read(self, output: Any, targets: Any, examples: int) -> Tensor:
+        """See :meth:`.Reading.read`."""
+        if self.of.takes_targets:
+            return self.of.read(map_output(output, self.function), targets, examples)
+        return self.function(self.of.read(output, targets, examples))
 
 
 def forward(model: nn.Module, inputs: Call, watch: TorchFunctionMode | None = None) -> Tensor:

@@ -179,6 +179,8 @@ class Differences:
                 point, self.settings, trainable, wanted.chosen, self.differentiate,
                 scale=scale, retain_graph=apart or point.kept,
             )  # fmt: skip
+        if not gradient:
+            raise ValueError("loss: expected one that depends on parameters of the model, got one that depends on none")
         total = gradient if training is not None and not apart else {}
         if apart and training is not None:
             total = named_gradients(self.differentiate, scaled(training.loss, scale), trainable)

@@ -143,7 +143,8 @@ def penalty(
     kind.check_targets(true, settings.likelihood)
     check_examples(call)
     logits, settings = _shared(logits, settings)
-    if settings.first_only and logits is None and not couples_examples(model):
+    alone = not couples_examples(model) and not subject.is_loss  # which may compare it with the others
+    if settings.first_only and logits is None and alone:
         call, kind, true = take_rows(call, slice(1)), kind.of_first(), None if true is None else true[:1]
     point = _point(model, settings, trainable, call, logits)
     _draw(point, settings, kind, true, generator, model)

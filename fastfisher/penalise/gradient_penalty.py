@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -61,7 +63,9 @@ class GradientPenalty(TrainingPenalty):
         wrt: what the gradient is taken with respect to.
         of: φ: "squared_norm", "norm", or a function of a tensor of norms, element by element.
         every, start, method, gates, step, difference, mixed: as in :class:`fastfisher.FisherPenalty`.
-        examples, params, graphs, scaler, scope, process_group, timeout, verify: as there.
+        examples: take R on the first so many examples, with the coefficient α·examples/B, as there: what the noise of
+            the gradient has in R is the same then, and what its mean has is less.
+        params, graphs, scaler, scope, process_group, timeout, verify: as there.
 
     Attributes:
         value: R at the last recomputation, a float64 scalar tensor; None before.
@@ -133,7 +137,13 @@ class GradientPenalty(TrainingPenalty):
         if not callable(closure):
             raise ValueError(f"closure: expected a function that returns the loss, got {type(closure).__name__}")
         self._refuse(STEP, "wrt", "examples", "graphs")
-        return self._take(lambda trainable: (LoopCall((), {}, Losses(_loss_of_loop), function=closure), None), weight)
+
+        def function() -> Tensor:
+            with _calling_no_backward(self.model):
+                return closure()
+
+        call = LoopCall((), {}, Losses(_loss_of_loop), function=function)
+        return self._take(lambda trainable: (call, None), weight)
 
     def backward(self, inputs: Inputs, targets: Any = None, *, weight: float = 1.0) -> Tensor:
         """One forward and the gradients: adds weight·∇(L + α·R) to ``.grad``, as ``Tensor.backward`` would.
@@ -199,9 +209,32 @@ class GradientPenalty(TrainingPenalty):
             raise ValueError(f"loss: expected one for {name}, got None; step(closure) takes that of the loop")
 
 
+@contextmanager
+def _calling_no_backward(model: nn.Module) -> Iterator[None]:
+    """Within, a ``backward``, as optimisers want it of closures, is refused by the first parameter that it comes to."""
+
+    def refuse(parameter: Tensor, before: Tensor | None) -> None:
+        if before is None:
+            parameter.grad = None
+        raise ValueError(
+            "closure: expected a function that returns the loss and calls no backward, which step() does, got one that "
+            "calls it" + ("" if before is None else "; .grad has a part of its gradient, so that it has to be zeroed")
+        )
+
+    with ExitStack() as stack:
+        with torch._C.DisableTorchFunction():  # no part of a forward that is recorded
+            for p in model.parameters():
+                if p.requires_grad and p.is_leaf:
+                    watch: Any = p.register_post_accumulate_grad_hook
+                    stack.callback(watch(functools.partial(refuse, before=p.grad)).remove)
+        yield
+
+
 def _loss_of_loop(output: Any, targets: Any) -> Tensor:
     """The loss that a closure has returned."""
     if not isinstance(output, Tensor) or output.numel() != 1:
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"closure: expected a function that returns a scalar loss, got {got}")
+    if not output.requires_grad and torch.is_grad_enabled():
+        raise ValueError("closure: expected a loss that depends on the parameters, got one that requires no gradient")
     return output

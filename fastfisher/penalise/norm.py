@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfisher.host import looking_waits
+
 NAMES: dict[str, Callable[[Tensor], Tensor]] = {"squared_norm": torch.square, "norm": lambda norm: norm}
 
 
@@ -51,7 +53,21 @@ class OfNorm:
             raise ValueError(
                 f"of: expected a function that gives one number for each norm {tuple(norms.shape)}, got {got}"
             )
+        if norms.requires_grad and not found.requires_grad:
+            raise ValueError("of: expected a function that depends on the norm, got one whose value has no gradient")
+        if not isinstance(self.of, str) and norms.numel() > 1 and not looking_waits(norms):
+            self._check_alone(norms.detach(), found.detach())
         return found
+
+    def _check_alone(self, norms: Tensor, found: Tensor) -> None:
+        """Raises ValueError where φ of one norm is another beside others."""
+        with torch.no_grad():
+            alone: Any = self.of(norms[:1])  # type: ignore[operator]
+        if not torch.allclose(alone, found[:1], rtol=1e-3, equal_nan=True):
+            raise ValueError(
+                f"of: expected a function of each norm by itself, got one that is {float(alone):g} of a norm alone and "
+                f"{float(found[0]):g} beside others, as with a mean or a maximum in it"
+            )
 
     def gain(self, norms: Tensor) -> Tensor:
         """φ'(n)/(2n) of each, 0 where n is: what the gradient of the square is multiplied by."""

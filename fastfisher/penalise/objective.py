@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastfisher.data import check_own_loss, paired
 from fastfisher.distributed.single import Counts
-from fastfisher.inputs import Call, Inputs, check_examples, differentiable, map_inputs
+from fastfisher.inputs import Call, Inputs, check_examples, differentiable, input_tensors, map_inputs
 from fastfisher.labels import KINDS
-from fastfisher.model import check_heads
-from fastfisher.outputs import Output, loss_of
+from fastfisher.model import check_heads, couples_examples, parameters_beside
+from fastfisher.outputs import Output, loss_of, tensors_within
 from fastfisher.penalise.options import Options
 from fastfisher.penalise.point import Point
 from fastfisher.targets import IGNORED, check_certain, check_counted
@@ -33,7 +35,8 @@ class Objective:
         self.model, self.loss, self.shares = model, options.loss, shares
         self.subject, self.labels = options.settings.subject, options.settings.kind
         self.likelihood, self.first_only = self.subject.likelihood, options.settings.first_only
-        self._seeing = self._structured = False
+        self.in_parts = options.examples is not None
+        self._seeing = self._structured = self._looked = self._alone = False
         self._seen: list[tuple[Any, int]] = []
 
     def batch(self, inputs: Inputs, given: Any, trainable: int) -> tuple[Call, Any]:
@@ -42,8 +45,8 @@ class Objective:
         call = map_inputs(call, differentiable)
         targets = differentiable(targets) if isinstance(targets, Tensor) else targets
         check_examples(call)
-        if self.subject.is_loss:
-            return call, None  # which has them
+        if self.subject.is_loss:  # the call has the targets
+            return dataclasses.replace(call, see=self._look_alone) if self.in_parts else call, None
         if self.loss is not None:
             return dataclasses.replace(call, see=self._see), targets
         if targets is None:
@@ -98,6 +101,36 @@ class Objective:
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ValueError("loss: expected a scalar tensor that depends on the logits")
         return loss
+
+    def _look_alone(self, output: Any, losses: Tensor) -> None:
+        """Raises ValueError, of the first batch, where the loss of one example depends on the outputs of others: in a
+        part of the batch it is then another."""
+        if self._alone or len(losses) < 2 or couples_examples(self.model):
+            return
+        self._alone = True
+        held = [x for x in tensors_within(output) if x.requires_grad and x.dim() and len(x) == len(losses)]
+        found = torch.autograd.grad(losses[0], held, retain_graph=True, allow_unused=True) if held else ()
+        if any(g is not None and bool(g[1:].any()) for g in found):
+            raise ValueError(
+                "examples: expected None with a loss that compares examples with each other, whose value of some of "
+                "them by themselves is another"
+            )
+
+    def look_beside(self, loss: Tensor, inputs: Inputs) -> None:
+        """Warns, of the first loss, where it depends on parameters that the step takes no gradient in."""
+        if self._looked:
+            return
+        self._looked = True
+        others = parameters_beside(self.model, loss, input_tensors(inputs))
+        if others:
+            count = f"{len(others)} parameters" if len(others) > 1 else "a parameter"
+            warnings.warn(
+                f"loss: it depends on {count} beside those of the model (the first of shape {tuple(others[0].shape)}), "
+                "as of a head in the loss or of a network that made the inputs. No gradient comes there, so that they "
+                "are not trained: put all that is trained into one module, or say requires_grad_(False), "
+                "inputs.detach() or torch.no_grad() where they are meant to stay as they are",
+                stacklevel=2,
+            )
 
     def _output(self, logits: Tensor) -> Any:
         """What the model returned: the logits as it gave them, or what they are a part of."""

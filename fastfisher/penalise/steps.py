@@ -86,6 +86,7 @@ class Steps:
                 self._all_small.add(shapes)
             targets, _ = self.objective.fit(logits, targets)
             loss = self.objective.at(logits, targets)
+            self._look_beside(loss, inputs)
         weight = self.world.loss_weight(lambda: self.objective.count(logits, targets))
         total = named_gradients(self.differentiate, scaled(scaled(loss, weights.scale), weight), trainable)
         (total,) = self.world.sum_gradients(trainable, total)
@@ -101,6 +102,7 @@ class Steps:
                 logits, point = self.sampling.forward(inputs, trainable)
             targets, of_rows = self.objective.fit(logits, targets)
             loss = self.objective.at(logits, targets)
+            self._look_beside(loss, inputs)
             share = self._draw(point, logits, targets, of_rows)
             training = self._training(loss, targets, share, point.rows is logits)
         alpha = weights.alpha * share.fraction
@@ -130,6 +132,10 @@ class Steps:
         outcome.total = self.differentiate.laid_out(total, trainable)
         outcome.value = taken.value
         return outcome
+
+    def _look_beside(self, loss: Tensor, inputs: Inputs) -> None:
+        if not self.world.sharded:  # whose leaves are shards put together, which are no parameters
+            self.objective.look_beside(loss, inputs)
 
     def _draw(self, point: Point, logits: Tensor, targets: Any, of_rows: Tensor | None) -> Share:
         """Draws the labels of the point's rows, and weighs their loss by what this process has of the batch."""

@@ -12,6 +12,7 @@ from fastfisher import ops
 from fastfisher.engine.gradients import real
 from fastfisher.engine.recording import AccuracyWarning
 from fastfisher.engine.repeatable import check_repeatable, is_new_kind, look_at
+from fastfisher.inputs import Call
 from fastfisher.penalise.difference import FiniteDifference
 from fastfisher.penalise.rho import CEILING, AdaptiveStep
 
@@ -38,7 +39,8 @@ def verify(difference: FiniteDifference) -> None:
     """
     settings = difference.settings
     adaptive = isinstance(settings.step, AdaptiveStep)
-    how = settings.frozen, settings.difference, settings.wrt, "adaptive" if adaptive else settings.step
+    of = difference.inputs.kind if isinstance(difference.inputs, Call) else None
+    how = of, settings.frozen, settings.difference, settings.wrt, "adaptive" if adaptive else settings.step
     if not is_new_kind(difference.model, difference.inputs, *how, difference.gates.full_precision):
         return
     check_repeatable(difference.model, lambda: _logits(difference), difference.expected, difference.precision)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -120,6 +121,39 @@ def test_it_is_done_once_for_each_kind_of_batch() -> None:
     assert [forwards(5), forwards(5), forwards(4), forwards(4), forwards(5)] == [4, 1, 4, 1, 1]
     assert forwards(5, params=[model.gain]) == 4
     assert [forwards(7, verify=False), forwards(7), forwards(7)] == [1, 4, 1]
+
+
+def test_a_loss_is_another_where_what_it_calls_is_another() -> None:
+    """The same lambda around a loss of single examples and around a contrastive one, of which there are no norms."""
+    torch.manual_seed(0)
+    x, y = data_for((6,))
+    alone = functools.partial(F.cross_entropy, reduction="none")
+
+    def against_the_others(z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(z @ z.mT, y.new_tensor(range(len(y))), reduction="none")
+
+    class Either(nn.Module):
+        def __init__(self, function: Callable[..., Tensor]) -> None:
+            super().__init__()
+            self.function = function
+
+        def forward(self, z: Tensor, y: Tensor) -> Tensor:
+            return self.function(z, y)
+
+    ways: dict[str, Callable[[Callable[..., Tensor]], Callable[..., Tensor]]] = {
+        "closed over": lambda function: lambda z, y: function(z, y),
+        "a default": lambda function: lambda z, y, of=function: of(z, y),
+        "partial": lambda function: functools.partial(lambda of, z, y: of(z, y), function),
+        "a module": Either,
+    }
+    for name, around in ways.items():
+        model = Network(lambda _, h: h).double()
+        per_example_grad_norms(model, x, y, labels="true", loss=around(alone))
+        before = model.forwards
+        per_example_grad_norms(model, x, y, labels="true", loss=around(alone))
+        assert model.forwards == before + 1, name  # made anew, it is the same one
+        with pytest.raises(ValueError, match="its examples influence each other"):
+            per_example_grad_norms(model, x, y, labels="true", loss=around(against_the_others))
 
 
 def test_batches_of_ever_new_lengths_do_not_stay_slow(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
@@ -203,9 +204,44 @@ def test_the_gauss_newton_trace_of_a_loss_that_is_no_likelihood() -> None:
     torch.manual_seed(0)
     found = fastfisher.trace_hessian(model, X, Y, loss=loss, method="ggn", probes=400)
     assert abs(found.value - exact) < 4.5 * found.standard_error and "ggn" in found.method
+    with pytest.warns(UserWarning, match="loss: it is linear in what the model returns, so that its Gauss-Newton"):
+        assert fastfisher.trace_hessian(model, X, Y, loss=lambda z, y: z.mean(), method="ggn", probes=2).value == 0
+    decayed = lambda z, y: loss(z, y) + 0.1 * model[0].weight.square().sum()  # noqa: E731
+    with pytest.raises(
+        ValueError, match=r"loss: expected one that .*, got one that depends on 0.weight in another way"
+    ):
+        fastfisher.trace_hessian(model, X, Y, loss=decayed, method="ggn", probes=2)
     for method in ("fisher", "split"):
         with pytest.raises(ValueError, match=r"Tr\(F\) is an expectation over labels drawn from a distribution"):
             fastfisher.trace_hessian(model, X, Y, loss=loss, method=method)  # type: ignore[arg-type]
+
+
+def test_the_gauss_newton_trace_of_outputs_that_are_made_of_one_another() -> None:
+    """Logits beside the hidden states that they are made of, as models of Transformers return them: a loss of the
+    logits alone has the Gauss-Newton matrix of a model that returns nothing else."""
+
+    class WithHidden(nn.Module):
+        def __init__(self, logits: nn.Sequential) -> None:
+            super().__init__()
+            self.logits = logits
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            hidden = self.logits[:-1](x)
+            return {"hidden": hidden, "logits": self.logits[-1](hidden)}
+
+    plain, labels = network(act=nn.Tanh), torch.tensor([0, 2, 1, 1, 0, 2])
+    exact = fastfisher.trace_hessian(plain, X, labels, method="ggn")
+    torch.manual_seed(0)
+    found = fastfisher.trace_hessian(
+        WithHidden(plain),
+        X,
+        labels,
+        loss=lambda o, y: F.cross_entropy(o["logits"], y),
+        method="ggn",
+        probes=400,
+    )
+    assert exact.standard_error == 0
+    assert abs(found.value - exact.value) < 4.5 * found.standard_error
 
 
 # ---- loops that make their loss themselves ---------------------------------------------------------------------------
@@ -280,6 +316,114 @@ def test_running_statistics_move_once() -> None:
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_compares_examples_is_not_taken_in_parts() -> None:
+    def compared(z: Tensor, y: Any) -> Tensor:
+        return F.cross_entropy(z @ z.mT, torch.arange(len(z)), reduction="none")
+
+    model = network(act=nn.Tanh)
+    with pytest.raises(ValueError, match="examples: expected None with a loss that compares examples"):
+        GradientPenalty(model, compared, 0.1, examples=2).backward(X, None)
+    GradientPenalty(model, each, 0.1, examples=2).backward(X, Y)
+    first = fastfisher.penalty(model, X, Y, labels="true", loss=compared, reduction="first")
+    g = torch.autograd.grad(compared(model(X), None)[0], list(model.parameters()))
+    assert float(first.detach()) == pytest.approx(float(flat(g).square().sum()), rel=1e-9)
+
+
+def test_targets_that_cannot_be_taken_apart_are_refused() -> None:
+    """A list stays whole where some examples are taken out, and a loss that goes through both would take the wrong."""
+    model, words = network(), ["a", "b", "a", "a", "b", "b"]
+
+    def by_word(z: Tensor, words: Any) -> Tensor:
+        return torch.stack(
+            [row.square().sum() * (1 if word == "a" else 3) for row, word in zip(z, words, strict=False)]
+        )
+
+    assert len(fastfisher.per_example_grad_norms(model, X, words, labels="true", loss=by_word)) == 6  # type: ignore[arg-type]
+    for call in (
+        lambda: GradientPenalty(model, by_word, 0.1, examples=2).backward(X, words),
+        lambda: fastfisher.trace_hessian(model, X, words, loss=by_word, batch_size=4),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ValueError, match="targets: expected tensors where some examples are taken out"):
+            call()
+
+
+def test_a_function_of_the_norm_that_is_none_is_named() -> None:
+    model = network(act=nn.Tanh)
+    for of, message in {
+        lambda n: n - n.mean(): "of: expected a function of each norm by itself",
+        lambda n: n.detach(): "of: expected a function that depends on the norm",
+    }.items():
+        for method in ("finite_difference", "double_backprop"):
+            with pytest.raises(ValueError, match=message):
+                GradientPenalty(model, each, 0.1, wrt="inputs", of=of, method=method).backward(X, Y)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="loss: expected one that depends on parameters of the model"):
+        GradientPenalty(model, None, 0.1).step(lambda: X.clone().requires_grad_().sum())
+
+
+def test_each_closure_is_looked_at() -> None:
+    """Whether it can be repeated is found out of each, not of the first one of a model."""
+    model, calls = network(act=nn.Tanh), []
+
+    def once_more() -> Tensor:
+        calls.append(1)
+        return F.mse_loss(model(X), Y) * len(calls)
+
+    GradientPenalty(model, None, 0.1).step(lambda: F.mse_loss(model(X), Y))
+    with pytest.raises(ValueError, match="its forward cannot be repeated"):
+        GradientPenalty(model, None, 0.1).step(once_more)
+
+
+def test_a_closure_that_has_no_gradient_or_takes_it_is_named() -> None:
+    model = network()
+    penalty = GradientPenalty(model, None, 0.1)
+
+    def takes_it() -> Tensor:
+        loss = F.mse_loss(model(X), Y)
+        loss.backward()
+        return loss
+
+    for closure, message in {
+        lambda: F.mse_loss(model(X), Y).detach(): "closure: expected a loss that depends on the parameters",
+        takes_it: "closure: expected a function that returns the loss and calls no backward",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            penalty.step(closure)
+        assert penalty.steps == 0 and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1])
+def test_parameters_that_are_not_those_of_the_model_are_said(alpha: float) -> None:
+    """Of a head in the loss, or of a network that made the inputs: they get no gradient, and that is said once."""
+    model, head, encoder = network(), nn.Linear(3, 2).double(), nn.Linear(5, 5).double()
+    labels = torch.tensor([0, 1, 1, 1, 0, 0])
+
+    def loss(z: Tensor, y: Any) -> Tensor:
+        return F.cross_entropy(head(z), labels)
+
+    def steps() -> dict[str, Callable[[], Any]]:
+        own, loops = GradientPenalty(model, loss, alpha), GradientPenalty(model, None, alpha)
+        plain, fisher = GradientPenalty(model, F.mse_loss, alpha), fastfisher.FisherPenalty(model, alpha, loss=loss)
+        return {
+            "backward": lambda: own.backward(X, None),
+            "step": lambda: loops.step(lambda: loss(model(X), None)),
+            "inputs": lambda: plain.backward(encoder(X), Y),
+            "FisherPenalty": lambda: fisher.backward(X, None),
+        }
+
+    for name, step in steps().items():
+        with pytest.warns(UserWarning, match=r"loss: it depends on 2 parameters beside those of the model") as seen:
+            step()
+            step()
+        assert len(seen) == 1, name
+    encoder.requires_grad_(False)
+    head.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in steps().values():
+            step()
+        GradientPenalty(model, F.mse_loss, alpha).backward(X.clone().requires_grad_(), Y)
 
 
 def test_what_cannot_be_is_refused_before_anything_has_changed() -> None:
