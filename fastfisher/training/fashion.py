@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import struct
 import zlib
 from dataclasses import dataclass
@@ -69,7 +70,8 @@ def _folders(data_dir: str) -> tuple[Path, ...]:
 
 def _file(folder: Path, name: str) -> Path | None:
     """Return a file of the data set, the one that is not gzipped where there are both; None where there is neither."""
-    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+    # os.path's answer is False where the folder may not be looked into.
+    return next((path for path in (folder / name, folder / f"{name}.gz") if os.path.isfile(path)), None)
 
 
 def _find(data_dir: str) -> Path | None:
