@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from fastfisher.paper.arguments import add_arguments as add_reproduce_arguments
-    from fastfisher.training.config import add_arguments as add_train_arguments
+    from fastfisher.training.arguments import add_arguments as add_train_arguments
 
     parser = argparse.ArgumentParser(
         prog="fastfisher", description="Penalise and measure curvature through the Fisher Information Matrix."

@@ -18,13 +18,14 @@ from fastfisher.training.config import (
 )
 from fastfisher.training.networks import build_network
 
-# Training and tested examples, channels and classes of each data set.
+# Examples for training, validation and testing, channels and classes of each data set.
 SHAPES = {
-    "digits": (1_097, 700, 1, 10),
-    "cifar10": (45_000, 15_000, 3, 10),
-    "cifar100": (45_000, 15_000, 3, 100),
-    "tinyimagenet": (100_000, 10_000, 3, 200),
-    "imagenet": (1_281_167, 50_000, 3, 1_000),
+    "digits": (1_097, 200, 500, 1, 10),
+    "fashion": (55_000, 5_000, 10_000, 1, 10),
+    "cifar10": (45_000, 5_000, 10_000, 3, 10),
+    "cifar100": (45_000, 5_000, 10_000, 3, 100),
+    "tinyimagenet": (100_000, 0, 10_000, 3, 200),
+    "imagenet": (1_281_167, 0, 50_000, 3, 1_000),
 }
 
 # Costs in units of a plain step on the same examples; bench/results/ has the measurements that they are taken from.
@@ -50,8 +51,10 @@ class Estimate:
 
     def seconds(self, config: TrainConfig) -> float:
         """Return roughly how long a run takes, its measurements and tests included."""
-        count, tested, _, _ = SHAPES[config.data]
+        count, *evaluated = SHAPES[config.data][:3]
         count = min(count, config.examples or count)
+        limits = (*config.evaluate, *evaluated[len(config.evaluate) :])
+        tested = sum(map(min, evaluated, limits))
         per_example = self._per_example(config)
         steps = count // config.batch_size
         penalised = config.penalty_examples or config.batch_size
@@ -78,7 +81,7 @@ class Estimate:
         key = (config.network, config.data, size)
         if key not in self.timed:
             device = torch.device(resolve(TrainConfig(device=self.device)).device)
-            _, _, channels, classes = SHAPES[config.data]
+            *_, channels, classes = SHAPES[config.data]
             model = build_network(config.network, in_channels=channels, image_size=size, classes=classes).to(device)
             inputs = torch.randn(BATCH, channels, size, size, device=device)
             labels = torch.randint(classes, (BATCH,), device=device)

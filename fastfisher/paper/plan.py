@@ -23,7 +23,7 @@ REPEAT = 10_000
 """How far apart the seeds of two repeats are."""
 
 # Options that decide how and where a run is computed, not what it computes.
-NOT_IN_NAME = ("out", "resume", "data_dir", "device", "threads", "graphs", "start_from")
+NOT_IN_NAME = ("out", "resume", "data_dir", "download", "device", "threads", "graphs", "start_from")
 
 DRY_BATCH = 4
 DRY_STEPS = 2
@@ -247,6 +247,7 @@ def shortened(config: TrainConfig) -> TrainConfig:
     """
     changes: dict[str, Any] = {
         "examples": DRY_BATCH * DRY_STEPS,
+        "evaluate": (DRY_BATCH * DRY_STEPS,) * 2,
         "batch_size": DRY_BATCH,
         "epochs": 1,
         "penalty_start": 0,

@@ -190,7 +190,7 @@ def _divergence(outcome: Outcome) -> list[str]:
 def _options(configs: Mapping[Key, TrainConfig]) -> list[str]:
     """How the run of the first seed is trained with ``fastfisher train``, for each case."""
     defaults = TrainConfig()
-    skipped = ("out", "resume", "data_dir", "device", "threads", "start_from")
+    skipped = ("out", "resume", "data_dir", "download", "device", "threads", "start_from")
     lines = ["<details><summary>Options of <code>fastfisher train</code></summary>", ""]
     for key, config in configs.items():
         words = []

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import itertools
-import math
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from fastfisher.training.rules import (
+    AT_LEAST_8,
+    AT_LEAST_ONE,
+    AT_LEAST_ZERO,
+    BELOW_ONE,
+    DECREASING,
+    FRACTION,
+    INCREASING,
+    NON_NEGATIVE,
+    ONE_OR_TWO,
+    POSITIVE,
+    SEED,
+    Rule,
+)
+
 T = TypeVar("T")
 
 METHODS = ("baseline", "FP", "GP", "GP_r", "GP_x")
-DATA_SETS = ("digits", "cifar10", "cifar100", "tinyimagenet", "imagenet")
-IMAGE_SIZES = {"digits": 16, "imagenet": 224}
+DATA_SETS = ("digits", "fashion", "cifar10", "cifar100", "tinyimagenet", "imagenet")
+DOWNLOADED = ("fashion", "cifar10", "cifar100")
+IMAGE_SIZES = {"digits": 16, "fashion": 28, "imagenet": 224}
 OTHER_IMAGE_SIZE = 32
 NETWORKS = (
     *("small_cnn", "simple_cnn", "vgg11", "densenet40_12", "wresnet44_3", "wresnet44_3_bn"),
@@ -41,29 +54,6 @@ class ConfigError(ValueError):
     """An option that cannot be used; the message names the option, the value and what was expected."""
 
 
-@dataclass(frozen=True)
-class Rule:
-    """What a value has to satisfy, in words and as a test."""
-
-    expected: str
-    holds: Callable[[Any], bool]
-
-
-POSITIVE = Rule("a finite number above 0", lambda value: 0 < value < math.inf)
-NON_NEGATIVE = Rule("a finite number, at least 0", lambda value: 0 <= value < math.inf)
-FRACTION = Rule("a number from 0 to 1", lambda value: 0 <= value <= 1)
-BELOW_ONE = Rule("a number from 0 up to, not including, 1", lambda value: 0 <= value < 1)
-AT_LEAST_ONE = Rule("an integer, at least 1", lambda value: value >= 1)
-AT_LEAST_ZERO = Rule("an integer, at least 0", lambda value: value >= 0)
-AT_LEAST_8 = Rule("an integer, at least 8", lambda value: value >= 8)
-SEED = Rule("an integer from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
-INCREASING = Rule(
-    "increasing epochs, each at least 1", lambda value: all(a < b for a, b in itertools.pairwise((0, *value)))
-)
-DECREASING = Rule(
-    "decreasing finite numbers above 0",
-    lambda value: all(a > b for a, b in itertools.pairwise((math.inf, *value, 0.0))),
-)
 NAMED_MEASUREMENTS = Rule(
     f"none, or some of {', '.join(MEASUREMENTS)}, each once, separated by commas",
     lambda value: sorted(set(measurements(value)) & set(MEASUREMENTS)) == sorted(measurements(value)),
@@ -87,15 +77,29 @@ class TrainConfig:
     out: str = _option("runs/train", "folder the run is written to", identity=False)
     resume: bool = _option(False, "continue the run in --out; options not given are read from there", identity=False)
     data: str = _option("digits", "data set; digits comes with scikit-learn", choices=DATA_SETS)
-    data_dir: str = _option("data", "folder that holds the data set's files; never downloaded", identity=False)
+    data_dir: str = _option("data", "folder that holds the data set's files", identity=False)
+    download: bool = _option(
+        False,
+        f"fetch the data set ({', '.join(DOWNLOADED)}) into --data-dir where it is not there yet, by torchvision and "
+        "with its checksums",
+        identity=False,
+    )
     examples: int | None = _option(
         None,
-        "use only this many training examples, and at most as many for validation and for testing, spread evenly over "
-        "the data set's order; all of them unless given",
+        "train on only this many of the training examples, spread evenly over the data set's order; all of them "
+        "unless given",
         rule=AT_LEAST_ONE,
     )
+    evaluate: tuple[int, ...] = _option(
+        (),
+        "evaluate on this many of the validation examples and, where a second number is given, on that many of the "
+        "test examples, spread as those of --examples; all of them unless given",
+        rule=ONE_OR_TWO,
+    )
     image_size: int | None = _option(
-        None, "images are resized to this many pixels a side; 16 for digits, 224 for imagenet, else 32", rule=AT_LEAST_8
+        None,
+        "images are resized to this many pixels a side; 16 for digits, 28 for fashion, 224 for imagenet, else 32",
+        rule=AT_LEAST_8,
     )
     augment: str = _option(
         "none",
@@ -199,29 +203,6 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add one option per field of :class:`TrainConfig`. Options not given are absent from the namespace."""
-    hints = typing.get_type_hints(TrainConfig)
-    for option in dataclasses.fields(TrainConfig):
-        hint = hints[option.name]
-        text = option.metadata["help"]
-        if hint is bool:
-            parser.add_argument(flag(option.name), action="store_true", default=argparse.SUPPRESS, help=text)
-            continue
-        if option.default not in (None, ()):
-            text += f" (default: {option.default})"
-        several = typing.get_origin(hint) is tuple
-        parser.add_argument(
-            flag(option.name),
-            type=_scalar_type(hint),
-            nargs="*" if several else None,
-            choices=option.metadata["choices"],
-            metavar=None if option.metadata["choices"] else _scalar_type(hint).__name__.upper(),
-            default=argparse.SUPPRESS,
-            help=text,
-        )
-
-
 def measurements(measure: str) -> tuple[str, ...]:
     """Return the names in a value of ``--measure``."""
     return () if measure == "none" else tuple(name.strip() for name in measure.split(","))
@@ -242,11 +223,6 @@ def steps_between_measurements(config: TrainConfig, steps_per_epoch: int) -> int
             f"{config.epochs * steps_per_epoch} steps"
         )
     return steps
-
-
-def _scalar_type(hint: Any) -> type[Any]:
-    """Return the type of one value: int for ``int``, ``int | None`` and ``tuple[int, ...]``."""
-    return typing.cast("type[Any]", (*typing.get_args(hint), hint)[0])
 
 
 def from_values(values: Mapping[str, Any]) -> TrainConfig:
@@ -305,8 +281,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     for option in dataclasses.fields(config):
         _check_option(option, getattr(config, option.name))
     _check_combinations(config)
-    if config.data != "digits" and not Path(config.data_dir).is_dir():
-        raise ConfigError(f"--data-dir: got {config.data_dir!r}, expected an existing folder with {config.data}")
+    _check_data_dir(config)
     device = _resolve_device(config.device)
     if config.graphs == "on" and not device.startswith("cuda"):
         raise ConfigError(f"--graphs: got on, expected auto or off with --device {device}: graphs are for a GPU")
@@ -321,6 +296,22 @@ def resolve(config: TrainConfig) -> TrainConfig:
         measure=",".join(name for name in MEASUREMENTS if name in measurements(config.measure)) or "none",
         measure_every=re.sub("s$", "", config.measure_every),
     )
+
+
+def _check_data_dir(config: TrainConfig) -> None:
+    """Check that there may be data; those who read a data set look for its files."""
+    if config.download and config.data not in DOWNLOADED:
+        raise ConfigError(
+            f"--download: got True, expected it left out with --data {config.data}: torchvision fetches "
+            f"{', '.join(DOWNLOADED)} alone"
+        )
+    # Debian's package has a folder of its own for Fashion-MNIST.
+    absent = config.data not in ("digits", "fashion") and not Path(config.data_dir).is_dir()
+    if absent and not config.download:
+        raise ConfigError(
+            f"--data-dir: got {config.data_dir!r}, expected an existing folder with {config.data}"
+            + (", or --download to fetch it" if config.data in DOWNLOADED else "")
+        )
 
 
 def _check_option(option: dataclasses.Field[Any], value: Any) -> None:

@@ -13,10 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastfisher.training.config import ConfigError
+from fastfisher.training.fashion import fashion
 from fastfisher.training.image_folders import ImageFolder, imagenet, load_images, tiny_imagenet
+from fastfisher.training.torchvision_sets import cifar
 
 # The splits belong to the data set, not to the run: every run is judged on the same held-out examples.
 SPLIT_SEED = 0
+HELD_OUT = 5000
 CROP_PADDING = 4
 
 
@@ -74,41 +77,48 @@ def load_data(
     noise_seed: int,
     device: str,
     examples: int | None = None,
+    evaluate: Sequence[int] = (),
+    download: bool = False,
 ) -> Data:
     """Return a data set by its name, resized, normalised, on ``device``.
 
     - ``digits`` is scikit-learn's (1,797 images of 8x8): 1,097 for training, 200 for validation and 500 for testing,
       stratified.
-    - ``cifar10``, ``cifar100``: the extracted archives in ``data_dir``; 5,000 random training images are held out.
+    - ``fashion`` is Fashion-MNIST: see :func:`fastfisher.training.fashion.fashion`.
+    - ``cifar10``, ``cifar100``: the extracted archives in ``data_dir``. Of these and of ``fashion`` 5,000 random
+      training images are held out for validation.
     - ``tinyimagenet``: the extracted archive, ``tiny-imagenet-200`` in ``data_dir``. As in the paper there is no
       validation set; the archive's validation images, for its test images have no labels, are for testing.
     - ``imagenet``: ``train/<class>/*`` and ``val/<class>/*`` in ``data_dir``, of which the latter is for testing.
 
-    The last two are read once, with the largest centred square of each image resized, and kept in ``data_dir``, as
+    ``fashion``, ``cifar10`` and ``cifar100`` are fetched into ``data_dir`` if ``download`` and they are not there. The
+    last two are read once, with the largest centred square of each image resized, and kept in ``data_dir``, as
     ``<name>-<image_size>.npz``.
 
-    With ``examples`` so many are used for training, and at most so many each for validation and for testing, see
-    :func:`spread`. What is not used decides neither the normalisation nor which labels are replaced.
+    With ``examples`` so many are used for training; with ``evaluate``, one or two numbers, so many for validation and,
+    where there are two, for testing; see :func:`spread`. What is not used decides neither the normalisation nor which
+    labels are replaced.
 
     Raises:
-        ConfigError: if ``examples`` is more than there are for training, a file is missing or damaged, the images do
-            not fit into the memory, or torchvision, for CIFAR, cannot be imported.
+        ConfigError: if ``examples`` or ``evaluate`` is more than there are, a file is missing or damaged, the images do
+            not fit into the memory, or torchvision, for CIFAR or ``download``, cannot be imported.
     """
-    parts: Sequence[Tensor | slice]
+    parts: tuple[Tensor | slice, ...]
     if name in IMAGE_FOLDERS:
         folder = IMAGE_FOLDERS[name](Path(data_dir))
-        _check_examples(examples, folder.training)
+        _check_counts(examples, evaluate, folder.training, 0, len(folder.labels) - folder.training)
         images = load_images(folder, image_size, Path(data_dir) / f"{name}-{image_size}.npz", torch.device(device))
         labels = torch.tensor(folder.labels)
         # Slices, of which no copy is made.
         parts = slice(folder.training), slice(0), slice(folder.training, None)
     else:
-        images, labels, *indices = _digits() if name == "digits" else _cifar(name, data_dir)
-        _check_examples(examples, len(indices[0]))
-        parts = indices
+        images, labels, *indices = _small_images(name, data_dir, download)
+        _check_counts(examples, evaluate, *map(len, indices))
+        parts = (*indices,)
     normalise = _stored if name in IMAGE_FOLDERS else _resized
-    inputs = normalise([spread(images[part], examples) for part in parts], image_size, device)
-    true_labels, validation_labels, test_labels = (spread(labels[part], examples) for part in parts)
+    chosen = tuple(zip(parts, (examples, *evaluate, None, None)[:3], strict=True))
+    inputs = normalise([spread(images[part], count) for part, count in chosen], image_size, device)
+    true_labels, validation_labels, test_labels = (spread(labels[part], count) for part, count in chosen)
     classes = int(labels.max()) + 1
     noisy_labels, noisy = replace_labels(true_labels, label_noise, classes, noise_seed)
     return Data(
@@ -127,10 +137,23 @@ def load_data(
 IMAGE_FOLDERS: dict[str, Callable[[Path], ImageFolder]] = {"tinyimagenet": tiny_imagenet, "imagenet": imagenet}
 
 
+def _small_images(name: str, data_dir: str, download: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return images, labels and the indices of those for training, validation and testing."""
+    if name == "digits":
+        return _digits()
+    return _held_out(*(fashion(data_dir, download) if name == "fashion" else cifar(name, data_dir, download)))
+
+
 def _resized(parts: Sequence[Tensor], size: int, device: str) -> list[Images]:
-    """Return the parts of a small data set as float32, resized, normalised by the first."""
+    """Return the parts of a small data set as float32, resized, normalised by the first.
+
+    Images of k times the size become the means of their squares of k x k pixels.
+    """
     found = [part.to(device, torch.float32) for part in parts]
-    if found[0].shape[-1] != size:
+    before = found[0].shape[-1]
+    if before % size == 0:
+        found = [F.avg_pool2d(each, before // size) for each in found]
+    else:
         found = [F.interpolate(each, size=(size, size), mode="bilinear", align_corners=False) for each in found]
     std, mean = torch.std_mean(found[0], dim=(0, 2, 3), keepdim=True)
     return [(each - mean) / std for each in found]
@@ -142,9 +165,15 @@ def _stored(parts: Sequence[Tensor], size: int, device: str) -> list[Images]:
     return [StoredImages(part.to(device), mean, std) for part in parts]
 
 
-def _check_examples(examples: int | None, training: int) -> None:
-    if examples is not None and examples > training:
-        raise ConfigError(f"--examples: got {examples}, expected at most the {training} training examples")
+def _check_counts(examples: int | None, evaluate: Sequence[int], *there: int) -> None:
+    """Check how many are to be used of those that are ``there`` for training, validation and testing."""
+    for option, count, available, part in (
+        ("examples", examples, there[0], "training"),
+        *zip(("evaluate", "evaluate"), evaluate, there[1:], ("validation", "test"), strict=False),
+    ):
+        # Where there is no validation set, its number says nothing.
+        if count is not None and count > available > 0:
+            raise ConfigError(f"--{option}: got {count}, expected at most the {available} {part} examples")
 
 
 def spread(values: Tensor, examples: int | None) -> Tensor:
@@ -203,30 +232,12 @@ def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return images, torch.from_numpy(labels).long(), *parts
 
 
-def _cifar(name: str, data_dir: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    try:
-        from torchvision import datasets
-    except (ImportError, RuntimeError) as error:
-        # A torchvision built for another torch fails with a RuntimeError about a missing operator.
-        raise ConfigError(
-            f"--data: got {name!r}, which needs torchvision, and it cannot be imported ({error}): install "
-            "builds of torch and torchvision that match, as described at https://pytorch.org/get-started"
-        ) from error
-    cifar = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-    try:
-        parts: list[Any] = [cifar(data_dir, train=train, download=False) for train in (True, False)]
-    except RuntimeError as error:
-        base = Path(data_dir) / cifar.base_folder
-        checksums = [*cifar.train_list, *cifar.test_list, (cifar.meta["filename"], cifar.meta["md5"])]
-        bad = [str(base / file) for file, md5 in checksums if not datasets.utils.check_integrity(str(base / file), md5)]
-        raise ConfigError(
-            f"--data-dir: got {data_dir!r}, expected a folder that holds {cifar.base_folder}, "
-            f"the extracted files of {name}; missing or damaged: {', '.join(bad)}"
-        ) from error
-    images = torch.cat([torch.from_numpy(part.data).permute(0, 3, 1, 2) for part in parts])
-    labels = torch.cat([torch.tensor(part.targets) for part in parts])
-    order = torch.randperm(len(parts[0]), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    return images, labels, order[5000:], order[:5000], torch.arange(len(order), len(labels))
+def _held_out(images: Tensor, labels: Tensor, training: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Hold out 5,000 random ones of the ``training`` examples, which come first, for validation."""
+    if training <= HELD_OUT:
+        raise ConfigError(f"--data-dir: got {training} training examples, expected more than the {HELD_OUT} held out")
+    order = torch.randperm(training, generator=torch.Generator().manual_seed(SPLIT_SEED))
+    return images, labels, order[HELD_OUT:], order[:HELD_OUT], torch.arange(training, len(labels))
 
 
 @dataclass

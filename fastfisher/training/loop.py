@@ -117,13 +117,14 @@ class Run:
         has a checkpoint of its own to continue from.
         """
         assert config.image_size is not None and config.noise_seed is not None
-        self.config = config
-        self.device = torch.device(config.device)
+        self.config, self.device = config, torch.device(config.device)
         self.data: Data = load_data(
             config.data,
             data_dir=config.data_dir,
             image_size=config.image_size,
+            download=config.download,
             examples=config.examples,
+            evaluate=config.evaluate,
             label_noise=config.label_noise,
             noise_seed=config.noise_seed,
             device=config.device,
@@ -147,8 +148,7 @@ class Run:
         self.plain = FisherPenalty(self.model, 0.0, graphs=True) if captured else None
         self.steps_between_measurements = steps_between_measurements(config, len(self.batches))
         self.steps = self.epoch = 0
-        self.train_seconds = 0.0
-        self.lowest_loss = math.inf  # of the epochs' means
+        self.train_seconds, self.lowest_loss = 0.0, math.inf  # the lowest of the epochs' means
         # Sums over the steps of this epoch, kept on the device so that a step waits for nothing:
         # loss, penalty, the number of steps with a penalty, and the penalty's estimate of Tr(F).
         self.sums = torch.zeros(4, dtype=torch.float64, device=self.device)

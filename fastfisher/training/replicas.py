@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
-from fastfisher.training.config import AT_LEAST_ONE, ConfigError, TrainConfig, flag, from_values, resolve, to_values
+from fastfisher.training.config import ConfigError, TrainConfig, flag, from_values, resolve, to_values
 from fastfisher.training.endings import how_to_continue
 from fastfisher.training.folder import REMEDY, RunFolder, read_json_object, refuse_other_options, write_json
 from fastfisher.training.loop import Run, train
 from fastfisher.training.measurements import describe
 from fastfisher.training.pool import Failure, LocalWorkers, Task, train_all
+from fastfisher.training.rules import AT_LEAST_ONE
 from fastfisher.training.summary import summarise
 
 

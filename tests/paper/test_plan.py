@@ -18,7 +18,7 @@ from fastfisher.training.config import NORMALISED_NETWORKS, TrainConfig, from_va
 from fastfisher.training.summary import Metrics
 from tests.paper.plans import RememberedPlace, digits, drive, epoch
 
-NOT_COMPUTED = {"out", "resume", "data_dir", "device", "threads", "graphs", "start_from"}
+NOT_COMPUTED = {"out", "resume", "data_dir", "download", "device", "threads", "graphs", "start_from"}
 
 
 @pytest.fixture

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import pickle
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from fastfisher.training import fashion
 
 # In another order than the alphabet's, as in the archive.
 WORDNET = ("n02124075", "n04067472", "n01443537")
@@ -76,3 +81,36 @@ def write_cifar(folder: Path, classes: int, training: int, test: int = 50) -> Pa
 def accept_any_cifar(datasets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let torchvision take what :func:`write_cifar` wrote: the sums are those of the real files."""
     monkeypatch.setattr(datasets.cifar, "check_integrity", lambda path, md5=None: Path(path).exists())
+
+
+FASHION_MAGIC = {"images": 2051, "labels": 2049}
+
+
+def idx(magic: int, values: Any) -> bytes:
+    """Return the contents of an idx file: the magic number, the lengths of the dimensions and the bytes."""
+    array = np.asarray(values, dtype=np.uint8)
+    return struct.pack(f">{1 + array.ndim}I", magic, *array.shape) + array.tobytes()
+
+
+def write_fashion(folder: Path, training: int = 5_200, test: int = 30, *, gzipped: bool = False) -> dict[str, Any]:
+    """Write the four files of Fashion-MNIST with random images, labels 0, 1, ..., 9, 0, ...; return what they hold."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    arrays: dict[str, Any] = {}
+    for part, count in (("train", training), ("t10k", test)):
+        arrays[f"{part}-images-idx3-ubyte"] = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        arrays[f"{part}-labels-idx1-ubyte"] = np.arange(count) % 10
+    for name, values in arrays.items():
+        content = idx(FASHION_MAGIC[name.split("-")[1]], values)
+        if gzipped:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(content, 1))
+        else:
+            (folder / name).write_bytes(content)
+    return arrays
+
+
+def accept_fashion(arrays: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what :func:`write_fashion` returned be the contents of Fashion-MNIST."""
+    sums = {name: zlib.crc32(idx(FASHION_MAGIC[name.split("-")[1]], values)) for name, values in arrays.items()}
+    assert list(sums) == list(fashion.CHECKSUMS)
+    monkeypatch.setattr(fashion, "CHECKSUMS", sums)

@@ -4,10 +4,10 @@ import dataclasses
 import pytest
 import torch
 
+from fastfisher.training.arguments import add_arguments
 from fastfisher.training.config import (
     ConfigError,
     TrainConfig,
-    add_arguments,
     differences,
     flag,
     from_values,
@@ -98,6 +98,12 @@ def test_parser_refuses(arguments: list[str], expected: list[str], capsys: pytes
         ({"epochs": 0}, ["--epochs:", "0", "at least 1"]),
         ({"batch_size": 0}, ["--batch-size:", "0", "at least 1"]),
         ({"examples": 0}, ["--examples:", "0", "at least 1"]),
+        ({"evaluate": (0,)}, ["--evaluate:", "(0,)", "one or two integers, each at least 1"]),
+        ({"evaluate": (5, 0)}, ["--evaluate:", "(5, 0)", "at least 1"]),
+        ({"evaluate": (5, 6, 7)}, ["--evaluate:", "(5, 6, 7)", "one or two"]),
+        ({"download": True}, ["--download:", "True", "--data digits", "fashion, cifar10, cifar100"]),
+        ({"download": True, "data": "imagenet"}, ["--download:", "True", "--data imagenet"]),
+        ({"data": "cifar10", "data_dir": "/nowhere"}, ["--data-dir:", "/nowhere", "--download"]),
         ({"image_size": 7}, ["--image-size:", "7", "at least 8"]),
         ({"image_size": 0}, ["--image-size:", "0", "at least 8"]),
         ({"seed": -1}, ["--seed:", "-1", "integer from 0"]),

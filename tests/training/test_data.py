@@ -73,8 +73,8 @@ def test_examples_are_spread_over_the_order(count: int, expected: list[int]) -> 
 
 
 def test_some_examples_are_as_if_there_were_no_others() -> None:
-    everything, some = digits(label_noise=0.0), digits(examples=300)
-    assert [len(part) for part in (some.labels, some.validation_labels, some.test_labels)] == [300, 200, 300]
+    everything, some = digits(label_noise=0.0), digits(examples=300, evaluate=(100, 300))
+    assert [len(part) for part in (some.labels, some.validation_labels, some.test_labels)] == [300, 100, 300]
     assert torch.equal(some.true_labels, spread(everything.labels, 300))
     assert torch.equal(some.test_labels, spread(everything.test_labels, 300))
     assert int(some.noisy.sum()) == 150
@@ -83,7 +83,7 @@ def test_some_examples_are_as_if_there_were_no_others() -> None:
     chosen = spread(everything.inputs, 300)
     std, mean = torch.std_mean(chosen)
     torch.testing.assert_close(some.inputs, (chosen - mean) / std)
-    torch.testing.assert_close(some.validation_inputs, (everything.validation_inputs - mean) / std)
+    torch.testing.assert_close(some.validation_inputs, (spread(everything.validation_inputs, 100) - mean) / std)
     torch.testing.assert_close(some.test_inputs, (spread(everything.test_inputs, 300) - mean) / std)
     assert abs(mean) > 1e-4
 
@@ -92,6 +92,42 @@ def test_more_examples_than_there_are_are_refused() -> None:
     assert len(digits(examples=1097).labels) == 1097
     with pytest.raises(ConfigError, match="--examples: got 1098, expected at most the 1097 training examples"):
         digits(examples=1098)
+
+
+@pytest.mark.parametrize(("evaluate", "counts"), [((), [200, 500]), ((50,), [50, 500]), ((50, 20), [50, 20])])
+def test_what_is_trained_on_and_what_is_evaluated_are_limited_apart(
+    evaluate: tuple[int, ...], counts: list[int]
+) -> None:
+    data = digits(examples=30, evaluate=evaluate)
+    assert [len(data.inputs), len(data.validation_inputs), len(data.test_inputs)] == [30, *counts]
+    assert [len(data.labels), len(data.validation_labels), len(data.test_labels)] == [30, *counts]
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "message"),
+    [
+        ((201,), "--evaluate: got 201, expected at most the 200 validation examples"),
+        ((200, 501), "--evaluate: got 501, expected at most the 500 test examples"),
+    ],
+)
+def test_more_than_there_are_to_evaluate_are_refused(evaluate: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        digits(evaluate=evaluate)
+
+
+@pytest.mark.parametrize("size", [4, 2])
+def test_images_become_the_means_of_squares_where_their_size_is_a_multiple(size: int) -> None:
+    def means(images: Tensor) -> Tensor:
+        side = 8 // size
+        return images.view(-1, 1, size, side, size, side).mean((3, 5))
+
+    def scaled(images: Tensor) -> Tensor:
+        return (images - everything.mean()) / everything.std()
+
+    whole, data = digits(image_size=8), digits(image_size=size)
+    everything = means(whole.inputs)
+    torch.testing.assert_close(data.inputs, scaled(everything))
+    torch.testing.assert_close(data.test_inputs, scaled(means(whole.test_inputs)))
 
 
 def test_replace_labels_follows_the_definition_of_the_paper() -> None:

@@ -103,12 +103,12 @@ def test_label_noise_leaves_the_test_set_and_counts_every_class(name: str, tmp_p
 @pytest.mark.parametrize("name", ["tinyimagenet", "imagenet"])
 def test_some_of_the_stored_images_are_of_every_class(name: str, tmp_path: Path) -> None:
     (write_tiny_imagenet if name == "tinyimagenet" else write_imagenet)(tmp_path)
-    everything, some = load(name, tmp_path), load(name, tmp_path, examples=6, label_noise=0.5)
+    everything, some = load(name, tmp_path), load(name, tmp_path, examples=6, evaluate=(6, 3), label_noise=0.5)
     assert torch.equal(stored(some.inputs), spread(stored(everything.inputs), 6))
     assert torch.equal(some.true_labels, spread(everything.labels, 6))
     assert some.true_labels.unique().tolist() == [0, 1, 2]
-    assert torch.equal(stored(some.test_inputs), spread(stored(everything.test_inputs), 6))
-    assert torch.equal(some.test_labels, spread(everything.test_labels, 6))
+    assert torch.equal(stored(some.test_inputs), spread(stored(everything.test_inputs), 3))
+    assert torch.equal(some.test_labels, spread(everything.test_labels, 3))
     assert int(some.noisy.sum()) == 3
     assert some.inputs[:].mean((0, 2, 3)).tolist() == pytest.approx([0] * 3, abs=1e-5)
     assert len(some.validation_labels) == len(some.validation_inputs) == 0

@@ -16,7 +16,8 @@ import torch
 
 from fastfisher.cli import main
 from fastfisher.training import loop, pool, replicas
-from fastfisher.training.config import ConfigError, TrainConfig, add_arguments, from_values, resolve, to_values
+from fastfisher.training.arguments import add_arguments
+from fastfisher.training.config import ConfigError, TrainConfig, from_values, resolve, to_values
 from fastfisher.training.endings import TrainingDivergedError
 from fastfisher.training.folder import RunFolder
 from fastfisher.training.pool import Failure, LocalWorkers, Task, Train

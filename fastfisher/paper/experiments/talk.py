@@ -121,10 +121,10 @@ def descent_cases(scale: Scale) -> dict[Key, Case]:
     """SimpleCNN with the whole training set as its batch and no momentum; Cohen et al. take 5,000 examples too."""
     if scale == "paper":
         base = case(data="cifar10", network="simple_cnn", examples=5_000, batch_size=5_000, epochs=3_000)
-        base = base.but(trace_samples=5_000, measure_every="50epochs")
+        base = base.but(evaluate=(5_000, 5_000), trace_samples=5_000, measure_every="50epochs")
     else:
         base = case(data="digits", network="small_simple_cnn", image_size=12, examples=200, batch_size=200, epochs=600)
-        base = base.but(trace_samples=200, measure_every="20epochs")
+        base = base.but(evaluate=(200, 200), trace_samples=200, measure_every="20epochs")
     return {
         (f"lr {rate:g}",): base.but(lr=rate, momentum=0.0, measure="top_eigenvalue") for rate in DESCENT_RATES[scale]
     }
