@@ -109,7 +109,7 @@ def _input_gradient(
 ) -> Tensor:
     """The gradient in the input, (N, C, *size): what each output gives its window, added up where windows overlap."""
     windows = weight.flatten(1).t() @ grad.flatten(2)
-    return F.fold(windows, list(size), list(weight.shape[2:]), dilation, padding, stride)
+    return F.fold(windows, tuple(size), tuple(weight.shape[2:]), tuple(dilation), tuple(padding), tuple(stride))
 
 
 def _wanted(ctx: Any) -> list[bool]:
