@@ -6,8 +6,8 @@ costs as much as a good part of the arithmetic (backward of 128 images of 32x32x
 46 in eight; the first convolution of VGG-11: 70 and 32). In pieces of a few MiB the copies are small and are reused.
 Under an allocator that keeps freed memory only the memory is saved, and pieces cost up to 5 % of the time.
 
-The gradient in an input of few channels, such as an image, is a matrix product and a fold instead: oneDNN computes it for
-channels in blocks of 16 (128 images of 3x32x32, 64 outputs of 4x4: 14 ms, and 5).
+The gradient in an input of few channels, such as an image, is a matrix product and a fold instead: oneDNN computes it
+for channels in blocks of 16 (128 images of 3x32x32, 64 outputs of 4x4: 14 ms, and 5).
 
 A piece is a range of examples; the weights' gradient is the sum over the pieces, in order, so it differs from
 PyTorch's by rounding alone.
