@@ -1,4 +1,4 @@
-"""ReLU, leaky or not, and max-pool with what their backward and replay need: gates, a bit per element, and choices, 32 bits each.
+"""ReLU, leaky or not, and max-pool with what their backward and replay need: a bit per element, 32 per choice.
 
 They are bound by memory: each kernel reads its input once and writes its output once. Two things need care.
 

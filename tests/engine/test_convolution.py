@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,13 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[int, ...], 
         (7, 4, 11, 10),
         (6, 4, 3, 2),
         {"stride": (2, 1), "dilation": 2, "padding": 1},
+    ),
+    "2d, more channels than are few": (F.conv2d, (5, 6, 9, 10), (4, 6, 3, 3), {"padding": 1}),
+    "2d, one channel, gaps between windows": (
+        F.conv2d,
+        (5, 1, 11, 13),
+        (3, 1, 2, 2),
+        {"stride": 3, "dilation": (2, 1)},
     ),
     "2d, groups": (F.conv2d, (5, 4, 9, 10), (6, 2, 3, 3), {"groups": 2}),
     "3d": (F.conv3d, (5, 2, 5, 6, 7), (3, 2, 3, 3, 3), {"padding": 1}),
@@ -84,7 +92,7 @@ def test_gradients_that_the_backward_is_not_for_are_not_made(
     large: bool, bias: bool, two_examples_a_piece: Callable[[Tensor, bool], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in PyTorch's own node: each of the leaves may require a gradient that this backward does not take."""
-    x, weight = torch.randn(6, 2, 8, 8, requires_grad=True), torch.randn(3, 2, 3, 3, requires_grad=True)
+    x, weight = torch.randn(6, 5, 8, 8, requires_grad=True), torch.randn(3, 5, 3, 3, requires_grad=True)
     leaves = [x, weight, torch.randn(3, requires_grad=True)] if bias else [x, weight]
     two_examples_a_piece(x, large)
     scaled = [leaf * 1 for leaf in leaves]
@@ -129,3 +137,31 @@ def test_what_is_left_to_pytorch(why: str, shape: tuple[int, ...], options: dict
     with torch.autocast("cpu", torch.bfloat16):
         assert in_pieces(F.conv2d, (large, weight), {}) is None
     assert in_pieces(F.relu, (large,), {}) is None
+
+
+@pytest.mark.parametrize("saving", [True, False])
+@pytest.mark.parametrize(("channels", "by_fold"), [(1, True), (3, True), (4, True), (5, False)])
+def test_the_gradient_in_few_channels_is_a_fold(
+    channels: int, by_fold: bool, saving: bool, monkeypatch: pytest.MonkeyPatch,
+    two_examples_a_piece: Callable[[Tensor, bool], None],
+) -> None:  # fmt: skip
+    """It errs at most twice as much as PyTorch's own does; with other channels PyTorch's own it is."""
+    x, weight = torch.randn(7, channels, 20, 21), torch.randn(16, channels, 4, 4) / 8
+    two_examples_a_piece(x, False)
+    folds: list[int] = []
+    fold = F.fold
+    monkeypatch.setattr(F, "fold", lambda *args: folds.append(1) or fold(*args))
+
+    def gradient(dtype: torch.dtype, ours: bool) -> Tensor:
+        leaf, options = x.to(dtype).requires_grad_(), {"stride": 2, "padding": 1}
+        out = in_pieces(F.conv2d, (leaf, weight.to(dtype)), options) if ours else None
+        out = F.conv2d(leaf, weight.to(dtype), **options) if out is None else out
+        with saving_memory() if saving else contextlib.nullcontext():
+            (found,) = torch.autograd.grad(out.square().sum(), leaf)
+        return found
+
+    exact = gradient(torch.float64, False)
+    found, pytorch = (gradient(torch.float32, ours).double() for ours in (True, False))
+    assert bool(folds) == by_fold
+    unit = torch.finfo(torch.float32).eps * exact.abs().max()
+    assert (found - exact).abs().max() <= 2 * (pytorch - exact).abs().max() + unit

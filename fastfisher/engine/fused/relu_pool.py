@@ -28,9 +28,7 @@ class Passage:
     what elements behind closed gates are multiplied by in a leaky ReLU; None in one that makes them 0.
     """
 
-    def __init__(
-        self, bits: Tensor | None = None, order: list[int] | None = None, slope: float | None = None
-    ) -> None:
+    def __init__(self, bits: Tensor | None = None, order: list[int] | None = None, slope: float | None = None) -> None:
         self.bits, self.order, self.slope = bits, order, slope
         self.output: weakref.ref[Tensor] | None = None
         self.version = 0
