@@ -247,7 +247,7 @@ def shortened(config: TrainConfig) -> TrainConfig:
     """
     changes: dict[str, Any] = {
         "examples": DRY_BATCH * DRY_STEPS,
-        "evaluate": (DRY_BATCH * DRY_STEPS,) * 2,
+        "evaluate": (DRY_STEPS,) * 2,
         "batch_size": DRY_BATCH,
         "epochs": 1,
         "penalty_start": 0,
