@@ -74,7 +74,7 @@ class _Convolution(torch.autograd.Function):
         dims = x.dim() - 2
         how = (ctx.bias_size, *(_each(value, dims) for value in (stride, padding, dilation)), False, [0] * dims, groups)
         derivatives = torch.ops.aten.convolution_backward
-        wants_x, *wants = _wanted(ctx)
+        wants_x, wants = _takes_input_gradient(ctx), list(ctx.needs_input_grad[2:4])
         differentiable = torch.is_grad_enabled()  # then PyTorch's formula, which has a derivative
         split, few = ctx.large or _saving.get(), wants_x and _has_few_channels(x, groups)
         if differentiable or not (split or few):
@@ -112,21 +112,19 @@ def _input_gradient(
     return F.fold(windows, tuple(size), tuple(weight.shape[2:]), tuple(dilation), tuple(padding), tuple(stride))
 
 
-def _wanted(ctx: Any) -> list[bool]:
-    """Whether the backward that runs takes the gradient in x, weight and bias.
+def _takes_input_gradient(ctx: Any) -> bool:
+    """Whether the backward that runs takes the gradient in x.
 
     A tensor may require a gradient that this backward is not for: GP_x takes that in the inputs at x alone, not at
     x + ρd. PyTorch's own nodes leave it out; ``needs_input_grad`` of a Python node is what was required in the forward.
+    Of weights, which almost every backward is for, it is not asked: where the answer is an error, the error's trace
+    keeps 2 MiB.
     """
-    required: list[bool] = list(ctx.needs_input_grad[1:4])
-    nodes = [node for node, _ in ctx.next_functions]  # of the tensors: a bias that is None has no entry
-    return [wanted and _runs(node) for wanted, node in zip(required, [*nodes, None], strict=False)]
-
-
-def _runs(node: Any) -> bool:
+    if not ctx.needs_input_grad[1]:
+        return False
     try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # it has no answer for a leaf in autograd.grad that was asked for
+        return torch._C._will_engine_execute_node(ctx.next_functions[0][0])
+    except RuntimeError:  # x is a leaf and autograd.grad runs, of which PyTorch cannot say it
         return True
 
 
