@@ -173,6 +173,16 @@ def test_a_loss_of_the_callers_gets_what_the_model_returns() -> None:
         trained(HEADS["a namedtuple"], loss=F.cross_entropy).backward(X, Y)
 
 
+def test_a_loss_gets_the_output_of_its_own_step_after_one_that_raised() -> None:
+    both = lambda output, y: F.cross_entropy(output.logits, y) + output.rest.square().mean()  # noqa: E731
+    penalty = trained(HEADS["a namedtuple"], loss=both, labels="true", every=1)
+    with pytest.raises(ValueError, match="targets: expected class indices"):
+        penalty.backward(X, Y + 7)  # after the forward
+    x = X.flip(0) * 2
+    loss = penalty.backward(x, Y)
+    torch.testing.assert_close(loss, both(penalty.model(x), Y).detach())
+
+
 def test_a_head_is_looked_for_once_and_again_where_it_thaws() -> None:
     penalty = trained(HEADS["a namedtuple"], every=1)
     penalty.model.other.requires_grad_(False)

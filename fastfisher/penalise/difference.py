@@ -76,6 +76,7 @@ class FiniteDifference:
         factor: R = factor·‖direction‖² (1; the number of examples for inputs, where R = mean_i ‖∂ℓ_i/∂x_i‖²).
         value: R.
         gain: what makes the gradient of another function of the norm of that of its square; see :mod:`.norm`.
+        unweighed: the gradient that ``direction`` was before each example got a gain of its own.
         norm: ‖direction‖.
         size: ‖gradient‖.
         shorter: what has become of the step where it was too long.
@@ -111,7 +112,7 @@ class FiniteDifference:
         self.moved: Tensor | None = None
         self.level = torch.full((), math.inf)
         self.norm = self._norm(direction)
-        self.slope_along = direction
+        self.unweighed = direction
         self.gain: Tensor | float = 1.0
         if settings.of.squared:
             self.value = (self.norm * (math.sqrt(self.factor) / scale)).square()
@@ -166,7 +167,7 @@ class FiniteDifference:
         """The relative change of ``gradient``, scaled, that led to ∇R = ``reached``, not scaled, each summed over all
         processes."""
         length, size = (sum_squares(named.values(), self.device).sqrt() for named in (reached, gradient))
-        changed = length * self.scale**2 * self.rho() / (2 * self.factor * self.norm * self.gain)
+        changed = length * self.scale**2 * self.rho() / (2 * self.factor * self.norm * self.gain).abs()
         return torch.where(self.norm > 0, changed / size, math.nan)
 
     # ---- the step ----------------------------------------------------------------------------------------------------

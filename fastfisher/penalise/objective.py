@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher.data import check_own_loss, paired
-from fastfisher.distributed.single import Counts
+from fastfisher.distributed.single import Counts, Single
 from fastfisher.inputs import Call, Inputs, check_examples, differentiable, input_tensors, map_inputs
 from fastfisher.labels import KINDS
 from fastfisher.model import check_heads, couples_examples, parameters_beside
@@ -21,6 +21,9 @@ from fastfisher.penalise.options import Options
 from fastfisher.penalise.point import Point
 from fastfisher.targets import IGNORED, check_certain, check_counted
 
+Seen = Sequence[tuple[Any, int]]
+"""What the model returned in each call, and for how many examples."""
+
 
 class Objective:
     """The training loss.
@@ -28,16 +31,17 @@ class Objective:
     Args:
         model: the model.
         options: ``loss``, the subject, and the labels of R, which may be the targets.
-        shares: whether other processes have a part of the batch: then a part in which no row counts is none too few.
+        world: the processes that have a part of the batch: a part in which no row counts is then none too few.
     """
 
-    def __init__(self, model: nn.Module, options: Options, shares: bool) -> None:
-        self.model, self.loss, self.shares = model, options.loss, shares
+    def __init__(self, model: nn.Module, options: Options, world: Single) -> None:
+        self.model, self.loss, self.shares = model, options.loss, world.shares
         self.subject, self.labels = options.settings.subject, options.settings.kind
         self.likelihood, self.first_only = self.subject.likelihood, options.settings.first_only
         self.in_parts = options.examples is not None
-        self._seeing = self._structured = self._looked = self._alone = False
-        self._seen: list[tuple[Any, int]] = []
+        self._seen: list[tuple[Any, int]] | None = None
+        self._structured = self._alone = False
+        self._looked = world.sharded  # where the leaves of a loss are shards put together, which are no parameters
 
     def batch(self, inputs: Inputs, given: Any, trainable: int) -> tuple[Call, Any]:
         """The call of the model and the targets; the first forward of a kind looks for heads beside the logits."""
@@ -55,16 +59,17 @@ class Objective:
         return (call if given is not None else check_own_loss(self.model, call, targets, self.likelihood)), targets
 
     @contextmanager
-    def seeing(self) -> Iterator[None]:
-        """Within, what the model returns is kept for a loss of the caller's, which gets it whole."""
-        self._seeing = True
+    def seeing(self) -> Iterator[Seen]:
+        """Within, what the model returns is noted for :meth:`at`: a loss of the caller's gets it whole."""
+        seen: list[tuple[Any, int]] = []
+        self._seen = seen
         try:
-            yield
+            yield seen
         finally:
-            self._seeing = False
+            self._seen = None
 
     def _see(self, output: Any, logits: Tensor) -> None:
-        if self._seeing:
+        if self._seen is not None:
             self._seen.append((output, len(logits)))
 
     def fit(self, logits: Tensor, targets: Any) -> tuple[Any, Tensor | None]:
@@ -93,11 +98,11 @@ class Objective:
         counting = self.likelihood.counting(targets)
         return targets.long().masked_fill(~counting, IGNORED)
 
-    def at(self, logits: Tensor, targets: Any) -> Tensor:
-        """The training loss, a scalar, at targets that :meth:`fit` has given."""
+    def at(self, logits: Tensor, targets: Any, seen: Seen = ()) -> Tensor:
+        """The training loss, a scalar, at targets that :meth:`fit` has given, and what was ``seen`` in the forward."""
         if self.loss is None:
             return self.likelihood.loss(logits, targets)
-        loss = loss_of(self.loss, self._output(logits), targets)
+        loss = loss_of(self.loss, self._output(logits, seen), targets)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ValueError("loss: expected a scalar tensor that depends on the logits")
         return loss
@@ -132,9 +137,8 @@ class Objective:
                 stacklevel=2,
             )
 
-    def _output(self, logits: Tensor) -> Any:
+    def _output(self, logits: Tensor, seen: Seen) -> Any:
         """What the model returned: the logits as it gave them, or what they are a part of."""
-        seen, self._seen = self._seen, []
         reading = self.subject.reading
         assert isinstance(reading, Output)
         # Once it is more than a tensor it always is, also at other parameters, where it is not seen.

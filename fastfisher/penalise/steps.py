@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class Steps:
     ) -> None:
         self.model, self.settings, self.world, self.memory = model, options.settings, world, memory
         self.params = None if params is None else list(params)
-        self.objective = Objective(model, options, world.shares)
+        self.objective = Objective(model, options, world)
         few = 1 if self.settings.first_only else world.part_of(options.examples)
         self.sampling = Sampling(model, self.settings, few, world, mixed=options.mixed, rewind=not options.graphs)
         self.differentiate = DenseGradients(world.differentiate)
@@ -78,15 +79,16 @@ class Steps:
         shapes = tuple(x.shape for x in input_tensors(inputs))
         with torch.enable_grad():
             with (
-                self.objective.seeing(),
+                self.objective.seeing() as seen,
                 nullcontext() if shapes in self._all_small else fused_forward(self.model) as fused,
             ):
                 logits = call_model(self.model, inputs)
             if fused is not None and not fused.met_large:
                 self._all_small.add(shapes)
             targets, _ = self.objective.fit(logits, targets)
-            loss = self.objective.at(logits, targets)
-            self._look_beside(loss, inputs)
+            loss = self.objective.at(logits, targets, seen)
+            self.objective.look_beside(loss, inputs)
+        del seen
         weight = self.world.loss_weight(lambda: self.objective.count(logits, targets))
         total = named_gradients(self.differentiate, scaled(scaled(loss, weights.scale), weight), trainable)
         (total,) = self.world.sum_gradients(trainable, total)
@@ -98,18 +100,19 @@ class Steps:
         if not self.settings.of_parameters:
             inputs = requiring_grad(inputs)
         with torch.enable_grad():
-            with self.objective.seeing():
+            with self.objective.seeing() as seen:
                 logits, point = self.sampling.forward(inputs, trainable)
             targets, of_rows = self.objective.fit(logits, targets)
-            loss = self.objective.at(logits, targets)
-            self._look_beside(loss, inputs)
-            share = self._draw(point, logits, targets, of_rows)
+            loss = self.objective.at(logits, targets, seen)
+            self.objective.look_beside(loss, inputs)
+            true = None if of_rows is None else of_rows[: len(point.rows)]
+            share = self._draw(point, true, self.objective.counts(logits, targets, point, of_rows, true))
             training = self._training(loss, targets, share, point.rows is logits)
         alpha = weights.alpha * share.fraction
         adaptive = self.world.shares and isinstance(self.settings.step, AdaptiveStep)
         apart = weights.reuses or adaptive
         outcome = Outcome(loss.detach(), logits.detach(), {}, rows=share.rows)
-        del loss, logits
+        del loss, logits, seen
         wanted = Wanted(
             trainable,
             self.chosen(trainable),
@@ -133,18 +136,19 @@ class Steps:
         outcome.value = taken.value
         return outcome
 
-    def _look_beside(self, loss: Tensor, inputs: Inputs) -> None:
-        if not self.world.sharded:  # whose leaves are shards put together, which are no parameters
-            self.objective.look_beside(loss, inputs)
-
-    def _draw(self, point: Point, logits: Tensor, targets: Any, of_rows: Tensor | None) -> Share:
-        """Draws the labels of the point's rows, and weighs their loss by what this process has of the batch."""
-        true = None if of_rows is None else of_rows[: len(point.rows)]
-        self.settings.kind.check_targets(true, self.settings.likelihood)
-        key = self.memory.next_key(logits.device, self.world.rank)
-        share = self.world.share(self.objective.counts(logits, targets, point, of_rows, true), key)
-        point.draw(self.settings.kind, self.settings.likelihood, true, key, share.first)
-        point.weigh(share.penalised)
+    def _draw(self, point: Point, true: Tensor | None, counts: Counts) -> Share:
+        """Draws the labels of the point's rows, whose targets are ``true``, and weighs their loss by what this process
+        has of the batch."""
+        kind, likelihood = self.settings.kind, self.settings.likelihood
+        kind.check_targets(true, likelihood)
+        key = self.memory.next_key(point.logits.device, self.world.rank)
+        share = self.world.share(counts, key)
+        if share.penalised == 0.0 and true is not None:
+            # None of this process's rows counts, and it computes along at weight 0. A mean over no row is NaN.
+            true = torch.zeros_like(true)
+        with torch.enable_grad():
+            point.draw(kind, likelihood, true, key, share.first)
+            point.weigh(share.penalised)
         point.examples = share.examples
         return share
 
@@ -193,35 +197,12 @@ class Steps:
         return trainable
 
     def _draw_watched(self, point: Point, targets: Tensor | None) -> Share:
-        """:meth:`_draw` where the training loss is the caller's."""
-        likelihood, kind = self.settings.likelihood, self.settings.kind
+        """:meth:`_draw` where the training loss, and what it divides by, is the caller's."""
         if targets is not None:
             targets = self.settings.subject.fit(point.logits, targets, model=self.model)
         true = targets[:1] if self.settings.first_only and targets is not None else targets
-        kind.check_targets(true, likelihood)
-        key = self.memory.next_key(point.logits.device, self.world.rank)
-        share = self.world.share(self._watched_counts(point, true), key)
-        if share.penalised == 0.0 and true is not None:
-            # None of this process's rows counts, and it computes along at weight 0. A mean over no row is NaN.
-            true = torch.zeros_like(true)
-        with torch.enable_grad():
-            point.draw(kind, likelihood, true, key, share.first)
-            point.weigh(share.penalised)
-        point.examples = share.examples
-        return share
-
-    def _watched_counts(self, point: Point, true: Tensor | None) -> Counts:
-        """What this process has of a batch whose training loss is the caller's; ``true`` as in :meth:`_draw`."""
-        likelihood = self.settings.kind.of(self.settings.likelihood)
-        return Counts(
-            loss=lambda: 0,
-            penalised=lambda: likelihood.counted(point.rows, true),
-            rows=likelihood.shape_of_labels(point.rows).numel(),
-            examples=len(point.rows),
-            batch=len(point.logits),
-            part=lambda: 1.0,
-            first_only=self.settings.first_only,
-        )
+        counts = self.objective.counts(point.logits, None, point, None, true)
+        return self._draw(point, true, dataclasses.replace(counts, loss=lambda: 0.0))
 
     def own_point(self, inputs: Inputs, trainable: Gradients) -> Point:
         """A forward that R alone is of."""

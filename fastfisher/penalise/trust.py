@@ -118,7 +118,7 @@ def _check_derivative(difference: FiniteDifference, rho: Tensor, ahead: Tensor) 
     allowed for.
     """
     d = difference
-    by = d.gradient if d.settings.of_parameters else d.slope_along
+    by = d.gradient if d.settings.of_parameters else d.unweighed
     products = [(real(x).double() * real(by[name]).double()).sum() for name, x in d.direction.items() if name in by]
     slope = torch.stack(products).sum() / torch.where(d.norm > 0, d.norm, torch.nan)
     with d.shifted(-rho) as (loss, _):
