@@ -47,6 +47,12 @@ def gumbel(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return loss, labels, gradient
 
 
+def times(logits: Tensor) -> dict[str, int]:
+    """How often a call is measured, and how many calls at once: the more, the shorter it is."""
+    small = logits.numel() < 2**18
+    return {"rounds": 21 if small else 9, "repeat": 50 if small else 2}
+
+
 @pytest.mark.parametrize(("rows", "classes"), SIZES, ids=str)
 def test_public_call(rows: int, classes: int, compare: Any) -> None:
     torch.manual_seed(0)
@@ -56,7 +62,6 @@ def test_public_call(rows: int, classes: int, compare: Any) -> None:
         loss, _ = fastfisher.sample_cross_entropy(logits)
         torch.autograd.grad(loss, logits)
 
-    small = rows * classes < 2**18
     compare(
         "sample_cross_entropy, the public call, forward and backward",
         f"{rows}x{classes}",
@@ -68,8 +73,7 @@ def test_public_call(rows: int, classes: int, compare: Any) -> None:
                 Bar(None, True),
             ),
         },
-        rounds=21 if small else 9,
-        repeat=50 if small else 2,
+        **times(logits),
     )
 
 
@@ -79,7 +83,6 @@ def test_sample_cross_entropy(rows: int, classes: int, compare: Any) -> None:
     torch._dynamo.reset()
     logits = torch.randn(rows, classes)
     compiled = torch.compile(gumbel, dynamic=False)
-    small = rows * classes < 2**18
     compare(
         "sample_cross_entropy, the operator",
         f"{rows}x{classes}",
@@ -89,8 +92,7 @@ def test_sample_cross_entropy(rows: int, classes: int, compare: Any) -> None:
             "torch.compile": (lambda: compiled(logits), Bar(3 if classes == 10 else 4, True)),
             "one copy": (logits.clone, Bar(1.5 if rows * classes >= 2**21 else None, False)),
         },
-        rounds=21 if small else 9,
-        repeat=50 if small else 2,
+        **times(logits),
     )
 
 
@@ -121,7 +123,6 @@ def test_public_binary_call(rows: int, columns: int, compare: Any) -> None:
         loss, _ = fastfisher.sample_binary_cross_entropy(logits)
         torch.autograd.grad(loss, logits)
 
-    small = rows * columns < 2**18
     compare(
         "sample_binary_cross_entropy, the public call, forward and backward",
         f"{rows}x{columns}",
@@ -133,8 +134,7 @@ def test_public_binary_call(rows: int, columns: int, compare: Any) -> None:
                 Bar(None, True),
             ),
         },
-        rounds=21 if small else 9,
-        repeat=50 if small else 2,
+        **times(logits),
     )
 
 
@@ -144,7 +144,6 @@ def test_sample_binary_cross_entropy(rows: int, columns: int, compare: Any) -> N
     torch._dynamo.reset()
     logits = torch.randn(rows, columns)
     compiled = torch.compile(written_out_binary, dynamic=False)
-    small = rows * columns < 2**18
     compare(
         "sample_binary_cross_entropy, the operator",
         f"{rows}x{columns}",
@@ -154,6 +153,5 @@ def test_sample_binary_cross_entropy(rows: int, columns: int, compare: Any) -> N
             "torch.compile": (lambda: compiled(logits), Bar(None, True)),
             "one copy": (logits.clone, Bar(None, False)),
         },
-        rounds=21 if small else 9,
-        repeat=50 if small else 2,
+        **times(logits),
     )

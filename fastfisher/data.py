@@ -49,7 +49,7 @@ from fastfisher.inputs import (
 from fastfisher.likelihoods.base import Likelihood
 from fastfisher.outputs import OUTPUT, Reading
 
-Pair = tuple[Call, Tensor | None]
+Pair = tuple[Call, Any]
 """How the model is called with the inputs and, where there are any, the targets."""
 
 
@@ -145,8 +145,7 @@ class Batches:
     def _take(self, inputs: Call, targets: Tensor | None, rows: Any) -> Pair:
         """Some rows of a batch, or all of them (None), on the device, as tensors that autograd may save."""
         if rows is not None:
-            _check_lists(inputs, count_examples(inputs, "data"))
-            inputs = take_rows(inputs, rows)
+            inputs = take_rows(inputs, rows, "data")
             if isinstance(targets, Tensor):
                 targets = targets[rows.to(targets.device) if isinstance(rows, Tensor) else rows]
         inputs = map_inputs(inputs, lambda x: differentiable(x.to(self.device)))
@@ -266,17 +265,3 @@ def _check_lengths(inputs: Call, targets: Tensor | None) -> int:
             "the targets: of inputs alone make ((x, w), None)"
         )
     return examples
-
-
-def _check_lists(value: Any, examples: int) -> None:
-    """Raises ValueError where a list holds something of each example that cannot be taken out by an index tensor."""
-    if isinstance(value, Call):
-        _check_lists((value.args, value.kwargs), examples)
-    elif isinstance(value, list) and len(value) == examples and not any(isinstance(item, Tensor) for item in value):
-        raise ValueError(
-            f"data: expected tensors where some examples are taken out (samples=, batch_size=), got a list of "
-            f"{examples} items of type {type(value[0]).__name__}; leave it out, or give batches of the wanted size"
-        )
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            _check_lists(item, examples)

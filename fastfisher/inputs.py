@@ -261,15 +261,18 @@ def is_shared(x: Tensor, examples: int) -> bool:
     return True
 
 
-def take_rows(inputs: Any, rows: Any) -> Any:
+def take_rows(inputs: Any, rows: Any, name: str = "inputs") -> Any:
     """The inputs of some examples: a slice, or an index tensor. What all examples share stays whole.
 
     Raises:
-        ValueError: a tensor has another number of examples, or targets are no tensors and cannot be taken apart.
+        ValueError: a tensor has another number of examples, or a list has something of each that is no tensor; ``name``
+            is the argument that is named.
     """
     examples = count_examples(inputs)
     if isinstance(inputs, Call):
-        _check_targets(inputs.targets, examples)
+        for value in (*inputs.args, *inputs.kwargs.values()):
+            _check_lists(value, examples, name)
+        _check_lists(inputs.targets, examples, "targets")
 
     def take(x: Tensor) -> Tensor:
         if is_shared(x, examples):
@@ -279,18 +282,21 @@ def take_rows(inputs: Any, rows: Any) -> Any:
     return map_inputs(inputs, take)
 
 
-def _check_targets(targets: Any, examples: int) -> None:
-    """Raises ValueError where they hold something of each example that stays whole where some are taken out."""
-    items = list(targets.values()) if isinstance(targets, Mapping) else targets
-    if not isinstance(items, tuple | list):
+def _check_lists(value: Any, examples: int, name: str) -> None:
+    """Raises ValueError where a list or tuple has something of each example that cannot be taken out by an index."""
+    if not isinstance(value, Mapping | list | tuple):
         return
-    if len(items) == examples and not isinstance(targets, Mapping) and not input_tensors(items):
+    items = list(value.values()) if isinstance(value, Mapping) else value
+    # The items of a tuple may be of different kinds, as many as there are examples by chance.
+    tensors = input_tensors(items) if isinstance(value, tuple) else [x for x in items if isinstance(x, Tensor)]
+    if not isinstance(value, Mapping) and 0 < len(items) == examples and not tensors:
         raise ValueError(
-            f"targets: expected tensors where some examples are taken out (examples=, samples=, batch_size=), got a "
-            f"{type(targets).__name__} of {examples} items of type {type(items[0]).__name__}; make a tensor of them"
+            f"{name}: expected tensors where some examples are taken out (examples=, samples=, batch_size=), got a "
+            f"{type(value).__name__} of {examples} items of type {type(items[0]).__name__}; leave it out, make a tensor "
+            "of it, or give batches of the wanted size"
         )
     for item in items:
-        _check_targets(item, examples)
+        _check_lists(item, examples, name)
 
 
 def requiring_grad(inputs: Any) -> Any:

@@ -228,3 +228,18 @@ def labels_of(labels: Any, names: Sequence[str] = tuple(KINDS), *, given: bool =
     got = "a tensor" if isinstance(labels, Tensor) else repr(labels)
     reason = NO_LABEL if isinstance(labels, str) and labels == "exact" else ""
     raise ValueError(f"labels: expected {', '.join(others)} or {last}, got {got}{reason}")
+
+
+def labels_beside(loss: bool, labels: Any, names: Sequence[str] = tuple(KINDS), *, given: bool = True) -> Labels:
+    """:func:`labels_of`, beside a loss of the caller's where there is one (``loss``).
+
+    Raises:
+        ValueError: as there, or the labels are not the targets, the only ones that such a loss has.
+    """
+    kind = labels_of(labels, names, given=given)
+    if loss and kind.name != "true":
+        raise ValueError(
+            f"loss: expected None with labels={labels!r}: a loss of your own says no distribution that labels could be "
+            'drawn from; it goes with labels="true", or a likelihood= in its place'
+        )
+    return kind

@@ -6,9 +6,6 @@
 namespace fastfisher::FASTFISHER_SIMD {
 namespace {
 constexpr int64_t kBits = 32;
-}
-
-namespace {
 
 // What a closed gate makes of an element: 0 in a ReLU, a multiple in a leaky one. Open is x > 0, and of a ReLU NaN,
 // which passes there, as in PyTorch.

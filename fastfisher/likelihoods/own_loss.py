@@ -13,7 +13,6 @@ class OwnLoss(Likelihood):
     """The output is the loss itself, one value for each example; see :class:`fastfisher.outputs.Losses`."""
 
     needs_targets = False
-    what = "losses"
 
     def fit(self, output: Tensor, targets: Any, *, name: str = "targets", **how: Any) -> Any:
         """What the loss was made of: the output knows."""
@@ -28,9 +27,6 @@ class OwnLoss(Likelihood):
         if reduction == "mean" and output.stride() == (0,):
             return output[0]
         return output if reduction == "none" else output.sum() if reduction == "sum" else output.mean()
-
-    def check_drawable(self, output: Tensor) -> None:
-        """Nothing is drawn."""
 
 
 OWN_LOSS = OwnLoss()

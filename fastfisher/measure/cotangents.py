@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastfisher.distributed.single import Single
 from fastfisher.inputs import differentiable
-from fastfisher.labels import KINDS, Labels, Rows, labels_of
+from fastfisher.labels import Labels, Rows
 from fastfisher.likelihoods.subject import Subject
 from fastfisher.ops.sampled import new_key
 
@@ -74,15 +74,3 @@ class Cotangents:
             key, first = self._keys.of(self._draws, count, rows.output.device)
             rows, self._draws = dataclasses.replace(rows, key=key, first=first), self._draws + 1
         return self.labels.cotangents(rows)
-
-
-def labels_beside(loss: Any, labels: Any, names: Sequence[str] = tuple(KINDS), *, given: bool = True) -> Labels:
-    """What the argument ``labels`` of a measurement means beside ``loss``.
-
-    Raises:
-        ValueError: it means nothing, or they do not go together.
-    """
-    kind = labels_of(labels, names, given=given)
-    if loss is not None and kind.name != "true":
-        raise ValueError(f'loss: expected None with labels={labels!r}, which are drawn; a loss goes with labels="true"')
-    return kind

@@ -20,10 +20,9 @@ from fastfisher.data import Batches, Pair
 from fastfisher.engine.layers import chunks, computing, flat_rows
 from fastfisher.engine.rollback import undoing
 from fastfisher.inputs import count_examples
-from fastfisher.labels import KINDS, Labels, Rows
+from fastfisher.labels import KINDS, Labels, Rows, labels_beside
 from fastfisher.likelihoods.base import Likelihood
 from fastfisher.likelihoods.subject import LikelihoodName, Subject, subject_of
-from fastfisher.measure.cotangents import labels_beside
 from fastfisher.measure.norms import EACH, one_backward, parameter_names
 from fastfisher.measure.per_example import Side
 from fastfisher.model import call_model, eval_mode
@@ -116,7 +115,7 @@ def gradient_covariance(
     Raises:
         ValueError, TypeError, NotImplementedError: as there.
     """
-    kind = labels_beside(loss, labels, ("true", "sampled"), given=False)
+    kind = labels_beside(loss is not None, labels, ("true", "sampled"), given=False)
     subject = subject_of(likelihood, class_dim, logits_of, loss, each=EACH)
     check_count("batch_size", batch_size, optional=True)
     check_flags(verify=verify)

@@ -55,8 +55,8 @@ class Labelled:
             if targets is None and likelihood.needs_targets:
                 raise ValueError("targets: expected labels beside the inputs, got None")
             by_example = self.counted and isinstance(targets, Tensor) and targets.dim() == 1
-            kept = likelihood.counting(targets) if by_example and targets is not None else None
-            if kept is None or kept.all() or targets is None:
+            kept = likelihood.counting(targets) if by_example else None
+            if kept is None or kept.all():
                 yield inputs, targets
             elif kept.any():
                 yield take_rows(inputs, kept), targets[kept]

@@ -15,10 +15,10 @@ from fastfisher.data import paired, split
 from fastfisher.engine.layers import flat_rows
 from fastfisher.engine.rollback import undoing
 from fastfisher.inputs import Call, Inputs
-from fastfisher.labels import LabelName, Labels
+from fastfisher.labels import LabelName, Labels, labels_beside
 from fastfisher.likelihoods.base import Likelihood
 from fastfisher.likelihoods.subject import LikelihoodName, Subject, subject_of
-from fastfisher.measure.cotangents import Cotangents, Keys, labels_beside
+from fastfisher.measure.cotangents import Cotangents, Keys
 from fastfisher.measure.per_example import Captured, Side
 from fastfisher.model import chosen_names, eval_mode, trainable_parameters
 from fastfisher.outputs import OwnLossFunction
@@ -73,7 +73,7 @@ def per_example_grad_norms(
     """
     check_flags(squared=squared, verify=verify)
     check_count("draws", draws)
-    kind = labels_beside(loss, labels)
+    kind = labels_beside(loss is not None, labels)
     subject = subject_of(likelihood, class_dim, logits_of, loss, each=EACH)
     model = placement_of(model).module  # the norms of this process's examples are right in any case
     names = parameter_names(model, params)
@@ -162,7 +162,7 @@ def grad_inner_products(
     Raises:
         ValueError, TypeError, NotImplementedError: as there.
     """
-    kind = labels_beside(loss, labels, ("true", "sampled", "uniform", "rademacher"))
+    kind = labels_beside(loss is not None, labels, ("true", "sampled", "uniform", "rademacher"))
     subject = subject_of(likelihood, class_dim, logits_of, loss, each=EACH)
     check_flags(verify=verify)
     model = whole(model, "the inner product of mean gradients")

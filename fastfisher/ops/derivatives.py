@@ -63,27 +63,27 @@ SOFTMAX_HESSIAN_PRODUCT = Derivative(_save_product, _product_backward)
 # ---- sample_binary_cross_entropy: d nll = dlogits / scale, d dlogits = p (1 − p)·scale -------------------------------
 
 
-def bernoulli_hessian_product(dlogits: Tensor, labels: Tensor, vector: Tensor, scale: float) -> Tensor:
-    """p (1 − p) v·scale, with p = dlogits/scale + labels: the derivative of sigmoid applied to v."""
+def bernoulli_hessian_product(dlogits: Tensor, vector: Tensor, scale: float) -> Tensor:
+    """p (1 − p) v·scale: the derivative of sigmoid applied to v. Of either label |dlogits/scale| is 1 − p(label)."""
     precise = torch.promote_types(dlogits.dtype, torch.float32)
-    d = dlogits.to(precise) / scale  # p, or p − 1 at a label of 1, where the difference that follows is p
-    return (d * (1 - 2 * labels.to(precise)) * (1 - d.abs()) * scale * vector.to(precise)).to(dlogits.dtype)
+    other = (dlogits.to(precise) / scale).abs()  # the probability of the label that was not drawn
+    return (other * (1 - other) * scale * vector.to(precise)).to(dlogits.dtype)
 
 
 def _save_binary(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.scale = inputs[2]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], output[2])
+    ctx.save_for_backward(output[2])
 
 
 def _binary_backward(ctx: Any, grad_nll: Tensor | None, _: None, grad_dlogits: Tensor | None) -> Any:
-    labels, dlogits = ctx.saved_tensors
+    (dlogits,) = ctx.saved_tensors
     grad = None
     if grad_nll is not None:
         grad = dlogits * (grad_nll / ctx.scale).to(dlogits.dtype)
     if grad_dlogits is not None:
-        product = bernoulli_hessian_product(dlogits, labels, grad_dlogits, ctx.scale)
+        product = bernoulli_hessian_product(dlogits, grad_dlogits, ctx.scale)
         grad = product if grad is None else grad + product
     return grad, None, None, None
 

@@ -139,7 +139,10 @@ class _Drawn(NamedTuple):
 
 _CATEGORICAL = _Drawn(ops.sample_cross_entropy, ops.softmax_hessian_product, reference.sample_cross_entropy, 1)
 _BERNOULLI = _Drawn(
-    ops.sample_binary_cross_entropy, bernoulli_hessian_product, reference.sample_binary_cross_entropy, 0
+    ops.sample_binary_cross_entropy,
+    lambda gradient, labels, vector, scale: bernoulli_hessian_product(gradient, vector, scale),
+    reference.sample_binary_cross_entropy,
+    0,
 )
 
 

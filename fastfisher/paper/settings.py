@@ -27,7 +27,12 @@ GP_X_COEFFICIENTS = (1e-1, 1e1)
 """The paper says of v only that it had to be larger in some experiments: v = 1 is ours."""
 
 DIGITS: Mapping[str, Any] = {
-    **{"data": "digits", "examples": 300, "evaluate": (200, 300), "label_noise": 0.25, "batch_size": 16, "epochs": 24}
+    "data": "digits",
+    "examples": 300,
+    "evaluate": (200, 300),
+    "label_noise": 0.25,
+    "batch_size": 16,
+    "epochs": 24,
 }
 HOW_DIGITS_WERE_CHOSEN = (
     "300 training examples, 200 for validation, 300 for testing, of 8x8 pixels; 12x12 for SimpleCNN and 16x16 for "

@@ -27,7 +27,7 @@ from fastfisher.outputs import Output, OwnLossFunction
 from fastfisher.penalise.derivative import squared_parts, value_of
 from fastfisher.penalise.difference import FiniteDifference, gradient_at
 from fastfisher.penalise.norm import OfNorm
-from fastfisher.penalise.options import Method, Settings
+from fastfisher.penalise.options import EACH, Method, Settings
 from fastfisher.penalise.point import IN_FULL_PRECISION, Point, forward_of_copy
 from fastfisher.penalise.rho import AdaptiveStep, Difference, Step
 from fastfisher.penalise.trust import judge
@@ -35,9 +35,6 @@ from fastfisher.penalise.trust import verify as verify_difference
 from fastfisher.placement import whole
 from fastfisher.slow_path import warn_slow_path
 from fastfisher.targets import check_counted
-
-EACH = ", of which R is taken one by one"
-"""Why a loss of the caller's has to be one value for each example."""
 
 
 @undoing

@@ -17,7 +17,7 @@ from fastfisher.inputs import Inputs, LoopCall, check_examples, differentiable, 
 from fastfisher.likelihoods.subject import subject_of
 from fastfisher.outputs import Losses, OwnLossFunction
 from fastfisher.penalise.norm import OfNorm
-from fastfisher.penalise.options import Method, Options, Settings
+from fastfisher.penalise.options import EACH, Method, Options, Settings
 from fastfisher.penalise.point import Point
 from fastfisher.penalise.rho import Difference, Step
 from fastfisher.penalise.shift import Gradients
@@ -25,8 +25,6 @@ from fastfisher.penalise.training import TrainingPenalty
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-EACH = ", of which R is taken one by one"
 
 STEP = "step(closure), whose batch is the loop's"
 TERM = "term(inputs, targets), which adds to a loss of the loop"

@@ -12,13 +12,16 @@ from torch import Tensor
 from fastfisher.checks import check_callable, check_choice, check_count, check_flags, check_generator, check_number
 from fastfisher.distributed.single import Single
 from fastfisher.engine.gates import Gates
-from fastfisher.labels import PENALISED, Labels, labels_of
+from fastfisher.labels import PENALISED, Labels, labels_beside, labels_of
 from fastfisher.likelihoods.base import Likelihood
 from fastfisher.likelihoods.subject import CROSS_ENTROPY, Subject
 from fastfisher.penalise.norm import SQUARED, OfNorm
 from fastfisher.penalise.rho import AdaptiveStep, Difference, Step
 
 Method = Literal["double_backprop", "finite_difference"]
+
+EACH = ", of which R is taken one by one"
+"""Why a loss of the caller's has to be one value for each example."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": ("double_backprop", "finite_difference"),
@@ -45,12 +48,7 @@ class Settings:
     of: OfNorm = SQUARED
 
     def __post_init__(self) -> None:
-        if self.subject.is_loss and self.labels != "true":
-            raise ValueError(
-                f"loss: expected None with labels={self.labels!r}: a loss of your own says no distribution that labels "
-                'could be drawn from; it goes with labels="true", or a likelihood= in its place'
-            )
-        labels_of(self.labels, PENALISED)
+        labels_beside(self.subject.is_loss, self.labels, PENALISED)
         for name in ("method", "gates", "wrt", "reduction", "difference"):
             if not isinstance(value := getattr(self, name), Gates):
                 check_choice(name, value, CHOICES[name])

@@ -167,10 +167,8 @@ def _stored(parts: Sequence[Tensor], size: int, device: str) -> list[Images]:
 
 def _check_counts(examples: int | None, evaluate: Sequence[int], *there: int) -> None:
     """Check how many are to be used of those that are ``there`` for training, validation and testing."""
-    for option, count, available, part in (
-        ("examples", examples, there[0], "training"),
-        *zip(("evaluate", "evaluate"), evaluate, there[1:], ("validation", "test"), strict=False),
-    ):
+    options, parts = ("examples", "evaluate", "evaluate"), ("training", "validation", "test")
+    for option, part, count, available in zip(options, parts, (examples, *evaluate), there, strict=False):
         # Where there is no validation set, its number says nothing.
         if count is not None and count > available > 0:
             raise ConfigError(f"--{option}: got {count}, expected at most the {available} {part} examples")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastfisher.engine.taylor.registry import RULES, NoRule, rule_for
+from fastfisher.engine.taylor.registry import RULES, NoRule, rule_for, written
 from fastfisher.engine.taylor.tape import Tape
 
 _REDUCED: dict[Any, Callable[[Tensor], Tensor]] = {0: lambda x: x, 1: torch.mean, 2: torch.sum}
@@ -66,16 +65,7 @@ _WRITTEN: dict[Any, Callable[..., Any]] = {
 }
 
 
-def _written(write: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(write)  # with its signature, which tells the keywords that it takes
-    def rule(tape: Tape, func: Any, *args: Any, **kwargs: Any) -> Any:
-        with tape:
-            return write(*args, **kwargs)
-
-    return rule
-
-
-RULES.update({function: (_written(write), False) for function, write in _WRITTEN.items()})
+RULES.update({function: (written(write), False) for function, write in _WRITTEN.items()})
 
 
 @rule_for("cross_entropy")

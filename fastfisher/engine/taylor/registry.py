@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,3 +34,14 @@ def rule_for(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return rule
 
     return register
+
+
+def written(write: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule of a function that is written in functions that have one."""
+
+    @functools.wraps(write)  # with its signature, which tells the keywords that it takes
+    def rule(tape: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
+        with tape:
+            return write(*args, **kwargs)
+
+    return rule

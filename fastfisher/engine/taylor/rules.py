@@ -17,7 +17,7 @@ from fastfisher.engine.piecewise.rules import Run, Sided, Written
 from fastfisher.engine.piecewise.selection import Selection
 from fastfisher.engine.piecewise.table import KNOWN, Known
 from fastfisher.engine.taylor.nodes import Elementwise, LogSumExp, Normalise, Softmax, Sum
-from fastfisher.engine.taylor.registry import RULES, NoRule, rule_for
+from fastfisher.engine.taylor.registry import RULES, NoRule, rule_for, written
 from fastfisher.engine.taylor.tape import Tape
 
 
@@ -593,17 +593,8 @@ _WRITTEN: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _written(write: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    @functools.wraps(write)  # with its signature, which tells the keywords that it takes
-    def rule(tape: Tape, func: Any, *args: Any, **kwargs: Any) -> Tensor:
-        with tape:
-            return write(*args, **kwargs)
-
-    return rule
-
-
 for _names, _write in _WRITTEN.items():
-    rule_for(_names)(_written(_write))
+    rule_for(_names)(written(_write))
 
 
 # ---- functions with kinks that have no rule above, which would be cheaper --------------------------------------------
