@@ -292,8 +292,8 @@ def _check_lists(value: Any, examples: int, name: str) -> None:
     if not isinstance(value, Mapping) and 0 < len(items) == examples and not tensors:
         raise ValueError(
             f"{name}: expected tensors where some examples are taken out (examples=, samples=, batch_size=), got a "
-            f"{type(value).__name__} of {examples} items of type {type(items[0]).__name__}; leave it out, make a tensor "
-            "of it, or give batches of the wanted size"
+            f"{type(value).__name__} of {examples} items of type {type(items[0]).__name__}; leave it out, make a "
+            "tensor of it, or give batches of the wanted size"
         )
     for item in items:
         _check_lists(item, examples, name)
